@@ -1,0 +1,69 @@
+"""Training-free visual token pruning for LLaVA: HIVTP, HiPrune and HiPrune++.
+
+Importing this package imports torch, and neither LLaVA nor transformers.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from llava_hvp.errors import LlavaHvpError
+from llava_hvp.methods import get_method, list_methods
+from llava_hvp.methods.base import Method, Needs, Selection, VisionContext
+from llava_hvp.methods.hiprune import HiPrune
+from llava_hvp.methods.hipruneplus import HiPrunePlus
+from llava_hvp.methods.hivtp import HIVTP
+from llava_hvp.methods.random import Random
+from llava_hvp.methods.uniform import Uniform
+
+if TYPE_CHECKING:
+    from llava_hvp.host.pruning import Pruning
+
+__version__ = "0.1.0"
+__all__ = [
+    "HIVTP",
+    "HiPrune",
+    "HiPrunePlus",
+    "LlavaHvpError",
+    "Method",
+    "Needs",
+    "Random",
+    "Selection",
+    "Uniform",
+    "VisionContext",
+    "get_method",
+    "list_methods",
+    "prune",
+    "unprune",
+]
+
+
+def prune(model: Any, method: Method, *, tokenizer: Any = None) -> Pruning:
+    """Prune the visual tokens of a loaded LLaVA model.
+
+    Stays until `unprune(model)`, or until the end of the block in
+    `with prune(model, HIVTP(r_max=0.5)) as pruned:`. `pruned.last` reports on the newest call,
+    an entry an image.
+
+    Parameters
+    ----------
+    model : what LLaVA's `load_pretrained_model` gives, or a wrapper around it (PEFT, DDP)
+    method : a Method, as `HIVTP(r_max=0.5)` or `get_method("hivtp", r_max=0.5)`
+    tokenizer : the language model's; only prompt-aware methods use it, and by default load it from
+        the model's own checkpoint
+
+    Raises
+    ------
+    LlavaHvpError : not a LLaVA model, no vision tower or one that cannot be read, already pruned,
+        layers or a budget that this tower cannot meet, no text encoder. The model is as before.
+    """
+    from llava_hvp.host.pruning import attach
+
+    return attach(model, method, tokenizer=tokenizer)
+
+
+def unprune(model: Any) -> None:
+    """Give the model back as it was before `prune`; raises LlavaHvpError if it is not pruned."""
+    from llava_hvp.host.pruning import detach
+
+    detach(model)

@@ -1,0 +1,37 @@
+"""What can go wrong, as types: every error that this package raises on purpose."""
+
+
+class LlavaHvpError(Exception):
+    """Base of the package's own errors; the message names the value and the remedy."""
+
+
+class OptionError(LlavaHvpError, ValueError):
+    """A method, an option or a value that does not exist or is out of range."""
+
+
+class LayerError(OptionError):
+    """A layer outside the encoder, or past the layer whose output is used."""
+
+
+class ContextError(LlavaHvpError, ValueError):
+    """A VisionContext that lacks what the method needs, or has it in the wrong shape."""
+
+
+class ScoreError(LlavaHvpError, ValueError):
+    """Scores that are not finite, as from an overflowing float16 tower."""
+
+
+class UnsupportedModelError(LlavaHvpError, TypeError):
+    """A model or vision tower that cannot be pruned."""
+
+
+class PrunedStateError(LlavaHvpError, RuntimeError):
+    """Pruning what is pruned already, or undoing what is not."""
+
+
+class TextEncoderError(LlavaHvpError, RuntimeError):
+    """A prompt-aware method without a text encoder, a tokenizer or a prompt."""
+
+
+class UnsupportedVersionError(LlavaHvpError, ImportError):
+    """A LLaVA or transformers release outside the supported range."""

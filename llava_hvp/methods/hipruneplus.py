@@ -1,0 +1,59 @@
+"""HiPrune++: HiPrune with a share of the budget for what the prompt asks about."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from llava_hvp.errors import ContextError
+from llava_hvp.methods.base import Needs, Selection, VisionContext, choice, number
+from llava_hvp.methods.hiprune import HiPrune
+from llava_hvp.select import top_k
+
+
+@dataclass(frozen=True, kw_only=True)
+class HiPrunePlus(HiPrune):
+    """HiPrune++ (arXiv 2508.00553, the prompt-aware variant).
+
+    As HiPrune, but registers stop at the budget less `round(beta * budget)`, and the patches most
+    related to the prompt fill it up. The paper's pseudo-code adds them on top; its measured FLOPs
+    (Table 5) have them inside the budget, and so have we.
+
+    Parameters
+    ----------
+    beta : share of the budget for the prompt, in [0, 1]
+    text : "clip" compares with CLIP's text encoder of the tower's own checkpoint; "llm" with the
+        language model's input embeddings, for a tower that has no text encoder
+    extra : put the prompt's patches on top of the budget
+    """
+
+    name: ClassVar[str] = "hiprune++"
+    summary: ClassVar[str] = "HiPrune, and the patches most related to the prompt"
+    roles: ClassVar[tuple[str, ...]] = ("anchor", "buffer", "register", "text")
+
+    beta: float = 0.1
+    text: str = "clip"
+    extra: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        number(self, "beta", least=0, most=1)
+        choice(self, "text", ("clip", "llm"))
+        choice(self, "extra", (True, False))
+
+    def reads(self, depth: int | None, select: int | None) -> Needs:
+        return dataclasses.replace(super().reads(depth, select), relevance=self.text)
+
+    def choose(self, context: VisionContext, budget: int) -> Selection:
+        if context.relevance is None:
+            raise ContextError("hiprune++ needs relevance (T, N) in the context: it has none")
+        text = round(self.beta * budget)
+        total = budget + text if self.extra else budget
+        roles = self._hierarchy(context, budget, registers_up_to=total - text)
+        kept = torch.stack(tuple(roles.values())).any(0)
+        missing = total - kept.sum(1, keepdim=True)
+        roles["text"] = top_k(context.relevance.float(), missing, among=~kept)
+        return Selection.of(**roles)
