@@ -1,0 +1,159 @@
+"""Received and CLS attention of named layers, from the q and k that the encoder computes anyway.
+
+Forward hooks on `q_proj` and `k_proj` see both projections while every layer keeps its own (eager,
+sdpa, flash) attention. The attention map is recomputed from them in float32, a chunk at a time,
+and reduced at once: no map is ever held, and `output_attentions` is never asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from llava_hvp.errors import UnsupportedModelError
+from llava_hvp.methods.base import Needs
+
+# Attention entries computed at a time. On the CPU a chunk should stay in the cache (2 MB was the
+# fastest of 256 KB to 64 MB for CLIP-L); elsewhere launches cost more than memory.
+CHUNK = {"cpu": 2**19}
+CHUNK_ELSEWHERE = 2**24
+
+
+@dataclass(frozen=True)
+class AttentionScores:
+    """(T, N) float32 scores by layer, numbered from 1."""
+
+    received: dict[int, Tensor]
+    cls: dict[int, Tensor]
+
+
+class _Recording:
+    """The q and k of one forward pass in one thread, reduced layer by layer."""
+
+    def __init__(self, needs: Needs, heads: int, patches: int) -> None:
+        self.needs, self.heads, self.patches = needs, heads, patches
+        self.waiting: dict[int, dict[str, Tensor]] = {}
+        self.scores = AttentionScores({}, {})
+
+    def take(self, layer: int, side: str, projected: Tensor) -> None:
+        pair = self.waiting.setdefault(layer, {})
+        pair[side] = projected
+        if len(pair) < 2:
+            return
+        del self.waiting[layer]
+        received, cls = reduce_attention(pair["q"], pair["k"], self.heads, self.patches)
+        if layer in self.needs.received:
+            self.scores.received[layer] = received
+        if layer in self.needs.cls:
+            self.scores.cls[layer] = cls
+
+
+# Per thread (and task), so that eight generations on one model never see each other's scores.
+_RECORDING: ContextVar[_Recording | None] = ContextVar("llava_hvp_recording", default=None)
+
+
+@dataclass(frozen=True)
+class _Tap:
+    """A forward hook; silent unless the thread it runs in is recording."""
+
+    layer: int
+    side: str
+
+    def __call__(self, module: nn.Module, args: object, output: Tensor) -> None:
+        recording = _RECORDING.get()
+        if recording is not None:
+            recording.take(self.layer, self.side, output)
+
+
+class Taps:
+    """The hooks that a method needs on the layers of one encoder."""
+
+    def __init__(self, layers: Sequence[Any], needs: Needs) -> None:
+        self._layers = tuple(sorted({*needs.received, *needs.cls}))
+        self._modules = tuple(self._projections(layers))
+        self._handles: list[RemovableHandle] = [
+            module.register_forward_hook(_Tap(layer, side))
+            for module, layer, side in zip(
+                self._modules,
+                (layer for layer in self._layers for _ in "qk"),
+                "qk" * len(self._layers),
+                strict=True,
+            )
+        ]
+
+    def _projections(self, layers: Sequence[Any]) -> Iterator[nn.Module]:
+        for layer in self._layers:
+            attention = layers[layer - 1].self_attn
+            yield from (attention.q_proj, attention.k_proj)
+
+    def on(self, layers: Sequence[Any]) -> bool:
+        """Whether the hooks sit on these layers still: quantised loading replaces the modules."""
+        return all(a is b for a, b in zip(self._modules, self._projections(layers), strict=True))
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+@contextmanager
+def recording(needs: Needs, heads: int, patches: int) -> Iterator[AttentionScores]:
+    """Collect the scores of the one forward pass inside the block.
+
+    Raises UnsupportedModelError where a layer's hooks did not fire: no score is ever missing
+    silently.
+    """
+    record = _Recording(needs, heads, patches)
+    token = _RECORDING.set(record)
+    try:
+        yield record.scores
+    finally:
+        _RECORDING.reset(token)
+    missing = {*needs.received} - {*record.scores.received} | {*needs.cls} - {*record.scores.cls}
+    if missing:
+        raise UnsupportedModelError(
+            f"the vision tower's attention of layers {sorted(missing)} did not pass through q_proj "
+            "and k_proj (a fused or compiled attention?): load the tower without it"
+        )
+
+
+@torch.no_grad()
+def reduce_attention(q: Tensor, k: Tensor, heads: int, patches: int) -> tuple[Tensor, Tensor]:
+    """Received and CLS attention of one layer.
+
+    Parameters
+    ----------
+    q, k : (T, S, heads * head_dim), the projections without the softmax scale; S = patches, or
+        more where CLS leads
+    heads, patches : of the encoder
+
+    Returns
+    -------
+    received : (T, patches) float32, mean over heads and all S query rows
+    cls : (T, patches) float32, mean over heads of the first row
+    """
+    tiles, tokens, width = q.shape
+    scale = (width // heads) ** -0.5
+    received = q.new_empty((tiles, tokens), dtype=torch.float32)
+    cls = torch.empty_like(received)
+    chunk = CHUNK.get(q.device.type, CHUNK_ELSEWHERE)
+    step = max(1, chunk // (heads * tokens * tokens))
+    rows = max(1, chunk // (heads * tokens * step))
+    for start in range(0, tiles, step):
+        part = slice(start, start + step)
+        query = (q[part].float() * scale).unflatten(-1, (heads, -1)).transpose(1, 2).contiguous()
+        key = k[part].float().unflatten(-1, (heads, -1)).permute(0, 2, 3, 1).contiguous()
+        total = torch.zeros_like(received[part])
+        for row in range(0, tokens, rows):
+            attention = (query[:, :, row : row + rows] @ key).softmax(-1)
+            total += attention.sum((1, 2))
+            if row == 0:
+                cls[part] = attention[:, :, 0].mean(1)
+        received[part] = total / (heads * tokens)
+    return received[:, tokens - patches :], cls[:, tokens - patches :]

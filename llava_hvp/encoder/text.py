@@ -1,0 +1,108 @@
+"""How related each patch is to the prompt, for prompt-aware methods."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from llava_hvp.encoder.vit import transformer
+from llava_hvp.errors import TextEncoderError
+
+
+@dataclass
+class ClipText:
+    """CLIP's text encoder and both projections, from the vision tower's own checkpoint."""
+
+    tokenizer: Any
+    encoder: nn.Module
+    text_projection: nn.Module
+    visual_projection: nn.Module
+    length: int
+
+    @classmethod
+    def load(cls, checkpoint: str) -> ClipText:
+        """From a CLIP checkpoint's name or folder, in float32.
+
+        Raises TextEncoderError where the checkpoint has no text encoder.
+        """
+        from transformers import AutoConfig, CLIPModel, CLIPTokenizer
+
+        remedy = "use text='llm', or a tower whose checkpoint is a full CLIP model"
+        try:
+            config = AutoConfig.from_pretrained(checkpoint)
+            if getattr(config, "text_config", None) is None or config.model_type != "clip":
+                raise OSError(f"its model type is {config.model_type!r}")
+            clip, report = CLIPModel.from_pretrained(checkpoint, output_loading_info=True)
+            if report["missing_keys"]:
+                raise OSError(f"it lacks {sorted(report['missing_keys'])[:3]} and more")
+            tokenizer = CLIPTokenizer.from_pretrained(checkpoint)
+        except (OSError, ValueError) as error:
+            raise TextEncoderError(
+                f"no CLIP text encoder in {checkpoint!r} ({error}): {remedy}"
+            ) from error
+        parts = clip.text_model, clip.text_projection, clip.visual_projection
+        parts = tuple(part.eval().requires_grad_(False).float() for part in parts)
+        return cls(tokenizer, *parts, clip.config.text_config.max_position_embeddings)
+
+    def to(self, device: torch.device) -> ClipText:
+        """On another device, in place."""
+        for module in (self.encoder, self.text_projection, self.visual_projection):
+            module.to(device)
+        return self
+
+    @torch.no_grad()
+    def embed(self, prompt: str) -> Tensor:
+        """(P,) float32: the prompt's projected embedding, one a 77-token chunk, averaged."""
+        inner = self.length - 2
+        # The tokenizer warns of prompts over 77 tokens; chunks are how we meet them.
+        logging.getLogger("transformers.tokenization_utils_base").addFilter(_not_too_long)
+        ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        start, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        device = next(self.encoder.parameters()).device
+        embeddings = [
+            self.text_projection(
+                self.encoder(
+                    input_ids=torch.tensor([[start, *ids[at : at + inner], end]], device=device)
+                ).pooler_output
+            )
+            for at in range(0, max(1, len(ids)), inner)
+        ]
+        return torch.cat(embeddings).mean(0)
+
+    @torch.no_grad()
+    def patches(self, tower: nn.Module, features: Tensor) -> Tensor:
+        """(T, N, P) float32: patch features in the space that CLIP shares with its text."""
+        norm = transformer(tower).post_layernorm
+        normed = functional.layer_norm(
+            features.float(),
+            norm.normalized_shape,
+            norm.weight.float(),
+            norm.bias.float(),
+            norm.eps,
+        )
+        return self.visual_projection(normed)
+
+
+def _not_too_long(record: logging.LogRecord) -> bool:
+    return "sequence length is longer than" not in record.getMessage()
+
+
+@torch.no_grad()
+def relevance(patches: Tensor, prompts: Tensor) -> Tensor:
+    """Cosine of each patch and its tile's prompt.
+
+    Parameters
+    ----------
+    patches : (T, N, D) float
+    prompts : (T, D) float, the prompt of each tile's image
+
+    Returns
+    -------
+    (T, N) float32
+    """
+    return functional.cosine_similarity(patches.float(), prompts.float()[:, None], dim=-1)

@@ -1,0 +1,105 @@
+"""The prompt in a conversation's token ids: the last user turn, bare."""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from llava.constants import (
+    DEFAULT_IM_END_TOKEN,
+    DEFAULT_IM_START_TOKEN,
+    DEFAULT_IMAGE_PATCH_TOKEN,
+    DEFAULT_IMAGE_TOKEN,
+    IMAGE_TOKEN_INDEX,
+)
+from llava.conversation import SeparatorStyle, conv_templates
+from torch import Tensor
+
+from llava_hvp.errors import TextEncoderError
+
+_IMAGE_MARKS = (
+    DEFAULT_IMAGE_TOKEN,
+    DEFAULT_IMAGE_PATCH_TOKEN,
+    DEFAULT_IM_START_TOKEN,
+    DEFAULT_IM_END_TOKEN,
+    "<Image>",
+    "</Image>",
+)
+
+
+@dataclass(frozen=True)
+class _Marks:
+    """What stands before a user's message, and what stands between it and the answer."""
+
+    user: str
+    answer: str
+    ends: tuple[str, ...]
+
+
+@functools.cache
+def _templates() -> tuple[_Marks, ...]:
+    """The marks of every conversation that this LLaVA knows."""
+    found = set()
+    for template in conv_templates.values():
+        style, (user, answer) = template.sep_style, template.roles
+        ends = tuple(end for end in (template.sep, template.sep2) if end and end.strip())
+        if style in (SeparatorStyle.SINGLE, SeparatorStyle.TWO):
+            found.add(_Marks(user + ":", answer + ":", ends))
+        elif style == SeparatorStyle.MPT:
+            found.add(_Marks(user.strip(), answer.strip(), ends))
+        elif style == SeparatorStyle.LLAMA_2:
+            found.add(_Marks("[INST]", "[/INST]", ends))
+    return tuple(sorted(found, key=repr))
+
+
+def last_user_turn(text: str) -> str:
+    """The last user message of a conversation in any of LLaVA's templates, without system text,
+    role names and image tokens. Text in no template is one message."""
+    best = (-1, text)
+    for marks in _templates():
+        answers = [m.start() for m in re.finditer(re.escape(marks.answer), text)]
+        if not answers or answers[-1] <= best[0]:
+            continue
+        # A turn starts at the first user mark after the answer before it; a message that quotes
+        # the answer's mark has none there, so look one answer further back.
+        for before in [*reversed(answers[:-1]), 0]:
+            start = text.find(marks.user, before, answers[-1])
+            if start >= 0:
+                message = text[start + len(marks.user) : answers[-1]].strip()
+                for end in marks.ends:
+                    message = message.removesuffix(end).strip()
+                best = (answers[-1], message)
+                break
+    message = re.sub(r"<<SYS>>.*?<</SYS>>", "", best[1], flags=re.DOTALL)
+    for mark in _IMAGE_MARKS:
+        message = message.replace(mark, " ")
+    return message.strip()
+
+
+def read_prompt(ids: Tensor, tokenizer: Any) -> str:
+    """The last user turn of one row of `input_ids`, (tokens,) with padding taken off.
+
+    Raises TextEncoderError where there is no text in it.
+    """
+    pieces: list[list[int]] = [[]]
+    for token in ids.tolist():
+        if token == IMAGE_TOKEN_INDEX:
+            pieces.append([])
+        elif token >= 0:
+            pieces[-1].append(token)
+    text = " ".join(
+        tokenizer.decode(piece, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        for piece in pieces
+    )
+    for special in tokenizer.all_special_tokens:
+        if special not in (m for marks in _templates() for m in (marks.user, marks.answer)):
+            text = text.replace(special, " ")
+    prompt = last_user_turn(text)
+    if not prompt:
+        raise TextEncoderError(
+            "the conversation's last user turn has no text, and hiprune++ keeps what the prompt "
+            "asks about: ask something, or use hiprune"
+        )
+    return prompt

@@ -1,0 +1,192 @@
+"""Putting a method on a model, and taking it off again."""
+
+from __future__ import annotations
+
+import types
+import weakref
+from collections.abc import Callable, Iterable
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from llava.model.llava_arch import LlavaMetaForCausalLM
+from torch import Tensor, nn
+
+from llava_hvp.encoder.text import ClipText, relevance
+from llava_hvp.errors import PrunedStateError, TextEncoderError, UnsupportedModelError
+from llava_hvp.host import arch, compat
+from llava_hvp.host.prompt import read_prompt
+from llava_hvp.host.tower import PrunedCLIPVisionTower, Relevance
+from llava_hvp.methods.base import Method
+from llava_hvp.report import ImageReport
+
+OVERRIDES: tuple[Callable[..., Any], ...] = (
+    arch.encode_images,
+    arch.prepare_inputs_labels_for_multimodal,
+)
+
+
+class Pruning:
+    """A model being pruned; what `prune` returns.
+
+    Ends with `unprune(model)`, or at the end of its `with` block.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any = None) -> None:
+        self.model = model
+        self._tokenizer = tokenizer
+        self._clip_text: ClipText | None = None
+        self._newest: list[ImageReport] = []
+
+    @property
+    def method(self) -> Method:
+        """The method in force."""
+        return self.model.get_vision_tower().prune_method
+
+    @property
+    def last(self) -> list[ImageReport]:
+        """A report for each image of this thread's newest call; of any thread's if it made none."""
+        owner, reports = _LAST.get() or (None, [])
+        return reports if owner is not None and owner() is self else self._newest
+
+    def record(self, reports: Iterable[ImageReport]) -> None:
+        """Make these the newest reports."""
+        self._newest = list(reports)
+        _LAST.set((weakref.ref(self), self._newest))
+
+    def __enter__(self) -> Pruning:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.model.__dict__.get("llava_hvp") is self:
+            detach(self.model)
+
+    def load_text(self) -> None:
+        """Load what a prompt-aware method reads the prompt with; raises TextEncoderError."""
+        tower = self.model.get_vision_tower()
+        text = tower.needs.relevance
+        if text is not None and self._tokenizer is None:
+            self._tokenizer = _tokenizer_of(self.model)
+        if text == "clip" and self._clip_text is None:
+            self._clip_text = ClipText.load(tower.vision_tower_name)
+
+    def relevance(self, tiles: tuple[int, ...], rows: list[Tensor] | None) -> Relevance | None:
+        """The function of patch features that a prompt-aware method needs; None for others.
+
+        rows : the token ids that each image stands in
+        """
+        tower = self.model.get_vision_tower()
+        text = tower.needs.relevance
+        if text is None or rows is None:
+            return None
+        self.load_text()
+        prompts = [read_prompt(row, self._tokenizer) for row in rows]
+        repeats = torch.tensor(tiles)
+
+        def of_features(features: Tensor) -> Tensor:
+            if self._clip_text is not None:
+                clip = self._clip_text.to(features.device)
+                patches = clip.patches(tower.vision_tower, features)
+                texts = torch.stack([clip.embed(prompt) for prompt in prompts])
+            else:
+                patches = self.model.get_model().mm_projector(features)
+                texts = torch.stack([self._mean_embedding(prompt) for prompt in prompts])
+            texts = texts.to(patches.device)
+            return relevance(patches, texts.repeat_interleave(repeats.to(texts.device), 0))
+
+        return of_features
+
+    def _mean_embedding(self, prompt: str) -> Tensor:
+        """(D,) float32, mean of the language model's input embeddings of the prompt."""
+        ids = self._tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        embed = self.model.get_model().embed_tokens
+        return embed(ids.to(embed.weight.device))[0].float().mean(0)
+
+
+_LAST: ContextVar[tuple[weakref.ref[Pruning], list[ImageReport]] | None] = ContextVar(
+    "llava_hvp_last", default=None
+)
+
+
+def attach(model: Any, method: Method, *, tokenizer: Any = None) -> Pruning:
+    """See `llava_hvp.prune`."""
+    if not isinstance(method, Method):
+        raise UnsupportedModelError(
+            f"{method!r} is no Method: give one, as HIVTP(r_max=0.5) or get_method('hivtp')"
+        )
+    model = find_llava(model)
+    tower = model.get_vision_tower()
+    if tower is None:
+        raise UnsupportedModelError(
+            f"this {type(model).__name__} has no vision tower: load a LLaVA checkpoint"
+        )
+    if "llava_hvp" in model.__dict__ or isinstance(tower, PrunedCLIPVisionTower):
+        raise PrunedStateError(
+            "this model is pruned already: unprune(model) first, or leave its `with` block"
+        )
+    patched = [f.__name__ for f in OVERRIDES if f.__name__ in model.__dict__]
+    if patched:
+        raise PrunedStateError(
+            f"{', '.join(patched)} of this model is patched by something else: undo that first"
+        )
+    PrunedCLIPVisionTower.adopt(tower, method)
+    pruning = bind(model, tokenizer)
+    try:
+        pruning.load_text()
+    except BaseException:
+        detach(model)
+        raise
+    return pruning
+
+
+def bind(model: Any, tokenizer: Any = None) -> Pruning:
+    """Give one model the overrides; its tower decides what they do."""
+    pruning = Pruning(model, tokenizer)
+    model.llava_hvp = pruning
+    for override in (*OVERRIDES, *compat.instance_bridges()):
+        setattr(model, override.__name__, types.MethodType(override, model))
+    return pruning
+
+
+def detach(model: Any) -> None:
+    """See `llava_hvp.unprune`."""
+    model = find_llava(model)
+    if "llava_hvp" not in model.__dict__:
+        raise PrunedStateError("this model is not pruned: nothing to undo")
+    for override in (*OVERRIDES, *compat.instance_bridges()):
+        model.__dict__.pop(override.__name__, None)
+    del model.__dict__["llava_hvp"]
+    tower = model.get_vision_tower()
+    if isinstance(tower, PrunedCLIPVisionTower):
+        tower.release()
+
+
+def find_llava(model: Any) -> Any:
+    """The LLaVA model in what the user holds: itself, or inside a wrapper (PEFT, DDP).
+
+    Raises UnsupportedModelError where there is none.
+    """
+    if isinstance(model, LlavaMetaForCausalLM):
+        return model
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    for module in modules:
+        if isinstance(module, LlavaMetaForCausalLM):
+            return module
+    raise UnsupportedModelError(
+        f"{type(model).__name__} is not a LLaVA model: give what llava.model.builder."
+        "load_pretrained_model returns (transformers' own LlavaForConditionalGeneration is another "
+        "implementation)"
+    )
+
+
+def _tokenizer_of(model: Any) -> Any:
+    from transformers import AutoTokenizer
+
+    checkpoint = model.config._name_or_path
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint, use_fast=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise TextEncoderError(
+            f"no tokenizer to read the prompt with in {checkpoint!r} ({error}): pass it, as "
+            "prune(model, method, tokenizer=tokenizer)"
+        ) from error

@@ -1,0 +1,179 @@
+"""LLaVA's CLIP vision tower with a method: runs to the selected layer, scores, selects."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+from torch import Tensor
+
+from llava_hvp.encoder.capture import Taps, recording
+from llava_hvp.encoder.vit import Geometry, hidden_states, layers_of, read_geometry
+from llava_hvp.errors import TextEncoderError, UnsupportedModelError
+from llava_hvp.methods.base import Method, Needs, Selection, VisionContext, raise_unless_finite
+
+Relevance = Callable[[Tensor], Tensor]  # features (T, N, D) -> relevance (T, N)
+_TAPPING = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """features : (T, N, D) of the selected layer, on the device, in the images' dtype
+    selection : which patches of them stay, on the CPU
+    """
+
+    features: Tensor
+    selection: Selection
+
+
+class PrunedCLIPVisionTower(CLIPVisionTower):
+    """LLaVA's `CLIPVisionTower`, handing on only the patches that a method keeps.
+
+    `build_vision_tower` makes one while `builder.install(method)` holds; `adopt` turns a loaded
+    stock tower into one, in place, and `release` turns it back.
+    """
+
+    prune_method: Method
+    _taps: Taps | None = None
+
+    def __init__(self, vision_tower: str, args: Any, delay_load: bool = False, *, method: Method):
+        self.prune_method = method
+        super().__init__(vision_tower, args, delay_load)
+
+    @classmethod
+    def adopt(cls, tower: CLIPVisionTower, method: Method) -> None:
+        """Make a loaded stock tower a pruned one; on an error it stays as it was."""
+        check_tower(tower, method)
+        tower.__class__ = cls
+        tower.prune_method = method
+        tower._tap()
+
+    def release(self) -> None:
+        """Back to the stock tower, hooks and attributes gone."""
+        if self._taps is not None:
+            self._taps.remove()
+        for name in ("prune_method", "_taps"):
+            self.__dict__.pop(name, None)
+        self.__class__ = CLIPVisionTower
+
+    def load_model(self, device_map: Any = None) -> None:
+        super().load_model(device_map=device_map)
+        check_tower(self, self.prune_method)
+
+    @property
+    def geometry(self) -> Geometry:
+        return read_geometry(self.vision_tower)
+
+    @property
+    def needs(self) -> Needs:
+        """What the method reads of this tower."""
+        geometry = self.geometry
+        return self.prune_method.needs(geometry.depth, geometry.normalised(self.select_layer))
+
+    def _tap(self) -> None:
+        """Hook the layers that the method reads, anew where loading has replaced their modules."""
+        layers = layers_of(self.vision_tower)
+        if self._taps is not None and self._taps.on(layers):
+            return
+        with _TAPPING:
+            if self._taps is not None:
+                if self._taps.on(layers):
+                    return
+                self._taps.remove()
+            self._taps = Taps(layers, self.needs)
+
+    @torch.no_grad()
+    def encode(
+        self, images: Tensor, tiles: tuple[int, ...], relevance: Relevance | None = None
+    ) -> Encoded:
+        """Encode tiles and select on each.
+
+        Parameters
+        ----------
+        images : (T, 3, H, W)
+        tiles : tiles of each image, T in all
+        relevance : of the features to the prompt, for a method that needs it
+
+        Raises
+        ------
+        ScoreError : scores that are not finite
+        """
+        self._tap()
+        geometry, method, needs = self.geometry, self.prune_method, self.needs
+        select = geometry.normalised(self.select_layer)
+        with recording(needs, geometry.heads, geometry.patches) as scores:
+            hidden = hidden_states(
+                self.vision_tower, images.to(device=self.device, dtype=self.dtype), select
+            )
+        features = self._patches(hidden).to(images.dtype)
+        if needs.relevance is not None and relevance is None:
+            raise TextEncoderError(
+                f"{method.name} reads the prompt, and none came with the images: call the model "
+                "with input_ids, or use a method that does not read it"
+            )
+        context = VisionContext(
+            grid=geometry.grid,
+            # A tower spread over several devices leaves its scores on each.
+            received={layer: s.to(features.device) for layer, s in scores.received.items()},
+            depth=geometry.depth,
+            select=select,
+            cls={layer: s.to(features.device) for layer, s in scores.cls.items()},
+            features=features if needs.features else None,
+            relevance=relevance(features) if needs.relevance and relevance else None,
+            tiles=tiles,
+        )
+        return Encoded(features, _selection_on_cpu(method, context))
+
+    def _patches(self, hidden: Tensor) -> Tensor:
+        return hidden[:, hidden.shape[1] - self.geometry.patches :]
+
+    def forward(self, images: Tensor | list[Tensor]) -> list[Tensor]:
+        """Kept features, a (kept, D) tensor for each tile; each tile counts as an image.
+
+        A list and not a tensor: a model without our `encode_images` fails on it rather than
+        running unpruned.
+        """
+        if isinstance(images, list):
+            images = torch.stack(images)
+        encoded = self.encode(images, (1,) * len(images))
+        keep = encoded.selection.keep.to(encoded.features.device)
+        return [tile[mask] for tile, mask in zip(encoded.features, keep, strict=True)]
+
+
+def check_tower(tower: Any, method: Method) -> None:
+    """Raise a LlavaHvpError unless `method` can run on this loaded tower."""
+    if not isinstance(tower, CLIPVisionTower) or type(tower) not in (
+        CLIPVisionTower,
+        PrunedCLIPVisionTower,
+    ):
+        raise UnsupportedModelError(
+            f"the vision tower is a {type(tower).__name__}: pruning reads the attention of LLaVA's "
+            "CLIPVisionTower (S2, convolutional and other towers have no one grid of patches)"
+        )
+    if not tower.is_loaded:
+        raise UnsupportedModelError(
+            f"the vision tower {tower.vision_tower_name!r} is not loaded: call its load_model()"
+        )
+    if tower.select_feature != "patch":
+        raise UnsupportedModelError(
+            f"mm_vision_select_feature={tower.select_feature!r}: pruning supports 'patch', which "
+            "all released LLaVA-1.5 and LLaVA-NeXT checkpoints have"
+        )
+    geometry = read_geometry(tower.vision_tower)
+    method.needs(geometry.depth, geometry.normalised(tower.select_layer))
+    method.check(geometry.grid)
+
+
+def _selection_on_cpu(method: Method, context: VisionContext) -> Selection:
+    """Select, and bring masks and the look at the scores over in the one transfer there is."""
+    selection = method.select_unchecked(context)
+    names, finite = context.finite()
+    masks = torch.stack([selection.keep, *selection.roles.values()])
+    packed = torch.cat([masks.flatten(), finite.to(masks.device)]).cpu()
+    raise_unless_finite(names, packed[masks.numel() :].tolist())
+    keep, *roles = packed[: masks.numel()].view(masks.shape)
+    return Selection(keep, dict(zip(selection.roles, roles, strict=True)))

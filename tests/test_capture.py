@@ -1,0 +1,127 @@
+"""Attention seen through q and k, against the attention itself."""
+
+import pytest
+import torch
+from transformers import CLIPVisionModel
+
+from llava_hvp.encoder import capture
+from llava_hvp.encoder.capture import Taps, recording, reduce_attention
+from llava_hvp.encoder.vit import hidden_states, layers_of
+from llava_hvp.errors import UnsupportedModelError
+from llava_hvp.methods.base import Needs
+
+
+def plain(q, k, heads):
+    """(T, heads, S, S), the softmax written out."""
+    tiles, tokens, width = q.shape
+    split = (tiles, tokens, heads, width // heads)
+    q, k = (x.double().view(split).transpose(1, 2) for x in (q, k))
+    return (q @ k.transpose(2, 3) / (width // heads) ** 0.5).softmax(-1)
+
+
+def random_qk(tiles, tokens, width, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [2 * torch.randn(tiles, tokens, width, generator=generator) for _ in "qk"]
+
+
+@pytest.mark.parametrize("with_cls", [True, False])
+@pytest.mark.parametrize(("tiles", "patches", "heads"), [(1, 4, 1), (3, 64, 4), (2, 576, 16)])
+def test_reduced_equals_the_mean_over_the_whole_map(tiles, patches, heads, with_cls):
+    q, k = random_qk(tiles, patches + with_cls, heads * 16)
+    attention = plain(q, k, heads)
+    received, cls = reduce_attention(q, k, heads, patches)
+    assert torch.allclose(received.double(), attention.mean((1, 2))[:, with_cls:], atol=1e-8)
+    assert torch.allclose(cls.double(), attention[:, :, 0, with_cls:].mean(1), atol=1e-7)
+    assert received.dtype == torch.float32
+
+
+def test_received_attention_sums_to_one_with_its_cls_column():
+    q, k = random_qk(2, 65, 64)
+    received, _ = reduce_attention(q, k, 4, 65)
+    assert torch.allclose(received.sum(1), torch.ones(2), atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [1, 1000, 70_000, 10**9])
+def test_the_chunk_changes_no_more_than_rounding(chunk, monkeypatch):
+    q, k = random_qk(3, 65, 64)
+    expected, expected_cls = reduce_attention(q, k, 4, 64)
+    monkeypatch.setitem(capture.CHUNK, "cpu", chunk)
+    received, cls = reduce_attention(q, k, 4, 64)
+    assert torch.allclose(received, expected, atol=1e-8)
+    assert torch.allclose(cls, expected_cls, atol=1e-8)
+
+
+def test_a_tile_has_the_same_bits_alone_and_in_a_batch():
+    q, k = random_qk(5, 577, 256)
+    together, _ = reduce_attention(q, k, 4, 576)
+    alone = [reduce_attention(q[i : i + 1], k[i : i + 1], 4, 576)[0] for i in range(5)]
+    assert torch.equal(together, torch.cat(alone))
+
+
+def test_half_precision_is_reduced_in_float32():
+    q, k = (x.half() for x in random_qk(1, 65, 64))
+    received, _ = reduce_attention(q, k, 4, 64)
+    assert torch.equal(received, reduce_attention(q.float(), k.float(), 4, 64)[0])
+
+
+@pytest.fixture
+def tower(checkpoints):
+    path = checkpoints("llava-1.5-llama").parent / "clip-112"
+    eager = CLIPVisionModel.from_pretrained(path, attn_implementation="eager")
+    return CLIPVisionModel.from_pretrained(path), eager, torch.randn(2, 3, 112, 112)
+
+
+def test_hooks_see_what_eager_attention_computes(tower):
+    model, eager, images = tower
+    needs = Needs(received=(3, 9, 23), cls=(1, 23))
+    taps = Taps(layers_of(model), needs)
+    with recording(needs, 4, 64) as scores:
+        hidden_states(model, images, 23)
+    taps.remove()
+    with torch.no_grad():
+        maps = eager(images, output_attentions=True).attentions
+    assert set(scores.received) == {3, 9, 23}
+    assert set(scores.cls) == {1, 23}
+    for layer, received in scores.received.items():
+        assert torch.allclose(received, maps[layer - 1].mean((1, 2))[:, 1:], atol=1e-7)
+    for layer, cls in scores.cls.items():
+        assert torch.allclose(cls, maps[layer - 1][:, :, 0, 1:].mean(1), atol=1e-7)
+
+
+@pytest.mark.parametrize("layer", [0, 1, 12, 23, 24])
+def test_hidden_states_have_the_bits_of_a_full_pass(layer, tower):
+    model, _, images = tower
+    with torch.no_grad():
+        expected = model(images, output_hidden_states=True).hidden_states[layer]
+    assert torch.equal(hidden_states(model, images, layer), expected)
+
+
+def test_nothing_is_recorded_outside_a_recording_and_removed_hooks_are_gone(tower):
+    model, _, images = tower
+    layers = layers_of(model)
+    taps = Taps(layers, Needs(received=(5,)))
+    hidden_states(model, images, 23)  # no recording: the hooks must stay silent
+    assert len(layers[4].self_attn.q_proj._forward_hooks) == 1
+    taps.remove()
+    assert not layers[4].self_attn.q_proj._forward_hooks
+
+
+def test_a_layer_whose_hooks_do_not_fire_is_an_error(tower):
+    model, _, images = tower
+    with (
+        pytest.raises(UnsupportedModelError, match=r"\[9\].*q_proj"),
+        recording(Needs(received=(9,)), 4, 64),
+    ):
+        hidden_states(model, images, 23)
+
+
+def test_only_the_named_layers_are_hooked(tower):
+    model, _, _ = tower
+    taps = Taps(layers_of(model), Needs(received=(7, 8)))
+    hooked = [
+        number
+        for number, layer in enumerate(layers_of(model), 1)
+        if layer.self_attn.q_proj._forward_hooks or layer.self_attn.k_proj._forward_hooks
+    ]
+    taps.remove()
+    assert hooked == [7, 8]

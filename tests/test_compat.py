@@ -1,0 +1,172 @@
+"""Versions that we know, and the gaps between them."""
+
+import importlib
+import inspect
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from llava_hvp import HIVTP, prune
+from llava_hvp.errors import UnsupportedVersionError
+from llava_hvp.host import compat
+
+
+@pytest.fixture
+def unchecked():
+    """`check_versions` remembers that all is well; forget it around a test."""
+    compat.check_versions.cache_clear()
+    yield
+    compat.check_versions.cache_clear()
+
+
+@pytest.mark.parametrize("version", ["4.31.0", "6.0.1", "none"])
+def test_an_unsupported_transformers_is_named(version, unchecked, monkeypatch):
+    monkeypatch.setattr(compat, "_version", lambda name: version)
+    with pytest.raises(UnsupportedVersionError, match=rf"transformers {version}.*4\.37\.2, 4\.57"):
+        compat.check_versions()
+
+
+def test_a_missing_llava_is_named(unchecked, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UnsupportedVersionError, match=r"no module `llava`.*pip install"):
+        compat.check_versions()
+
+
+def test_a_llava_with_other_arguments_is_refused(unchecked, monkeypatch):
+    from llava.model.llava_arch import LlavaMetaForCausalLM
+
+    def newer(
+        self,
+        input_ids,
+        position_ids,
+        attention_mask,
+        past_key_values,
+        labels,
+        images,
+        modalities=None,
+        image_sizes=None,
+    ):
+        raise NotImplementedError
+
+    monkeypatch.setattr(LlavaMetaForCausalLM, "prepare_inputs_labels_for_multimodal", newer)
+    with pytest.raises(UnsupportedVersionError, match=r"modalities.*1\.2\.2\.post1"):
+        compat.check_versions()
+
+
+def test_the_error_that_llava_swallows_is_shown(tmp_path):
+    """llava/model/__init__.py has a bare except; what fails inside must reach the user."""
+    package = tmp_path / "llava"
+    (package / "model" / "language_model").mkdir(parents=True)
+    (package / "__init__.py").write_text("from .model import LlavaLlamaForCausalLM\n")
+    (package / "model" / "__init__.py").write_text(
+        textwrap.dedent("""
+            try:
+                from .language_model.llava_llama import LlavaLlamaForCausalLM
+            except:
+                pass
+        """)
+    )
+    (package / "model" / "language_model" / "__init__.py").write_text("")
+    (package / "model" / "language_model" / "llava_llama.py").write_text(
+        "import a_missing_library\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", "import llava_hvp.host"],
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": f"{tmp_path}:{':'.join(p for p in sys.path if p)}", "PATH": "/usr/bin"},
+        check=False,
+    )
+    assert result.returncode != 0
+    assert "UnsupportedVersionError" in result.stderr
+    assert "No module named 'a_missing_library'" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "kind", ["llava-1.5-llama-unfrozen", "llava-next-llama-unfrozen", "llava-next-mistral-unfrozen"]
+)
+def test_an_unfrozen_tower_has_the_weights_of_the_llava_checkpoint(kind, loaded):
+    """Every tensor of it: a key that does not match would leave made-up weights silently."""
+    bundle = loaded(kind)
+    prefix = "model.vision_tower.vision_tower.vision_model."
+    stored = {
+        key.removeprefix(prefix): tensor
+        for key, tensor in load_file(bundle.path / "model.safetensors").items()
+        if key.startswith(prefix)
+    }
+    held = {
+        key.removeprefix("vision_model."): tensor
+        for key, tensor in bundle.model.get_vision_tower().vision_tower.state_dict().items()
+    }
+    assert len(stored) > 24 * 16
+    for key, tensor in stored.items():
+        assert torch.equal(held[key], tensor.float()), key
+
+
+def test_tower_weights_that_the_checkpoint_lacks_come_from_the_towers_own(tmp_path, checkpoints):
+    """Stock leaves uninitialised memory there under transformers 4, random weights under 5."""
+    import json
+    import shutil
+
+    from conftest import load
+
+    folder = tmp_path / "llava-1.5-lacking"
+    shutil.copytree(checkpoints("llava-1.5-llama"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["unfreeze_mm_vision_tower"] = True
+    (folder / "config.json").write_text(json.dumps(config))
+    held = load(folder).model.get_vision_tower().vision_tower.state_dict()
+    own = transformers.CLIPVisionModel.from_pretrained(config["mm_vision_tower"]).state_dict()
+    assert held.keys() == own.keys()
+    for key, tensor in own.items():
+        assert torch.equal(held[key], tensor.half().float()), key
+
+
+def test_prune_makes_generation_work_without_the_process_wide_bridge(loaded, photos):
+    bundle = loaded("llava-1.5-llama")
+    arguments = bundle.ids("What is this?"), bundle.pixels(photos[0]), None
+    with prune(bundle.model, HIVTP(r_max=0.5)):
+        expected = bundle.generate(*arguments)
+        compat.unbridge()
+        try:
+            assert torch.equal(bundle.generate(*arguments), expected)
+        finally:
+            compat.bridge()
+
+
+def test_bridge_is_undone_exactly_and_may_be_called_twice():
+    from llava.model import LlavaLlamaForCausalLM
+    from llava.model.multimodal_encoder import clip_encoder
+
+    compat.unbridge()
+    before = dict(vars(LlavaLlamaForCausalLM)), dict(vars(clip_encoder))
+    with compat.bridged():
+        compat.bridge()
+    assert (dict(vars(LlavaLlamaForCausalLM)), dict(vars(clip_encoder))) == before
+    compat.bridge()
+
+
+def test_the_bridge_drops_only_what_forward_does_not_take(loaded):
+    bundle = loaded("llava-1.5-llama")
+    names = inspect.signature(type(bundle.model).forward).parameters
+    inputs = compat.prepare_inputs_for_generation(
+        bundle.model,
+        torch.ones(1, 3, dtype=torch.long),
+        attention_mask=torch.ones(1, 3),
+        cache_position=torch.arange(3),
+        use_cache=True,
+    )
+    assert "cache_position" not in inputs
+    assert "attention_mask" in inputs
+    assert set(inputs) <= set(names)
+
+
+def test_found_versions_says_where_llava_lies():
+    versions = compat.found_versions()
+    assert versions["transformers"] == transformers.__version__
+    assert "1.2.2.post1" in versions["llava"]

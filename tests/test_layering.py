@@ -1,0 +1,80 @@
+"""Arrows go one way: methods know torch, the encoder transformers, the host LLaVA."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import llava_hvp
+
+PACKAGE = Path(llava_hvp.__file__).parent
+HOSTS = {"llava", "transformers"}
+
+
+def hosts_loaded_by(statement):
+    """Which hosts a fresh interpreter has loaded after a statement."""
+    code = f"import sys\n{statement}\nprint([m for m in {sorted(HOSTS)} if m in sys.modules])"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PYTHONPATH": str(PACKAGE.parent), "PATH": "/usr/bin:/bin"},
+    )
+    return set(ast.literal_eval(result.stdout.splitlines()[-1]))
+
+
+def test_importing_the_package_loads_no_host():
+    names = ", ".join(llava_hvp.__all__)
+    assert (
+        hosts_loaded_by(f"from llava_hvp import {names}\nget_method('hivtp', r_max=0.5)") == set()
+    )
+
+
+def test_the_check_sees_a_host_that_is_loaded():
+    assert hosts_loaded_by("import llava_hvp.host") == HOSTS
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+@pytest.mark.parametrize(
+    ("part", "forbidden"),
+    [
+        ("select.py", {"transformers", "llava", "llava_hvp"}),
+        (
+            "methods",
+            {"transformers", "llava", "llava_hvp.encoder", "llava_hvp.host", "llava_hvp.cli"},
+        ),
+        ("encoder", {"llava", "llava_hvp.host", "llava_hvp.cli"}),
+        ("host", {"llava_hvp.cli", "llava_hvp.methods.hivtp", "llava_hvp.methods.hiprune"}),
+        ("testing", {"llava", "llava_hvp.host", "llava_hvp.encoder", "llava_hvp.methods"}),
+    ],
+)
+def test_no_import_against_the_arrows(part, forbidden):
+    path = PACKAGE / part
+    files = [path] if path.is_file() else sorted(path.rglob("*.py"))
+    assert files
+    for file in files:
+        for module in imports(file):
+            bad = [f for f in forbidden if module == f or module.startswith(f + ".")]
+            assert not bad, f"{file.relative_to(PACKAGE)} imports {module}"
+
+
+@pytest.mark.parametrize("part", ["methods", "select.py", "encoder", "host"])
+def test_no_size_of_one_tower_is_written_into_the_code(part):
+    path = PACKAGE / part
+    for file in [path] if path.is_file() else sorted(path.rglob("*.py")):
+        numbers = {
+            node.value
+            for node in ast.walk(ast.parse(file.read_text()))
+            if isinstance(node, ast.Constant) and isinstance(node.value, int)
+        }
+        assert not numbers & {576, 577, 335, 336, 2880}, file
