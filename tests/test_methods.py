@@ -463,7 +463,7 @@ def test_selecting_leaves_the_scores_as_they_were(name):
 @each_method
 def test_a_method_is_rebuilt_from_its_options_and_cannot_be_changed(name):
     method = get_method(name, num_tokens=64, newline="all")
-    assert get_method(name, **method.options()) == method
+    assert get_method(name, **dataclasses.asdict(method)) == method
     with pytest.raises(dataclasses.FrozenInstanceError):
         method.r_max = 0.9
 

@@ -8,7 +8,7 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from llava_hvp import HiPrunePlus, prune
 from llava_hvp.encoder.text import ClipText, relevance
-from llava_hvp.host.prompt import last_user_turn, read_prompt
+from llava_hvp.host.prompt import last_user_turn, read_prompt, rows_of_images
 
 QUESTION = "Is there a red car, or a USER manual?"
 CHATS = {name: t for name, t in conv_templates.items() if t.sep_style != SeparatorStyle.PLAIN}
@@ -105,12 +105,10 @@ def test_llm_relevance_compares_with_the_prompts_input_embeddings(loaded):
     assert torch.allclose(ours, expected, atol=1e-6)
 
 
-def test_each_image_meets_its_own_rows_prompt(loaded, photos):
+def test_each_image_meets_its_own_rows_prompt():
     """Two rows, three images: the second row's two images get the second row's prompt."""
-    from llava_hvp.host.packing import _prompt_of_each_image
-
     rows = [torch.tensor([1, -200, 5]), torch.tensor([1, -200, 6, -200, 7]), torch.tensor([1, 9])]
-    given = _prompt_of_each_image(rows, 4)
+    given = rows_of_images(rows, 4)
     assert [row[-1].item() for row in given] == [5, 7, 7, 9]
 
 

@@ -1,6 +1,7 @@
 """Pruned calls: the right patches, in the right order, for every form of batch."""
 
 import threading
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from llava_hvp import (
     HIVTP,
     HiPrune,
     HiPrunePlus,
+    Needs,
     Random,
+    Selection,
     Uniform,
     VisionContext,
     get_method,
@@ -18,6 +21,7 @@ from llava_hvp import (
     prune,
 )
 from llava_hvp.encoder.vit import transformer
+from llava_hvp.select import top_k
 
 BOTH = ["llava-1.5-llama", "llava-next-llama"]
 METHODS = {
@@ -294,3 +298,24 @@ def test_real_counts(size, loaded, photos):
         assert report.kept_patches <= 144 * report.tiles
         assert report.kept_of_patches <= 0.25
         assert report.kept_of_stock == report.kept_tokens / known[size]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NearestToTheMean(Uniform):
+    """A method of somebody else's, reading what none of ours reads. Not registered: no own name."""
+
+    def reads(self, depth, select):
+        return Needs(cls=(2, select), features=True)
+
+    def choose(self, context, budget):
+        assert set(context.cls) == {2, 23}
+        assert not context.received
+        spread = (context.features - context.features.mean(1, keepdim=True)).norm(dim=-1)
+        return Selection.of(uniform=top_k(context.cls[23] - spread, budget))
+
+
+def test_a_foreign_method_may_read_cls_attention_and_features(loaded, photos):
+    bundle = loaded("llava-next-llama")
+    with prune(bundle.model, NearestToTheMean(r_max=0.25)) as pruned:
+        bundle.generate(bundle.ids("x"), bundle.pixels(photos[0]), [photos[0].size])
+    assert pruned.last[0].selection.keep.sum(1).tolist() == [16] * 5

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from llava.constants import IMAGE_TOKEN_INDEX
 from torch import Tensor
 
 from llava_hvp.errors import UnsupportedModelError
@@ -53,11 +52,10 @@ def pack(
     stacks = [x[None] if x.ndim == 3 else x for x in images] if tiled else list(images[:, None])
     tiles = tuple(len(stack) for stack in stacks)
     pixels = torch.cat(stacks) if tiled else images
-    relevance = pruning.relevance(tiles, _prompt_of_each_image(prompts, len(tiles)))
-    encoded = tower.encode(pixels, tiles, relevance)
+    encoded = tower.encode(pixels, tiles, pruning.relevance(tiles, prompts))
 
     sizes = sizes_of(image_sizes, len(tiles))
-    grid = tower.geometry.grid
+    grid = tower.reading().geometry.grid
     arrangement = Arrangement.of(model.config, grid, tower.config.image_size)
     layouts = [
         layout(arrangement, count, size, method.patch_merge) if tiled else _one_tile(grid)
@@ -128,11 +126,3 @@ def _project(
         order = torch.where(is_newline, len(index), (~is_newline).cumsum(0) - 1)
         projected = torch.cat((projected, newline))[order.to(projected.device)]
     return list(projected.split([len(t) for t in kept]))
-
-
-def _prompt_of_each_image(prompts: list[Tensor] | None, images: int) -> list[Tensor] | None:
-    """The row that each image is in; a row without an image token holds one unused image."""
-    if prompts is None:
-        return None
-    rows = [row for row in prompts for _ in range(max(1, int((row == IMAGE_TOKEN_INDEX).sum())))]
-    return (rows + rows[-1:] * images)[:images]

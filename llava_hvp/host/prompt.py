@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from llava.constants import (
     DEFAULT_IM_END_TOKEN,
     DEFAULT_IM_START_TOKEN,
@@ -103,3 +104,10 @@ def read_prompt(ids: Tensor, tokenizer: Any) -> str:
             "asks about: ask something, or use hiprune"
         )
     return prompt
+
+
+def rows_of_images(rows: list[Tensor], images: int) -> list[Tensor]:
+    """The row that each image stands in; one without an image token holds an image, unused."""
+    marks = torch.stack([(row == IMAGE_TOKEN_INDEX).sum() for row in rows]).tolist()
+    found = [row for row, count in zip(rows, marks, strict=True) for _ in range(max(1, count))]
+    return (found + rows[-1:] * images)[:images]

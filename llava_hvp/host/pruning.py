@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from llava_hvp.encoder.text import ClipText, relevance
 from llava_hvp.errors import PrunedStateError, TextEncoderError, UnsupportedModelError
 from llava_hvp.host import arch, compat
-from llava_hvp.host.prompt import read_prompt
+from llava_hvp.host.prompt import read_prompt, rows_of_images
 from llava_hvp.host.tower import PrunedCLIPVisionTower, Relevance
 from llava_hvp.methods.base import Method
 from llava_hvp.report import ImageReport
@@ -64,7 +64,7 @@ class Pruning:
     def load_text(self) -> None:
         """Load what a prompt-aware method reads the prompt with; raises TextEncoderError."""
         tower = self.model.get_vision_tower()
-        text = tower.needs.relevance
+        text = tower.reading().needs.relevance
         if text is not None and self._tokenizer is None:
             self._tokenizer = _tokenizer_of(self.model)
         if text == "clip" and self._clip_text is None:
@@ -73,14 +73,16 @@ class Pruning:
     def relevance(self, tiles: tuple[int, ...], rows: list[Tensor] | None) -> Relevance | None:
         """The function of patch features that a prompt-aware method needs; None for others.
 
-        rows : the token ids that each image stands in
+        Parameters
+        ----------
+        tiles : tiles of each image
+        rows : token ids of each row of the batch, without padding
         """
         tower = self.model.get_vision_tower()
-        text = tower.needs.relevance
-        if text is None or rows is None:
+        if tower.reading().needs.relevance is None or rows is None:
             return None
         self.load_text()
-        prompts = [read_prompt(row, self._tokenizer) for row in rows]
+        prompts = [read_prompt(row, self._tokenizer) for row in rows_of_images(rows, len(tiles))]
         repeats = torch.tensor(tiles)
 
         def of_features(features: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,19 @@ class Encoded:
     selection: Selection
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What a method reads of a loaded tower, worked out once.
+
+    select : the layer whose output goes on, numbered from 1
+    """
+
+    geometry: Geometry
+    select: int
+    needs: Needs
+    taps: Taps
+
+
 class PrunedCLIPVisionTower(CLIPVisionTower):
     """LLaVA's `CLIPVisionTower`, handing on only the patches that a method keeps.
 
@@ -38,7 +51,7 @@ class PrunedCLIPVisionTower(CLIPVisionTower):
     """
 
     prune_method: Method
-    _taps: Taps | None = None
+    _reading: Reading | None = None
 
     def __init__(self, vision_tower: str, args: Any, delay_load: bool = False, *, method: Method):
         self.prune_method = method
@@ -50,13 +63,13 @@ class PrunedCLIPVisionTower(CLIPVisionTower):
         check_tower(tower, method)
         tower.__class__ = cls
         tower.prune_method = method
-        tower._tap()
+        tower.reading()
 
     def release(self) -> None:
         """Back to the stock tower, hooks and attributes gone."""
-        if self._taps is not None:
-            self._taps.remove()
-        for name in ("prune_method", "_taps"):
+        if self._reading is not None:
+            self._reading.taps.remove()
+        for name in ("prune_method", "_reading"):
             self.__dict__.pop(name, None)
         self.__class__ = CLIPVisionTower
 
@@ -64,27 +77,28 @@ class PrunedCLIPVisionTower(CLIPVisionTower):
         super().load_model(device_map=device_map)
         check_tower(self, self.prune_method)
 
-    @property
-    def geometry(self) -> Geometry:
-        return read_geometry(self.vision_tower)
+    def reading(self) -> Reading:
+        """What to read of the loaded tower, hooks in place.
 
-    @property
-    def needs(self) -> Needs:
-        """What the method reads of this tower."""
-        geometry = self.geometry
-        return self.prune_method.needs(geometry.depth, geometry.normalised(self.select_layer))
-
-    def _tap(self) -> None:
-        """Hook the layers that the method reads, anew where loading has replaced their modules."""
+        They are set anew where loading has replaced the modules that they sat on.
+        """
         layers = layers_of(self.vision_tower)
-        if self._taps is not None and self._taps.on(layers):
-            return
+        reading = self._reading
+        if reading is not None and reading.taps.on(layers):
+            return reading
         with _TAPPING:
-            if self._taps is not None:
-                if self._taps.on(layers):
-                    return
-                self._taps.remove()
-            self._taps = Taps(layers, self.needs)
+            reading = self._reading
+            if reading is None or not reading.taps.on(layers):
+                if reading is not None:
+                    reading.taps.remove()
+                reading = self._reading = self._read(layers)
+            return reading
+
+    def _read(self, layers: Sequence[Any]) -> Reading:
+        geometry = read_geometry(self.vision_tower)
+        select = geometry.normalised(self.select_layer)
+        needs = self.prune_method.needs(geometry.depth, select)
+        return Reading(geometry, select, needs, Taps(layers, needs))
 
     @torch.no_grad()
     def encode(
@@ -102,14 +116,13 @@ class PrunedCLIPVisionTower(CLIPVisionTower):
         ------
         ScoreError : scores that are not finite
         """
-        self._tap()
-        geometry, method, needs = self.geometry, self.prune_method, self.needs
-        select = geometry.normalised(self.select_layer)
+        reading, method = self.reading(), self.prune_method
+        geometry, needs = reading.geometry, reading.needs
         with recording(needs, geometry.heads, geometry.patches) as scores:
             hidden = hidden_states(
-                self.vision_tower, images.to(device=self.device, dtype=self.dtype), select
+                self.vision_tower, images.to(device=self.device, dtype=self.dtype), reading.select
             )
-        features = self._patches(hidden).to(images.dtype)
+        features = hidden[:, hidden.shape[1] - geometry.patches :].to(images.dtype)
         if needs.relevance is not None and relevance is None:
             raise TextEncoderError(
                 f"{method.name} reads the prompt, and none came with the images: call the model "
@@ -120,16 +133,13 @@ class PrunedCLIPVisionTower(CLIPVisionTower):
             # A tower spread over several devices leaves its scores on each.
             received={layer: s.to(features.device) for layer, s in scores.received.items()},
             depth=geometry.depth,
-            select=select,
+            select=reading.select,
             cls={layer: s.to(features.device) for layer, s in scores.cls.items()},
             features=features if needs.features else None,
             relevance=relevance(features) if needs.relevance and relevance else None,
             tiles=tiles,
         )
         return Encoded(features, _selection_on_cpu(method, context))
-
-    def _patches(self, hidden: Tensor) -> Tensor:
-        return hidden[:, hidden.shape[1] - self.geometry.patches :]
 
     def forward(self, images: Tensor | list[Tensor]) -> list[Tensor]:
         """Kept features, a (kept, D) tensor for each tile; each tile counts as an image.

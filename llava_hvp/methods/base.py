@@ -7,7 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -281,14 +281,6 @@ class Method(ABC):
     def _has_plain_budget(self) -> bool:
         """Whether a budget of N means that all is kept (not so for sizes given by hand)."""
         return True
-
-    def options(self) -> dict[str, Any]:
-        """The options that differ from their defaults, by name."""
-        return {
-            f.name: getattr(self, f.name)
-            for f in dataclasses.fields(self)
-            if getattr(self, f.name) != f.default
-        }
 
 
 def scaled_layers(layers: Iterable[int], depth: int | None, select: int | None) -> tuple[int, ...]:

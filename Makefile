@@ -1,0 +1,40 @@
+# make demo: set up, and prune a real photo with every method.  make test: all tests, on three
+# releases of transformers.  Set PYTHON to choose the interpreter (3.10 or newer).
+PYTHON ?= python3
+TORCH ?= 2.13.0
+OLD := 4.37.2
+MIDDLE := 4.57.6
+NEW := 5.23.0
+VENVS := .venvs
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENVS)/$(MIDDLE)/ready
+	$(VENVS)/$(MIDDLE)/bin/python examples/demo.py --out demo-out
+
+test: test-$(OLD) test-$(MIDDLE) test-$(NEW)
+
+test-%: $(VENVS)/%/ready
+	$(VENVS)/$*/bin/python -m pytest -q
+
+lint: $(VENVS)/$(NEW)/ready
+	$(VENVS)/$(NEW)/bin/ruff check .
+	$(VENVS)/$(NEW)/bin/ruff format --check .
+	$(VENVS)/$(NEW)/bin/mypy llava_hvp examples benchmarks
+
+bench: $(VENVS)/$(NEW)/ready
+	$(VENVS)/$(NEW)/bin/python benchmarks/encoder.py
+
+# One environment for each transformers release. LLaVA goes in without its dependencies, whose pins
+# no current machine can meet; the extra `host` names what it imports.
+$(VENVS)/%/ready: pyproject.toml Makefile
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed: make PYTHON=python3.11") if sys.version_info < (3, 10) else None'
+	$(PYTHON) -m venv $(VENVS)/$*
+	$(VENVS)/$*/bin/python -m pip install --quiet torch==$(TORCH) transformers==$* -e '.[dev]'
+	$(VENVS)/$*/bin/python -m pip install --quiet --no-deps llava-torch==1.2.2.post1
+	touch $@
+
+.PRECIOUS: $(VENVS)/%/ready
+
+clean:
+	rm -rf $(VENVS) demo-out

@@ -1,0 +1,148 @@
+"""The main job, end to end: stock loader, a real photo, every method at five budgets.
+
+Makes a tiny LLaVA-1.5 and a tiny LLaVA-NeXT checkpoint (random weights: the answers mean nothing,
+the counts and the plumbing are real), loads both through LLaVA's own builder, prunes, generates,
+prints what was kept and how long the first token took, and draws the kept patches over the photo.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import skimage
+import torch
+from PIL import Image
+
+from llava_hvp import Method, get_method, list_methods, prune
+from llava_hvp.host import compat
+from llava_hvp.report import ImageReport
+from llava_hvp.testing import make_checkpoint
+
+PHOTO = Path(skimage.__file__).parent / "data" / "coffee.png"
+BUDGETS = (0.75, 0.5, 0.4, 0.25, 0.11)
+QUESTION = "What is in the picture?"
+PROMPT = f"A chat between a user and an assistant. USER: <image>\n{QUESTION} ASSISTANT:"
+COLOURS = {  # role -> how a kept patch is tinted; none of a reference method
+    "global": (0, 170, 60),
+    "local": (225, 40, 40),
+    "anchor": (245, 210, 0),
+    "buffer": (255, 130, 0),
+    "register": (0, 150, 160),
+    "text": (170, 60, 200),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--photo", type=Path, default=PHOTO)
+    parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder of the pictures")
+    parser.add_argument("--rounds", type=int, default=3, help="timed runs of each row")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    photo = Image.open(arguments.photo).convert("RGB")
+    print(f"photo: {arguments.photo.name}, {photo.width} x {photo.height}")
+    compat.bridge()  # so that unpruned LLaVA, the first row, runs on any supported transformers
+    with tempfile.TemporaryDirectory() as folder:
+        for version, name in (("1.5", "llava-1.5-tiny"), ("next", "llava-next-tiny")):
+            # A language model large enough for its share of the time to show.
+            checkpoint = make_checkpoint(
+                Path(folder) / name, version=version, layers=8, hidden_size=256
+            )
+            run(checkpoint, photo, arguments.out, arguments.rounds)
+
+
+def run(checkpoint: Path, photo: Image.Image, out: Path, rounds: int) -> None:
+    """Load one checkpoint as LLaVA does, and go through all methods and budgets."""
+    from llava.mm_utils import process_images, tokenizer_image_token
+    from llava.model.builder import load_pretrained_model
+
+    tokenizer, model, processor, _ = load_pretrained_model(
+        str(checkpoint), None, checkpoint.name, device="cpu", device_map="cpu"
+    )
+    model.float()
+    images = process_images([photo], processor, model.config).float()
+    ids = tokenizer_image_token(PROMPT, tokenizer, return_tensors="pt")[None]
+
+    def generate(tokens: int) -> Any:
+        return model.generate(
+            ids,
+            images=images,
+            image_sizes=[photo.size],
+            do_sample=False,
+            max_new_tokens=tokens,
+        )
+
+    def first_token() -> float:
+        started = time.perf_counter()
+        generate(1)
+        return time.perf_counter() - started
+
+    def beside_stock(method: Method) -> tuple[float, float, str, ImageReport]:
+        """TTFT in seconds, its ratio to stock's of the same round, the answer, the report."""
+        times, ratios = [], []
+        for _ in range(rounds):
+            stock = first_token()
+            with prune(model, method) as pruned:
+                times.append(first_token())
+                ratios.append(times[-1] / stock)
+                answer = tokenizer.decode(generate(8)[0], skip_special_tokens=True)
+        return statistics.median(times), statistics.median(ratios), answer, pruned.last[0]
+
+    first_token()  # warm-up
+    stock = statistics.median(first_token() for _ in range(rounds))
+    answer = tokenizer.decode(generate(8)[0], skip_special_tokens=True)
+    print(f"\n{checkpoint.name}: {tuple(images.shape)} pixels")
+    header = f"{'method':<10} {'r_max':>5} {'kept':>5} {'of':>5} {'tokens':>7} {'patches':>8}"
+    print(f"{header} {'TTFT':>8} {'ratio':>6}  answer")
+    print(
+        f"{'none':<10} {'':>5} {'':>5} {'':>5} {'':>7} {'':>8} {stock:>6.3f} s {1:>6.2f}  {answer}"
+    )
+    for name in list_methods():
+        for r_max in BUDGETS:
+            seconds, ratio, answer, report = beside_stock(get_method(name, r_max=r_max))
+            print(
+                f"{name:<10} {r_max:>5} {report.kept_tokens:>5} {report.stock_tokens:>5} "
+                f"{report.kept_of_stock:>7.1%} {report.kept_of_patches:>8.1%} {seconds:>6.3f} s "
+                f"{ratio:>6.2f}  {answer}"
+            )
+            if r_max == 0.25:
+                path = out / f"{checkpoint.name}-{name.replace('+', 'p')}.png"
+                draw(images, report, processor).save(path)
+    print(f"kept patches at r_max 0.25, by role: {out / checkpoint.name}-*.png")
+
+
+def draw(images: torch.Tensor, report: ImageReport, processor: Any) -> Image.Image:
+    """Every tile as the model sees it: pruned patches dark, kept ones tinted by role."""
+    tiles = images.flatten(0, -4)
+    mean, std = (
+        torch.tensor(v)[:, None, None] for v in (processor.image_mean, processor.image_std)
+    )
+    pixels = (tiles * std + mean).clamp(0, 1)
+    patch = pixels.shape[-1] // report.grid[1]
+
+    def over_pixels(mask: torch.Tensor) -> torch.Tensor:
+        grid = mask.view(-1, 1, *report.grid)
+        return grid.repeat_interleave(patch, 2).repeat_interleave(patch, 3)
+
+    pixels = torch.where(over_pixels(report.sent), pixels, 0.25 * pixels)
+    for role, mask in report.selection.roles.items():
+        if role in COLOURS:
+            colour = torch.tensor(COLOURS[role])[:, None, None] / 255
+            tinted = 0.6 * pixels + 0.4 * colour
+            pixels = torch.where(over_pixels(mask & report.sent), tinted, pixels)
+    shown = [Image.fromarray((tile.permute(1, 2, 0) * 255).byte().numpy()) for tile in pixels]
+    gap = 8
+    width = sum(tile.width + gap for tile in shown) - gap
+    sheet = Image.new("RGB", (width, shown[0].height), "white")
+    for number, tile in enumerate(shown):
+        sheet.paste(tile, (number * (tile.width + gap), 0))
+    return sheet
+
+
+if __name__ == "__main__":
+    main()
