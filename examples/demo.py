@@ -41,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--photo", type=Path, default=PHOTO)
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder of the pictures")
-    parser.add_argument("--rounds", type=int, default=3, help="timed runs of each row")
+    parser.add_argument("--rounds", type=int, default=2, help="timed runs of each row")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     photo = Image.open(arguments.photo).convert("RGB")
@@ -51,7 +51,7 @@ def main() -> None:
         for version, name in (("1.5", "llava-1.5-tiny"), ("next", "llava-next-tiny")):
             # A language model large enough for its share of the time to show.
             checkpoint = make_checkpoint(
-                Path(folder) / name, version=version, layers=8, hidden_size=256
+                Path(folder) / name, version=version, layers=6, hidden_size=256
             )
             run(checkpoint, photo, arguments.out, arguments.rounds)
 
@@ -87,10 +87,11 @@ def run(checkpoint: Path, photo: Image.Image, out: Path, rounds: int) -> None:
         times, ratios = [], []
         for _ in range(rounds):
             stock = first_token()
-            with prune(model, method) as pruned:
+            with prune(model, method):
                 times.append(first_token())
                 ratios.append(times[-1] / stock)
-                answer = tokenizer.decode(generate(8)[0], skip_special_tokens=True)
+        with prune(model, method) as pruned:
+            answer = tokenizer.decode(generate(8)[0], skip_special_tokens=True)
         return statistics.median(times), statistics.median(ratios), answer, pruned.last[0]
 
     first_token()  # warm-up
