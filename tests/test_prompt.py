@@ -40,6 +40,25 @@ def test_a_message_that_quotes_a_role_stays_whole(name):
     assert last_user_turn(conversation(template, "<image>\n" + question)) == question
 
 
+def test_special_tokens_decoded_with_a_space_after_them():
+    text = (
+        "<|im_start|> system\nAnswer.<|im_end|> <|im_start|> user\n<image>\nWhat is it?<|im_end|>"
+    )
+    assert last_user_turn(text + " <|im_start|> assistant\n") == "What is it?"
+
+
+def test_special_tokens_that_are_role_marks(loaded):
+    """As in LLaVA-1.6-34B, whose tokenizer has the marks of its template as special tokens."""
+    from transformers import AutoTokenizer
+
+    bundle = loaded("llava-1.5-llama")
+    tokenizer = AutoTokenizer.from_pretrained(bundle.path, use_fast=False)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    text = conversation(CHATS["chatml_direct"], "What is this?", "A cup.", "What colour is it?")
+    ids = torch.tensor(tokenizer(text).input_ids)
+    assert read_prompt(ids, tokenizer) == "What colour is it?"
+
+
 def test_text_in_no_template_is_the_prompt():
     assert last_user_turn("<image>\nA cat on a mat") == "A cat on a mat"
 

@@ -41,7 +41,7 @@ class ClipText:
             if report["missing_keys"]:
                 raise OSError(f"it lacks {sorted(report['missing_keys'])[:3]} and more")
             tokenizer = CLIPTokenizer.from_pretrained(checkpoint)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # hub, file format, shapes: whatever it is, there is no encoder
             raise TextEncoderError(
                 f"no CLIP text encoder in {checkpoint!r} ({error}): {remedy}"
             ) from error

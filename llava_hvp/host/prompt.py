@@ -34,8 +34,8 @@ _IMAGE_MARKS = (
 class _Marks:
     """What stands before a user's message, and what stands between it and the answer."""
 
-    user: str
-    answer: str
+    user: re.Pattern[str]
+    answer: re.Pattern[str]
     ends: tuple[str, ...]
 
 
@@ -47,12 +47,17 @@ def _templates() -> tuple[_Marks, ...]:
         style, (user, answer) = template.sep_style, template.roles
         ends = tuple(end for end in (template.sep, template.sep2) if end and end.strip())
         if style in (SeparatorStyle.SINGLE, SeparatorStyle.TWO):
-            found.add(_Marks(user + ":", answer + ":", ends))
+            found.add((user + ":", answer + ":", ends))
         elif style == SeparatorStyle.MPT:
-            found.add(_Marks(user.strip(), answer.strip(), ends))
+            found.add((user.strip(), answer.strip(), ends))
         elif style == SeparatorStyle.LLAMA_2:
-            found.add(_Marks("[INST]", "[/INST]", ends))
-    return tuple(sorted(found, key=repr))
+            found.add(("[INST]", "[/INST]", ends))
+    return tuple(_Marks(_pattern(u), _pattern(a), ends) for u, a, ends in sorted(found))
+
+
+def _pattern(mark: str) -> re.Pattern[str]:
+    # Slow tokenizers decode special tokens with a space after them: "<|im_start|> user".
+    return re.compile(re.escape(mark).replace(">", r">\s*"))
 
 
 def last_user_turn(text: str) -> str:
@@ -60,15 +65,15 @@ def last_user_turn(text: str) -> str:
     role names and image tokens. Text in no template is one message."""
     best = (-1, text)
     for marks in _templates():
-        answers = [m.start() for m in re.finditer(re.escape(marks.answer), text)]
+        answers = [match.start() for match in marks.answer.finditer(text)]
         if not answers or answers[-1] <= best[0]:
             continue
         # A turn starts at the first user mark after the answer before it; a message that quotes
         # the answer's mark has none there, so look one answer further back.
         for before in [*reversed(answers[:-1]), 0]:
-            start = text.find(marks.user, before, answers[-1])
-            if start >= 0:
-                message = text[start + len(marks.user) : answers[-1]].strip()
+            start = marks.user.search(text, before, answers[-1])
+            if start is not None:
+                message = text[start.end() : answers[-1]].strip()
                 for end in marks.ends:
                     message = message.removesuffix(end).strip()
                 best = (answers[-1], message)
@@ -94,10 +99,9 @@ def read_prompt(ids: Tensor, tokenizer: Any) -> str:
         tokenizer.decode(piece, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         for piece in pieces
     )
-    for special in tokenizer.all_special_tokens:
-        if special not in (m for marks in _templates() for m in (marks.user, marks.answer)):
-            text = text.replace(special, " ")
     prompt = last_user_turn(text)
+    for special in tokenizer.all_special_tokens:
+        prompt = prompt.replace(special, " ").strip()
     if not prompt:
         raise TextEncoderError(
             "the conversation's last user turn has no text, and hiprune++ keeps what the prompt "

@@ -187,7 +187,7 @@ def _tokenizer_of(model: Any) -> Any:
     checkpoint = model.config._name_or_path
     try:
         return AutoTokenizer.from_pretrained(checkpoint, use_fast=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # hub, file format, missing library: there is no tokenizer
         raise TextEncoderError(
             f"no tokenizer to read the prompt with in {checkpoint!r} ({error}): pass it, as "
             "prune(model, method, tokenizer=tokenizer)"

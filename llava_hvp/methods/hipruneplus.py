@@ -26,7 +26,8 @@ class HiPrunePlus(HiPrune):
     ----------
     beta : share of the budget for the prompt, in [0, 1]
     text : "clip" compares with CLIP's text encoder of the tower's own checkpoint; "llm" with the
-        language model's input embeddings, for a tower that has no text encoder
+        language model's input embeddings, for a tower that has no text encoder (this projects every
+        patch, where all else projects only the kept ones)
     extra : put the prompt's patches on top of the budget
     """
 
