@@ -125,10 +125,10 @@ def test_llm_relevance_compares_with_the_prompts_input_embeddings(loaded):
 
 
 def test_each_image_meets_its_own_rows_prompt():
-    """Two rows, three images: the second row's two images get the second row's prompt."""
-    rows = [torch.tensor([1, -200, 5]), torch.tensor([1, -200, 6, -200, 7]), torch.tensor([1, 9])]
+    """A row with two images, and one without, for which LLaVA wants an image all the same."""
+    rows = [torch.tensor([1, -200, 5]), torch.tensor([1, 9]), torch.tensor([1, -200, 6, -200, 7])]
     given = rows_of_images(rows, 4)
-    assert [row[-1].item() for row in given] == [5, 7, 7, 9]
+    assert [row[-1].item() for row in given] == [5, 9, 7, 7]
 
 
 def test_the_question_decides_what_is_kept(loaded, photos):

@@ -151,6 +151,20 @@ def test_batch_of_equal_prompts_without_a_mask(loaded, photos):
     assert all(bool(row[-int(n) :].all()) for row, n in zip(mask, mask.sum(1), strict=True))
 
 
+def test_given_position_ids_move_with_the_padding(loaded, photos):
+    bundle = loaded("llava-1.5-llama")
+    rows = [bundle.ids("What is this?")[0], bundle.ids("Why? And what else is there?")[0]]
+    ids, mask = padded(rows, "left")
+    positions = mask.cumsum(1) - 1
+    with prune(bundle.model, HIVTP(r_max=0.5)):
+        _, mask, positions, _ = bundle.embeds(
+            ids, bundle.pixels(*photos[:2]), None, attention_mask=mask, position_ids=positions
+        )
+    assert not mask.all()
+    for row, places in zip(mask.bool(), positions, strict=True):
+        assert torch.equal(places[row], torch.arange(int(row.sum())))
+
+
 def test_text_only_row_in_a_batch(loaded, photos):
     """LLaVA wants one image for it all the same, and uses none of it."""
     bundle = loaded("llava-1.5-llama")
