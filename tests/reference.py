@@ -235,3 +235,16 @@ def hiprune_plus(
 def uniform(patches: int, budget: int) -> Roles:
     """Even steps over the raster, from the first patch."""
     return {"uniform": {step * patches // budget for step in range(budget)}}
+
+
+# (width, height) -> tokens that stock LLaVA-v1.6 sends
+STOCK_TOKENS = {
+    (640, 480): 2340,
+    (480, 640): 2352,
+    (640, 427): 2144,
+    (336, 336): 1176,
+    (800, 400): 1752,
+    (1000, 300): 2182,
+    (300, 1000): 2232,
+    (672, 672): 2928,
+}

@@ -14,18 +14,6 @@ GOLDEN = Path(__file__).parent / "golden"
 GRID, SIDE, PATCHES = (24, 24), 336, 576
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]  # of LLaVA-v1.6
 
-# (width, height) -> tokens that stock LLaVA-v1.6 sends
-STOCK = {
-    (640, 480): 2340,
-    (480, 640): 2352,
-    (640, 427): 2144,
-    (336, 336): 1176,
-    (800, 400): 1752,
-    (1000, 300): 2182,
-    (300, 1000): 2232,
-    (672, 672): 2928,
-}
-
 
 def cases(name):
     return json.loads((GOLDEN / f"{name}.json").read_text())
@@ -147,7 +135,7 @@ def tiles_of(size):
     return 1 + across * down
 
 
-each_size = pytest.mark.parametrize("size", STOCK, ids="{0[0]}x{0[1]}".format)
+each_size = pytest.mark.parametrize("size", reference.STOCK_TOKENS, ids="{0[0]}x{0[1]}".format)
 
 
 @pytest.mark.parametrize("case", [*filter(several_tiles, cases("hiprune"))], ids=case_id)
@@ -162,9 +150,9 @@ def test_tokens_are_packed_in_the_order_of_the_released_code(host, case):
 def test_stock_sends_as_many_tokens_as_llava_does(host, size):
     place = host.layout(arrangement_of(host), tiles_of(size), size, "stock")
     everything = torch.ones(tiles_of(size) * PATCHES, dtype=torch.bool)
-    assert place.stock_tokens == STOCK[size]
-    assert len(place.kept(everything, "rows")) == STOCK[size]
-    assert len(place.kept(everything, "all")) == STOCK[size]
+    assert place.stock_tokens == reference.STOCK_TOKENS[size]
+    assert len(place.kept(everything, "rows")) == reference.STOCK_TOKENS[size]
+    assert len(place.kept(everything, "all")) == reference.STOCK_TOKENS[size]
 
 
 @each_size
@@ -182,7 +170,7 @@ def test_pruned_images_stay_within_their_budget_and_below_stock(host, name, r_ma
     method = get_method(name, r_max=r_max)
     needs = method.needs(24, 23)
     budget = reference.p_max(PATCHES, r_max=r_max)
-    for size, stock_tokens in STOCK.items():
+    for size, stock_tokens in reference.STOCK_TOKENS.items():
         tiles = tiles_of(size)
         generator = torch.Generator().manual_seed(tiles * size[0] + size[1])
         context = VisionContext(

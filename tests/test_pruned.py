@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from reference import STOCK_TOKENS
 from transformers import CLIPVisionModel
 
 from llava_hvp import (
@@ -273,45 +274,24 @@ def test_eight_threads_on_one_model_equal_eight_calls_in_a_row(loaded, photos):
         assert torch.equal(report.selection.keep, other_report.selection.keep)
 
 
-@pytest.mark.parametrize(
-    "size",
-    [
-        (640, 480),
-        (480, 640),
-        (640, 427),
-        (336, 336),
-        (800, 400),
-        (1000, 300),
-        (300, 1000),
-        (672, 672),
-    ],
-)
+@pytest.mark.parametrize("size", STOCK_TOKENS)
 def test_real_counts(size, loaded, photos):
-    """Stock counts of methods.md; pruned patches within p_max of every tile, for every method."""
-    known = {
-        (640, 480): 2340,
-        (480, 640): 2352,
-        (640, 427): 2144,
-        (336, 336): 1176,
-        (800, 400): 1752,
-        (1000, 300): 2182,
-        (300, 1000): 2232,
-        (672, 672): 2928,
-    }
+    """LLaVA's own counts; pruned patches within p_max of every tile, for every method."""
+    known = STOCK_TOKENS[size]
     bundle, picture = loaded("llava-next-336"), photos[0].resize(size)
     pixels, ids = bundle.pixels(picture), bundle.ids("Where is it?")
     without = bundle.embeds(ids, pixels, [size])[0].shape[1] - ids.shape[1] + 1
-    assert without == known[size]
+    assert without == known
     for name in list_methods():
         method = get_method(name, r_max=0.25)
         with prune(bundle.model, method) as pruned:
             length = bundle.embeds(ids, pixels, [size])[0].shape[1] - ids.shape[1] + 1
         report = pruned.last[0]
-        assert report.stock_tokens == known[size]
+        assert report.stock_tokens == known
         assert length == report.kept_tokens <= report.stock_tokens
         assert report.kept_patches <= 144 * report.tiles
         assert report.kept_of_patches <= 0.25
-        assert report.kept_of_stock == report.kept_tokens / known[size]
+        assert report.kept_of_stock == report.kept_tokens / known
 
 
 @dataclass(frozen=True, kw_only=True)

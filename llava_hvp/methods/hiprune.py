@@ -5,17 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from llava_hvp.methods.base import (
-    Method,
-    Needs,
-    Selection,
-    VisionContext,
-    checked_layers,
-    choice,
-    integer,
-    number,
-    scaled_layers,
-)
+from llava_hvp.methods.base import Method, Needs, Selection, VisionContext
+from llava_hvp.methods.options import checked_layers, choice, integer, number, scaled_layers
 from llava_hvp.select import Grid, flat_neighbours, neighbours, top_k
 
 BUFFERS: dict[str, tuple[Grid, ...]] = {

@@ -9,8 +9,9 @@ from typing import ClassVar
 import torch
 
 from llava_hvp.errors import ContextError
-from llava_hvp.methods.base import Needs, Selection, VisionContext, choice, number
+from llava_hvp.methods.base import Needs, Selection, VisionContext
 from llava_hvp.methods.hiprune import HiPrune
+from llava_hvp.methods.options import choice, number
 from llava_hvp.select import top_k
 
 

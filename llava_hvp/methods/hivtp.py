@@ -9,16 +9,8 @@ from typing import ClassVar
 import torch
 
 from llava_hvp.errors import OptionError
-from llava_hvp.methods.base import (
-    Method,
-    Needs,
-    Selection,
-    VisionContext,
-    checked_layers,
-    integer,
-    number,
-    scaled_layers,
-)
+from llava_hvp.methods.base import Method, Needs, Selection, VisionContext
+from llava_hvp.methods.options import checked_layers, integer, number, scaled_layers
 from llava_hvp.select import Grid, top_k_per_block
 
 

@@ -7,7 +7,8 @@ from typing import ClassVar
 
 import torch
 
-from llava_hvp.methods.base import Method, Selection, VisionContext, integer
+from llava_hvp.methods.base import Method, Selection, VisionContext
+from llava_hvp.methods.options import integer
 from llava_hvp.select import top_k
 
 
