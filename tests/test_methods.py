@@ -649,7 +649,7 @@ def test_random_favours_no_patch():
 # Wrong input
 
 
-def fails(error, make, *words):
+def assert_raises(error, make, *words):
     """`make` raises `error`, one of ours, and its message has all the words."""
     assert issubclass(error, LlavaHvpError)
     with pytest.raises(error) as caught:
@@ -661,27 +661,31 @@ def fails(error, make, *words):
 @pytest.mark.parametrize("r_max", [0, -1, 1.5, float("nan"), float("inf"), "x", True, [0.5]])
 @each_method
 def test_a_wrong_r_max_is_refused(name, r_max):
-    fails(OptionError, lambda: get_method(name, r_max=r_max), name, f"r_max={r_max!r}", "(0, 1]")
+    assert_raises(
+        OptionError, lambda: get_method(name, r_max=r_max), name, f"r_max={r_max!r}", "(0, 1]"
+    )
 
 
 @pytest.mark.parametrize("tokens", [0, -5, 64.0, "64", True])
 @each_method
 def test_a_wrong_num_tokens_is_refused(name, tokens):
     words = (name, f"num_tokens={tokens!r}", "at least 1")
-    fails(OptionError, lambda: get_method(name, num_tokens=tokens), *words)
+    assert_raises(OptionError, lambda: get_method(name, num_tokens=tokens), *words)
 
 
 @each_method
 def test_two_budgets_at_once_are_refused(name):
     words = ("r_max=0.5", "num_tokens=64", "exclude")
-    fails(OptionError, lambda: get_method(name, r_max=0.5, num_tokens=64), *words)
+    assert_raises(OptionError, lambda: get_method(name, r_max=0.5, num_tokens=64), *words)
 
 
 @each_method
 def test_fewer_tokens_than_tiles_are_refused(name):
     method = get_method(name, num_tokens=4)
     context = context_for(method, Draw("few", name), (8, 8), (1, 5))
-    fails(OptionError, lambda: method.select(context), "num_tokens=4", "5 tiles", "at least 5")
+    assert_raises(
+        OptionError, lambda: method.select(context), "num_tokens=4", "5 tiles", "at least 5"
+    )
 
 
 @pytest.mark.parametrize(
@@ -692,18 +696,18 @@ def test_fewer_tokens_than_tiles_are_refused(name):
 def test_a_wrong_choice_that_all_methods_have_is_refused(name, option, valid):
     for value in ("wrong", None, 1):
         words = (name, f"{option}={value!r}", *valid)
-        fails(OptionError, lambda value=value: get_method(name, **{option: value}), *words)
+        assert_raises(OptionError, lambda value=value: get_method(name, **{option: value}), *words)
 
 
 def test_an_unknown_method_is_refused_with_the_known_ones():
-    fails(OptionError, lambda: get_method("fastv"), "'fastv'", *list_methods())
-    fails(OptionError, lambda: method_class("HIVTP"), "'HIVTP'", "hivtp")
+    assert_raises(OptionError, lambda: get_method("fastv"), "'fastv'", *list_methods())
+    assert_raises(OptionError, lambda: method_class("HIVTP"), "'HIVTP'", "hivtp")
 
 
 @each_method
 def test_an_unknown_option_is_refused_with_the_known_ones(name):
     words = (name, "'ratio'", *(f.name for f in dataclasses.fields(method_class(name))))
-    fails(OptionError, lambda: get_method(name, ratio=0.5), *words)
+    assert_raises(OptionError, lambda: get_method(name, ratio=0.5), *words)
 
 
 WRONG_OPTIONS = [
@@ -749,7 +753,7 @@ WRONG_OPTIONS = [
     ids=[f"{name}-{options}" for name, options, _ in WRONG_OPTIONS],
 )
 def test_a_wrong_option_is_refused_with_its_value_and_the_valid_ones(name, options, words):
-    fails(OptionError, lambda: get_method(name, **options), name, *words)
+    assert_raises(OptionError, lambda: get_method(name, **options), name, *words)
 
 
 @pytest.mark.parametrize(
@@ -767,34 +771,34 @@ def test_a_wrong_option_is_refused_with_its_value_and_the_valid_ones(name, optio
 def test_a_layer_outside_the_encoder_or_past_select_is_refused(method, words):
     scores = {layer: torch.rand(1, 64) for layer in range(-1, 26)}
     context = VisionContext((8, 8), scores, DEPTH, SELECT, relevance=torch.rand(1, 64))
-    fails(LayerError, lambda: method.needs(DEPTH, SELECT), *words)
-    fails(LayerError, lambda: method.select(context), *words)
+    assert_raises(LayerError, lambda: method.needs(DEPTH, SELECT), *words)
+    assert_raises(LayerError, lambda: method.select(context), *words)
 
 
 @pytest.mark.parametrize("select", [0, 25, -2])
 @pytest.mark.parametrize("method", [HIVTP(), HiPrune(), HiPrunePlus()], ids=lambda m: m.name)
 def test_a_select_outside_the_encoder_is_refused(method, select):
     words = (f"select={select}", "24 layers", "1 to 24")
-    fails(LayerError, lambda: method.needs(DEPTH, select), *words)
+    assert_raises(LayerError, lambda: method.needs(DEPTH, select), *words)
 
 
 @pytest.mark.parametrize("method", [HIVTP(), HiPrune(), HiPrunePlus()], ids=lambda m: m.name)
 def test_layers_without_the_encoders_depth_are_refused(method):
     for depth, select in ((None, SELECT), (DEPTH, None)):
         words = (f"depth={depth}", f"select={select}")
-        fails(ContextError, lambda d=depth, s=select: method.needs(d, s), *words)
+        assert_raises(ContextError, lambda d=depth, s=select: method.needs(d, s), *words)
 
 
 def test_a_window_that_the_budget_cannot_hold_is_refused():
     method = HIVTP(r_max=0.2, window=2)  # 144 windows, 115 patches
     words = ("window=2", "144 windows", "115 patches")
-    fails(OptionError, lambda: method.check((24, 24)), *words)
+    assert_raises(OptionError, lambda: method.check((24, 24)), *words)
     context = context_for(method, Draw("window"), (24, 24), (1,))
-    fails(OptionError, lambda: method.select(context), *words)
+    assert_raises(OptionError, lambda: method.select(context), *words)
     by_tokens = HIVTP(num_tokens=230, window=2)
     by_tokens.check((24, 24))  # one tile can have 230; only the image shows that two cannot
     context = context_for(by_tokens, Draw("window"), (24, 24), (2,))
-    fails(OptionError, lambda: by_tokens.select(context), *words)
+    assert_raises(OptionError, lambda: by_tokens.select(context), *words)
     assert HIVTP(r_max=0.25, window=2).sizes((24, 24), 144) == (0, 2)  # just fits
 
 
@@ -808,12 +812,12 @@ def test_a_context_that_lacks_a_layer_is_refused_with_those_it_has(method, missi
     scores = {layer: torch.rand(1, 64) for layer in held}
     context = VisionContext((8, 8), scores, DEPTH, SELECT)
     words = ("received", f"layer {missing};", str(held or "none"))
-    fails(ContextError, lambda: method.select(context), *words)
+    assert_raises(ContextError, lambda: method.select(context), *words)
 
 
 def test_hiprune_plus_without_relevance_is_refused():
     context = context_for(HiPrune(), Draw("relevance"), (8, 8), (1,))
-    fails(ContextError, lambda: HiPrunePlus().select(context), "hiprune++", "relevance")
+    assert_raises(ContextError, lambda: HiPrunePlus().select(context), "hiprune++", "relevance")
 
 
 @pytest.mark.parametrize(
@@ -835,7 +839,7 @@ def test_hiprune_plus_without_relevance_is_refused():
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )
 def test_a_context_whose_shapes_disagree_is_refused(fields, words):
-    fails(ContextError, lambda: VisionContext(**({"grid": (8, 8)} | fields)), *words)
+    assert_raises(ContextError, lambda: VisionContext(**({"grid": (8, 8)} | fields)), *words)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")], ids=str)
@@ -858,14 +862,16 @@ def test_relevance_that_is_not_finite_is_refused():
     method = HiPrunePlus()
     relevance = torch.full((1, 64), float("nan"))
     context = context_for(method, Draw("finite"), (8, 8), (1,), relevance=relevance)
-    fails(ScoreError, lambda: method.select(context), "relevance")
+    assert_raises(ScoreError, lambda: method.select(context), "relevance")
 
 
 def test_all_scores_that_are_not_finite_are_named_at_once():
     received = {7: torch.full((1, 64), float("inf")), 8: torch.rand(1, 64)}
     received |= {9: torch.full((1, 64), float("nan")), 10: torch.rand(1, 64)}
     context = VisionContext((8, 8), received, DEPTH, SELECT)
-    fails(ScoreError, lambda: HIVTP().select(context), "received[7], received[9]", "float32")
+    assert_raises(
+        ScoreError, lambda: HIVTP().select(context), "received[7], received[9]", "float32"
+    )
 
 
 # The registry
@@ -902,8 +908,10 @@ def test_a_new_subclass_is_found_by_its_name_and_takes_part_in_budgets(first_met
     method = get_method("first-of-a-test", num_tokens=8, skip=2)
     keep = method.select(VisionContext((4, 4), tiles=(1, 2))).keep
     assert patches_of(keep) == [set(range(2, 10)), {2, 3, 4, 5}, {2, 3, 4, 5}]
-    fails(OptionError, lambda: get_method("first-of-a-test", skipp=2), "'skipp'", "skip", "r_max")
-    fails(OptionError, lambda: get_method("first-of-a-test", r_max=2), "r_max=2", "(0, 1]")
+    assert_raises(
+        OptionError, lambda: get_method("first-of-a-test", skipp=2), "'skipp'", "skip", "r_max"
+    )
+    assert_raises(OptionError, lambda: get_method("first-of-a-test", r_max=2), "r_max=2", "(0, 1]")
 
 
 def test_the_names_of_the_methods_are_sorted_and_each_has_its_texts():
