@@ -13,28 +13,28 @@ from safetensors.torch import load_file
 
 from llava_hvp import HIVTP, prune
 from llava_hvp.errors import UnsupportedVersionError
-from llava_hvp.host import compat
+from llava_hvp.host import compat, versions
 
 
 @pytest.fixture
 def unchecked():
     """`check_versions` remembers that all is well; forget it around a test."""
-    compat.check_versions.cache_clear()
+    versions.check_versions.cache_clear()
     yield
-    compat.check_versions.cache_clear()
+    versions.check_versions.cache_clear()
 
 
 @pytest.mark.parametrize("version", ["4.31.0", "6.0.1", "none"])
 def test_an_unsupported_transformers_is_named(version, unchecked, monkeypatch):
-    monkeypatch.setattr(compat, "_version", lambda name: version)
+    monkeypatch.setattr(versions, "_version", lambda name: version)
     with pytest.raises(UnsupportedVersionError, match=rf"transformers {version}.*4\.37\.2, 4\.57"):
-        compat.check_versions()
+        versions.check_versions()
 
 
 def test_a_missing_llava_is_named(unchecked, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UnsupportedVersionError, match=r"no module `llava`.*pip install"):
-        compat.check_versions()
+        versions.check_versions()
 
 
 def test_a_llava_with_other_arguments_is_refused(unchecked, monkeypatch):
@@ -55,7 +55,7 @@ def test_a_llava_with_other_arguments_is_refused(unchecked, monkeypatch):
 
     monkeypatch.setattr(LlavaMetaForCausalLM, "prepare_inputs_labels_for_multimodal", newer)
     with pytest.raises(UnsupportedVersionError, match=r"modalities.*1\.2\.2\.post1"):
-        compat.check_versions()
+        versions.check_versions()
 
 
 def test_the_error_that_llava_swallows_is_shown(tmp_path):
@@ -167,6 +167,6 @@ def test_the_bridge_drops_only_what_forward_does_not_take(loaded):
 
 
 def test_found_versions_says_where_llava_lies():
-    versions = compat.found_versions()
-    assert versions["transformers"] == transformers.__version__
-    assert "1.2.2.post1" in versions["llava"]
+    found = versions.found_versions()
+    assert found["transformers"] == transformers.__version__
+    assert "1.2.2.post1" in found["llava"]
