@@ -10,14 +10,19 @@ from typing import Any
 from llava_hvp.errors import PrunedStateError, UnsupportedModelError
 from llava_hvp.host import compat
 from llava_hvp.host.patches import Patches
-from llava_hvp.host.pruning import bind
+from llava_hvp.host.pruning import Pruning, bind
 from llava_hvp.host.tower import PrunedCLIPVisionTower
 from llava_hvp.methods.base import Method
 
 _INSTALLED = Patches()
 
 
-def install(method: Method, *, tokenizer: Any = None) -> None:
+def install(
+    method: Method,
+    *,
+    tokenizer: Any = None,
+    on_model: Callable[[Pruning], None] | None = None,
+) -> None:
     """From now on `load_pretrained_model` and `build_vision_tower` give what `prune` would.
 
     It does not matter who imported them before. Models loaded so stay pruned after `uninstall`;
@@ -27,6 +32,7 @@ def install(method: Method, *, tokenizer: Any = None) -> None:
     ----------
     method : what to prune by
     tokenizer : for prompt-aware methods; by default they load the checkpoint's own
+    on_model : called with the `Pruning` of each model that is built
 
     Raises
     ------
@@ -47,7 +53,7 @@ def install(method: Method, *, tokenizer: Any = None) -> None:
     for kind in compat.llava_models():
         stock = vars(kind).get("__init__")
         if stock is not None:
-            _INSTALLED.replace(kind, "__init__", _binding(stock, tokenizer))
+            _INSTALLED.replace(kind, "__init__", _binding(stock, tokenizer, on_model))
 
 
 def uninstall() -> None:
@@ -64,11 +70,15 @@ def _refuse_s2(*args: Any, **kwargs: Any) -> None:
     )
 
 
-def _binding(stock: Callable[..., None], tokenizer: Any) -> Callable[..., None]:
+def _binding(
+    stock: Callable[..., None], tokenizer: Any, on_model: Callable[[Pruning], None] | None
+) -> Callable[..., None]:
     @functools.wraps(stock)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         stock(self, *args, **kwargs)
         if "llava_hvp" not in vars(self):
-            bind(self, tokenizer)
+            pruning = bind(self, tokenizer)
+            if on_model is not None:
+                on_model(pruning)
 
     return init

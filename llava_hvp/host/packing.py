@@ -52,7 +52,7 @@ def pack(
     stacks = [x[None] if x.ndim == 3 else x for x in images] if tiled else list(images[:, None])
     tiles = tuple(len(stack) for stack in stacks)
     pixels = torch.cat(stacks) if tiled else images
-    encoded = tower.encode(pixels, tiles, pruning.relevance(tiles, prompts))
+    encoded = pruning.encode(pixels, tiles, prompts)
 
     sizes = sizes_of(image_sizes, len(tiles))
     grid = tower.reading().geometry.grid

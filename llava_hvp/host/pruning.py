@@ -16,7 +16,8 @@ from llava_hvp.encoder.text import ClipText, relevance
 from llava_hvp.errors import PrunedStateError, TextEncoderError, UnsupportedModelError
 from llava_hvp.host import arch, compat
 from llava_hvp.host.prompt import read_prompt, rows_of_images
-from llava_hvp.host.tower import PrunedCLIPVisionTower, Relevance
+from llava_hvp.host.reuse import RecentlyEncoded, stamp
+from llava_hvp.host.tower import Encoded, PrunedCLIPVisionTower, Relevance
 from llava_hvp.methods.base import Method
 from llava_hvp.report import ImageReport
 
@@ -30,11 +31,18 @@ class Pruning:
     """A model being pruned; what `prune` returns.
 
     Ends with `unprune(model)`, or at the end of its `with` block.
+
+    reuse : whether an image that comes again, as in a chat, is encoded only once (where no
+        gradients are wanted and the method does not read the prompt); False for timing
+    on_record : called with the reports of each call, from the thread that made it
     """
 
     def __init__(self, model: Any, tokenizer: Any = None) -> None:
         self.model = model
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
+        self.reuse = True
+        self.on_record: Callable[[list[ImageReport]], None] | None = None
+        self._recently = RecentlyEncoded()
         self._clip_text: ClipText | None = None
         self._newest: list[ImageReport] = []
 
@@ -53,6 +61,28 @@ class Pruning:
         """Make these the newest reports."""
         self._newest = list(reports)
         _LAST.set((weakref.ref(self), self._newest))
+        if self.on_record is not None:
+            self.on_record(self._newest)
+
+    def encode(self, pixels: Tensor, tiles: tuple[int, ...], rows: list[Tensor] | None) -> Encoded:
+        """Encode and select, or find what was made of the same pixels a short while ago.
+
+        Parameters
+        ----------
+        pixels : (T, 3, H, W)
+        tiles : tiles of each image, T in all
+        rows : token ids of each row of the batch, without padding
+        """
+        tower = self.model.get_vision_tower()
+        relevance = self.relevance(tiles, rows)
+        if not self.reuse or torch.is_grad_enabled() or tower.reading().needs.relevance:
+            return tower.encode(pixels, tiles, relevance)
+        made_by = stamp(tower)
+        encoded = self._recently.find(pixels, tiles, made_by)
+        if encoded is None:
+            encoded = tower.encode(pixels, tiles, relevance)
+            self._recently.add(pixels, tiles, made_by, encoded)
+        return encoded
 
     def __enter__(self) -> Pruning:
         return self
@@ -65,8 +95,8 @@ class Pruning:
         """Load what a prompt-aware method reads the prompt with; raises TextEncoderError."""
         tower = self.model.get_vision_tower()
         text = tower.reading().needs.relevance
-        if text is not None and self._tokenizer is None:
-            self._tokenizer = _tokenizer_of(self.model)
+        if text is not None and self.tokenizer is None:
+            self.tokenizer = _tokenizer_of(self.model)
         if text == "clip" and self._clip_text is None:
             self._clip_text = ClipText.load(tower.vision_tower_name)
 
@@ -82,7 +112,7 @@ class Pruning:
         if tower.reading().needs.relevance is None or rows is None:
             return None
         self.load_text()
-        prompts = [read_prompt(row, self._tokenizer) for row in rows_of_images(rows, len(tiles))]
+        prompts = [read_prompt(row, self.tokenizer) for row in rows_of_images(rows, len(tiles))]
         repeats = torch.tensor(tiles)
 
         def of_features(features: Tensor) -> Tensor:
@@ -100,7 +130,7 @@ class Pruning:
 
     def _mean_embedding(self, prompt: str) -> Tensor:
         """(D,) float32, mean of the language model's input embeddings of the prompt."""
-        ids = self._tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        ids = self.tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
         embed = self.model.get_model().embed_tokens
         return embed(ids.to(embed.weight.device))[0].float().mean(0)
 
@@ -148,6 +178,26 @@ def bind(model: Any, tokenizer: Any = None) -> Pruning:
     for override in (*OVERRIDES, *compat.instance_bridges()):
         setattr(model, override.__name__, types.MethodType(override, model))
     return pruning
+
+
+def check_bound(model: Any) -> Pruning:
+    """The pruning of a model that was loaded after `builder.install`.
+
+    Raises UnsupportedModelError if it would run unpruned.
+    """
+    model = find_llava(model)
+    tower = model.get_vision_tower()
+    if "llava_hvp" not in model.__dict__ or not isinstance(tower, PrunedCLIPVisionTower):
+        raise UnsupportedModelError(
+            f"this {type(model).__name__} with a {type(tower).__name__} was not built by LLaVA's "
+            "own builder, and would not be pruned: call prune(model, method) on it instead"
+        )
+    if not tower.is_loaded:
+        raise UnsupportedModelError(
+            "LLaVA's loader left the vision tower unloaded, as it does for names without `llava` "
+            "in them: rename the checkpoint's folder, or call the tower's load_model()"
+        )
+    return model.llava_hvp
 
 
 def detach(model: Any) -> None:
