@@ -18,22 +18,24 @@ demo: $(VENVS)/$(MIDDLE)/ready
 test: test-$(OLD) test-$(MIDDLE) test-$(NEW)
 
 test-%: $(VENVS)/%/ready
-	$(VENVS)/$*/bin/python -m pytest -q
+	$(VENVS)/$*/bin/python -m pytest -q --numprocesses auto --dist loadfile
 
 lint: $(VENVS)/$(NEW)/ready
 	$(VENVS)/$(NEW)/bin/ruff check .
 	$(VENVS)/$(NEW)/bin/ruff format --check .
-	$(VENVS)/$(NEW)/bin/mypy llava_hvp examples benchmarks
+	$(VENVS)/$(NEW)/bin/mypy llava_hvp startup examples benchmarks
 
 bench: $(VENVS)/$(NEW)/ready
 	$(VENVS)/$(NEW)/bin/python benchmarks/encoder.py
 
 # One environment for each transformers release. LLaVA goes in without its dependencies, whose pins
-# no current machine can meet; the extra `host` names what it imports.
-$(VENVS)/%/ready: pyproject.toml Makefile
+# no current machine can meet; the extra `host` names what it imports. The newest peft does not
+# import beside the oldest transformers.
+$(VENVS)/%/ready: pyproject.toml Makefile $(wildcard startup/*)
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed: make PYTHON=python3.11") if sys.version_info < (3, 10) else None'
 	$(PYTHON) -m venv $(VENVS)/$*
-	$(VENVS)/$*/bin/python -m pip install --quiet torch==$(TORCH) transformers==$* -e '.[dev]'
+	$(VENVS)/$*/bin/python -m pip install --quiet torch==$(TORCH) transformers==$* -e '.[dev]' \
+		$(if $(filter $(OLD),$*),'peft<0.9')
 	$(VENVS)/$*/bin/python -m pip install --quiet --no-deps llava-torch==1.2.2.post1
 	touch $@
 

@@ -1,0 +1,28 @@
+"""The command `llava-hvp`. Each file of this folder is one subcommand: `add` and `main`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import llava_hvp
+from llava_hvp.cli import doctor, methods, run
+from llava_hvp.errors import LlavaHvpError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a subcommand; the exit code, 2 for what was asked for wrongly."""
+    parser = argparse.ArgumentParser(prog="llava-hvp", description=llava_hvp.__doc__)
+    parser.add_argument("--version", action="version", version=llava_hvp.__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in (run, methods, doctor):
+        command.add(commands)
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    found = parser.parse_args(arguments[:end], argparse.Namespace(rest=arguments[end + 1 :]))
+    try:
+        return found.main(found)
+    except LlavaHvpError as error:
+        print(f"llava-hvp: error: {error}", file=sys.stderr)
+        return 2

@@ -1,0 +1,154 @@
+"""`llava-hvp doctor`: what is installed, whether the hook is awake, and how to mend what is not."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import llava_hvp
+from llava_hvp import config
+from llava_hvp.errors import LlavaHvpError
+
+# What only some commands need: distribution -> which ones.
+OPTIONAL = {
+    "bitsandbytes": "--load-4bit and --load-8bit",
+    "accelerate": "LLaVA's loader",
+    "peft": "LoRA checkpoints",
+    "fastapi": "the worker",
+    "uvicorn": "the worker",
+    "pandas": "model_vqa_mmbench",
+}
+_HOOK = "import sys; print('llava_hvp_startup' in sys.modules, sys.executable)"
+
+
+@dataclass
+class Findings:
+    """Lines to print, and problems with the command that mends each."""
+
+    lines: list[tuple[str, str]] = field(default_factory=list)
+    problems: list[tuple[str, str]] = field(default_factory=list)
+
+    def note(self, name: str, text: str) -> None:
+        """A fact."""
+        self.lines.append((name, text))
+
+    def problem(self, text: str, remedy: str) -> None:
+        """Something that is wrong, and what to type."""
+        self.problems.append((text, remedy))
+
+
+def add(commands: Any) -> None:
+    """Add the subcommand."""
+    parser = commands.add_parser("doctor", help="check this environment, with remedies")
+    parser.set_defaults(main=main)
+
+
+def main(found: argparse.Namespace) -> int:
+    """Print the findings; 1 if something is wrong."""
+    findings = Findings()
+    findings.note("llava-hvp", f"{llava_hvp.__version__} at {Path(llava_hvp.__file__).parent}")
+    findings.note("python", f"{platform.python_version()} at {sys.executable}")
+    _llava(findings)
+    cuda = torch.cuda.is_available()
+    findings.note(
+        "torch",
+        f"{torch.__version__}, "
+        + (f"CUDA: {torch.cuda.get_device_name()}" if cuda else "no CUDA: give --device cpu"),
+    )
+    for name, use in OPTIONAL.items():
+        version = _version(name)
+        findings.note(name, version or f"missing, for {use}: pip install {name}")
+    _hook(findings)
+    _variables(findings)
+    for name, text in findings.lines:
+        print(f"{name:<13}{text}")
+    for text, remedy in findings.problems:
+        print(f"PROBLEM      {text}\n   mend it:  {remedy}")
+    if not findings.problems:
+        print("no problems found")
+    return 1 if findings.problems else 0
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _llava(findings: Findings) -> None:
+    """LLaVA and transformers: there, of a known version, and importable."""
+    findings.note("transformers", _version("transformers") or "missing")
+    try:
+        from llava_hvp.host import gaps, versions
+    except LlavaHvpError as error:
+        findings.note("llava", _version("llava-torch") or _version("llava") or "missing")
+        findings.problem(str(error), _remedy(error))
+        return
+    findings.note("llava", versions.found_versions()["llava"])
+    found = gaps.bridged_here()
+    for gap in found or ["nothing"]:
+        findings.note("bridged", gap)
+
+
+def _remedy(error: BaseException) -> str:
+    cause = error.__cause__
+    text = str(error)
+    if "no module `llava`" in text:
+        return "pip install --no-deps llava-torch==1.2.2.post1"
+    if text.startswith("found transformers"):
+        return "pip install transformers==4.57.6"
+    if "No module named" in text or isinstance(cause, ModuleNotFoundError):
+        return "pip install 'llava-hvp[host]'"
+    return "pip install --no-deps --force-reinstall llava-torch==1.2.2.post1"
+
+
+def _hook(findings: Findings) -> None:
+    """The startup hook here, and in the `python` that shell scripts would run."""
+    awake = "llava_hvp_startup" in sys.modules
+    reinstall = "pip install --force-reinstall --no-deps llava-hvp"
+    spec = importlib.util.find_spec("llava_hvp_startup")
+    pth = None if spec is None or spec.origin is None else Path(spec.origin).parent
+    if pth is None or not (pth / "llava_hvp.pth").exists():
+        findings.note("hook", "not installed")
+        findings.problem("the startup hook is missing: flags on LLaVA's commands fail", reinstall)
+    elif not awake:
+        findings.note("hook", f"{pth / 'llava_hvp.pth'}, which this Python does not read")
+        findings.problem("the startup hook did not run (python -S?)", reinstall)
+    else:
+        findings.note("hook", f"{pth / 'llava_hvp.pth'}, runs at every start of this Python")
+    try:
+        answer = subprocess.run(
+            ["python", "-c", _HOOK], capture_output=True, text=True, timeout=60, check=True
+        ).stdout.split()
+    except (OSError, subprocess.SubprocessError):
+        findings.note("on PATH", "no `python` on PATH")
+        return
+    if answer[0] != "True":
+        findings.problem(
+            f"`python` on PATH is {answer[1]}, which has no hook: shell scripts run unpruned",
+            f"export PATH={Path(sys.executable).parent}:$PATH",
+        )
+
+
+def _variables(findings: Findings) -> None:
+    """Our variables of the environment."""
+    if os.environ.get("LLAVA_HVP_DISABLE", "0") not in ("", "0"):
+        findings.problem("LLAVA_HVP_DISABLE is set: nothing is pruned", "unset LLAVA_HVP_DISABLE")
+    try:
+        request = config.from_environment(os.environ)
+    except LlavaHvpError as error:
+        findings.problem(str(error), f"unset {config.VARIABLE} {config.DEVICE_VARIABLE}")
+        return
+    asked = "not set" if request.method is None else f"asks for {config.describe(request.method)}"
+    findings.note(config.VARIABLE, asked)

@@ -1,0 +1,159 @@
+"""`llava-hvp run FLAGS -- COMMAND`: prune in every LLaVA process that a command starts.
+
+The flags go into the variable LLAVA_HVP, which children inherit; the hook in each of them does the
+rest, and leaves word of what became of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from llava_hvp import config
+from llava_hvp.errors import OptionError
+from llava_hvp.record import summary
+
+FORWARDED = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
+NOT_FOUND, NOT_EXECUTABLE, FAILED = 127, 126, 1
+
+
+def add(commands: Any) -> None:
+    """Add the subcommand."""
+    parser = commands.add_parser(
+        "run",
+        help="run any command with pruning on, shell scripts included",
+        usage="llava-hvp run --prune-method NAME [--r-max R | --num-tokens N] "
+        "[--prune-opt KEY=VALUE]... -- COMMAND...",
+        allow_abbrev=False,
+    )
+    config.add_flags(parser, device=True)
+    parser.set_defaults(main=main)
+
+
+def main(found: argparse.Namespace) -> int:
+    """Run the command; its exit code, or 1 where a process of it should have pruned and failed."""
+    request = config.requested(found)
+    if request.method is None:
+        raise OptionError("--prune-method is missing: `llava-hvp methods` lists the methods")
+    command = found.rest
+    if not command:
+        raise OptionError("no command to run: give it after --, as -- bash scripts/eval.sh")
+    if os.environ.get("LLAVA_HVP_DISABLE", "0") not in ("", "0"):
+        raise OptionError("LLAVA_HVP_DISABLE is set, nothing would be pruned: unset it")
+    with tempfile.TemporaryDirectory(prefix="llava-hvp-") as reports:
+        request = dataclasses.replace(request, reports=reports)
+        environ = {**os.environ, config.VARIABLE: shlex.join(config.to_flags(request))}
+        code = run(command, environ)
+        failed = tell(read_reports(Path(reports)), code)
+    if code < 0:
+        _die_of(-code)
+    return code or (FAILED if failed else 0)
+
+
+def run(command: list[str], environ: dict[str, str]) -> int:
+    """Run to the end with signals passed on; as `Popen.returncode`, negative for a signal."""
+    children: list[subprocess.Popen[bytes]] = []
+    waiting: list[int] = []
+
+    def forward(number: int, frame: Any) -> None:
+        if number in (signal.SIGINT, signal.SIGQUIT) and _from_terminal():
+            return  # the terminal has sent it to the child as well
+        if children:
+            children[0].send_signal(number)
+        else:
+            waiting.append(number)
+
+    numbers = [getattr(signal, name) for name in FORWARDED if hasattr(signal, name)]
+    before = {n: signal.signal(n, forward) for n in numbers if signal.getsignal(n) is not None}
+    try:
+        children.append(subprocess.Popen(command, env=environ))
+        for number in waiting:
+            children[0].send_signal(number)
+        return children[0].wait()
+    except FileNotFoundError:
+        print(f"llava-hvp: error: no command {command[0]!r}", file=sys.stderr)
+        return NOT_FOUND
+    except OSError as error:
+        print(f"llava-hvp: error: cannot run {command[0]!r}: {error}", file=sys.stderr)
+        return NOT_EXECUTABLE
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _from_terminal() -> bool:
+    """Whether a terminal sends its signals to us and our children together."""
+    try:
+        return os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
+    except (OSError, ValueError):
+        return False
+
+
+def _die_of(number: int) -> None:
+    """End as the command did, so that whoever called us sees the same."""
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+
+
+def read_reports(folder: Path) -> list[dict[str, Any]]:
+    """What each LLaVA process said last."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+def tell(reports: list[dict[str, Any]], code: int) -> bool:
+    """Sum up on stderr; whether a process that should have pruned came to grief.
+
+    code : the command's own, since one that failed by itself needs no warning
+    """
+    lost = [r for r in reports if r["state"] == "failed" or _vanished(r)]
+    for report in lost:
+        reason = report["reason"] or "it was killed"
+        print(
+            f"llava-hvp: error: {report['command']} (process {report['pid']}) did not finish "
+            f"pruned: {reason}. Answers of it may be missing, or left from an earlier run",
+            file=sys.stderr,
+        )
+    done = [r["counts"] for r in reports if r["counts"]["images"]]
+    if not done and not lost and code == 0:
+        print(
+            "llava-hvp: warning: no process of this command pruned an image. If it ran LLaVA, then "
+            "with another Python than this one's, with `python -S`, or with code other than the "
+            "`llava` package: see `llava-hvp doctor`",
+            file=sys.stderr,
+        )
+    elif len(reports) > 1:
+        print(f"llava-hvp: {len(reports)} processes, {summary(added(done))}", file=sys.stderr)
+    return bool(lost)
+
+
+def _vanished(report: dict[str, Any]) -> bool:
+    """Started, never finished, and gone. A server may be stopped at any time."""
+    if report["state"] != "started" or report["serves"]:
+        return False
+    try:
+        os.kill(report["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False
+
+
+def added(counts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Counts of several processes as one; means are over all images."""
+    images = sum(c["images"] for c in counts)
+    total: dict[str, Any] = {
+        name: sum(c[name] for c in counts) for name in ("images", "kept_tokens", "stock_tokens")
+    }
+    for name in ("mean_kept_of_stock", "mean_kept_of_patches"):
+        total[name] = sum(c[name] * c["images"] for c in counts) / images if images else None
+    return total

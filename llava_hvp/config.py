@@ -1,0 +1,192 @@
+"""The flags, the variable LLAVA_HVP and keyword arguments: three ways to write one Method."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from llava_hvp.errors import OptionError
+from llava_hvp.methods import get_method, list_methods, method_class
+from llava_hvp.methods.base import Method
+
+VARIABLE = "LLAVA_HVP"
+DEVICE_VARIABLE = "LLAVA_HVP_DEVICE"
+BUDGET = ("r_max", "num_tokens")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a command was asked to do.
+
+    method : None to leave pruning off
+    train : prune in training too
+    device : "cpu" to run commands that insist on CUDA on the CPU; None leaves them as they are
+    reports : folder in which each process leaves what became of it, for the launcher
+    """
+
+    method: Method | None = None
+    train: bool = False
+    device: str | None = None
+    reports: str | None = None
+
+
+class _Parser(argparse.ArgumentParser):
+    """Knows our flags only, says what is wrong in one line, and leaves the exit to others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise OptionError(message)
+
+
+def add_flags(parser: argparse.ArgumentParser, *, device: bool) -> None:
+    """Add our flags to a parser, for its help and for parsing.
+
+    device : with --device, for commands that have none of their own
+    """
+    group = parser.add_argument_group("visual token pruning (llava-hvp)")
+    group.add_argument("--prune-method", metavar="NAME", help=f"one of {', '.join(list_methods())}")
+    group.add_argument(
+        "--r-max",
+        type=_number,
+        metavar="R",
+        help="upper bound on kept / all patches, in (0, 1]; 0.5 where no budget is given",
+    )
+    group.add_argument(
+        "--num-tokens", type=_integer, metavar="N", help="instead: patches of one image in total"
+    )
+    group.add_argument(
+        "--prune-opt",
+        action="append",
+        metavar="KEY=VALUE",
+        help="an option of the method, repeatable; `llava-hvp methods` lists them",
+    )
+    group.add_argument(
+        "--prune-train", action="store_true", help="prune in training too (llava.train only)"
+    )
+    if device:
+        group.add_argument(
+            "--device", choices=("cuda", "cpu"), help="cpu: run without CUDA, slowly"
+        )
+
+
+def parse(arguments: Sequence[str], *, device: bool) -> tuple[Request, list[str]]:
+    """Our flags of a command line, and the arguments that are not ours.
+
+    Raises OptionError, which names the value and what would be right.
+    """
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    add_flags(parser, device=device)
+    parser.add_argument("--prune-reports", help=argparse.SUPPRESS)
+    found, rest = parser.parse_known_args(list(arguments))
+    return requested(found), rest
+
+
+def requested(found: argparse.Namespace) -> Request:
+    """What the flags of `add_flags` ask for, once parsed; raises OptionError."""
+    given = {n: getattr(found, n) for n in BUDGET if getattr(found, n) is not None}
+    device = getattr(found, "device", None)
+    reports = getattr(found, "prune_reports", None)
+    if found.prune_method is None:
+        lonely = [f"--{name.replace('_', '-')}" for name in given]
+        lonely += ["--prune-opt"] * bool(found.prune_opt) + ["--prune-train"] * found.prune_train
+        if lonely:
+            raise OptionError(
+                f"{lonely[0]} without --prune-method: give one of {', '.join(list_methods())}"
+            )
+        return Request(device=device, reports=reports)
+    for text in found.prune_opt or ():
+        key, value = _option(found.prune_method, text)
+        if key in given:
+            raise OptionError(f"{key} is given twice: {given[key]!r} and {value!r}")
+        given[key] = value
+    return Request(get_method(found.prune_method, **given), found.prune_train, device, reports)
+
+
+def from_environment(environ: Mapping[str, str]) -> Request:
+    """What LLAVA_HVP and LLAVA_HVP_DEVICE ask for."""
+    request = Request()
+    text = environ.get(VARIABLE, "")
+    if text.strip():
+        try:
+            request, rest = parse(shlex.split(text), device=True)
+        except ValueError as error:  # ours, or shlex on an open quote
+            raise OptionError(f"{VARIABLE}={text!r}: {error}") from error
+        if rest:
+            raise OptionError(
+                f"{VARIABLE}={text!r}: unknown {rest[0]!r}: give flags, as in "
+                f"{VARIABLE}='--prune-method hivtp --r-max 0.5'"
+            )
+    device = environ.get(DEVICE_VARIABLE) or request.device
+    if device not in (None, "cpu", "cuda"):
+        raise OptionError(f"{DEVICE_VARIABLE}={device!r}: give cpu or cuda")
+    return dataclasses.replace(request, device=device)
+
+
+def to_flags(request: Request) -> list[str]:
+    """Flags that `parse` reads back as an equal request."""
+    flags: list[str] = []
+    if request.method is not None:
+        flags += ["--prune-method", request.method.name]
+        for name, value in given_options(request.method).items():
+            if name in BUDGET:
+                flags += [f"--{name.replace('_', '-')}", str(value)]
+            else:
+                flags += ["--prune-opt", f"{name}={value}"]
+    flags += ["--prune-train"] * request.train
+    for flag, text in (("--device", request.device), ("--prune-reports", request.reports)):
+        flags += [flag, text] if text else []
+    return flags
+
+
+def given_options(method: Method) -> dict[str, Any]:
+    """The budget, and the options that differ from their defaults."""
+    fields = {f.name: f.default for f in dataclasses.fields(method)}
+    return {n: getattr(method, n) for n in fields if getattr(method, n) != fields[n]}
+
+
+def describe(method: Method) -> str:
+    """As `hivtp r_max=0.5`."""
+    return " ".join([method.name, *(f"{n}={v}" for n, v in given_options(method).items())])
+
+
+def _option(method: str, text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    key = key.strip().replace("-", "_")
+    if not equals or not key:
+        raise OptionError(f"--prune-opt {text!r}: give KEY=VALUE, as patch_merge=spatial")
+    kinds = {f.name: str(f.type) for f in dataclasses.fields(method_class(method))}
+    return key, _value(value.strip(), kinds.get(key, ""))
+
+
+def _value(text: str, kind: str) -> Any:
+    """A Python literal where it is one (numbers, None, `7,8,9`), else the text itself.
+
+    kind : the option's annotation, since "none" is a word to some and None to others
+    """
+    known = {"true": True, "false": False} | ({"none": None} if "None" in kind else {})
+    if text.lower() in known:
+        return known[text.lower()]
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+    is_one = not isinstance(value, (tuple, list))
+    return (value,) if is_one and value is not None and "tuple" in kind else value
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number: give one in (0, 1]") from None
+
+
+def _integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None

@@ -1,0 +1,76 @@
+"""The stock chat, `llava.serve.cli`, over several turns on one image."""
+
+import ast
+import re
+import shutil
+
+import pytest
+import torch
+from conftest import load
+from evaluation import call
+
+from llava_hvp import HiPrune, prune
+from llava_hvp.host.versions import transformers_version
+
+QUESTIONS = ("What is this?", "And what is behind it?", "Why?")
+CHAT = (
+    "printf '%s\\n' {questions} '' | python -m llava.serve.cli --model-path {path} --image-file "
+    "photo.png --device cpu --temperature 0 --max-new-tokens 6 --conv-mode v1 --debug {flags}"
+)
+
+
+@pytest.fixture
+def chat(tmp_path, photos):
+    """A function that holds a chat: (its turns as the stock chat prints them, its process)."""
+    photos[0].save(tmp_path / "photo.png")
+
+    def hold(path, flags, questions=QUESTIONS):
+        quoted = " ".join(f"'{q}'" for q in questions)
+        result = call(CHAT.format(questions=quoted, path=path, flags=flags), tmp_path)
+        assert result.returncode == 0, result.stderr
+        turns = re.findall(r"^ (\{'prompt': .*\}) $", result.stdout, re.M)
+        assert len(turns) == len(questions), result.stdout
+        return [ast.literal_eval(turn) for turn in turns], result
+
+    return hold
+
+
+def test_every_turn_has_the_history_and_the_answer_of_it(chat, checkpoints, photos, tmp_path):
+    from llava.mm_utils import process_images, tokenizer_image_token
+
+    path = checkpoints("llava-1.5-llama")
+    turns, result = chat(path, "--prune-method hiprune --r-max 0.33")
+    assert "pruning on: hiprune r_max=0.33" in result.stderr
+    assert "3 images, kept 32.8% of stock's" in result.stderr
+
+    bundle = load(path)
+    bundle.model.half().get_vision_tower().float()
+    pixels = process_images([photos[0]], bundle.processor, bundle.model.config).half()
+    history = ""
+    with prune(bundle.model, HiPrune(r_max=0.33)) as pruned:
+        pruned.reuse = False
+        for question, turn in zip(QUESTIONS, turns, strict=True):
+            mark = "" if history else "<image>\n"
+            history += f"USER: {mark}{question} ASSISTANT:"
+            assert turn["prompt"].endswith(history)
+            ids = tokenizer_image_token(turn["prompt"], bundle.tokenizer, return_tensors="pt")[None]
+            with torch.inference_mode():
+                output = bundle.model.generate(
+                    ids, images=pixels, do_sample=False, max_new_tokens=6
+                )
+            answer = bundle.tokenizer.decode(output[0]).strip().removeprefix("<s>").strip()
+            assert turn["outputs"].removeprefix("<s>").strip() == answer != ""
+            history += f" {turn['outputs']}</s>"
+
+
+@pytest.mark.skipif(
+    transformers_version() < (4, 46), reason="this transformers refuses to quantise without a GPU"
+)
+def test_four_bit_with_a_method_that_reads_the_prompt(chat, checkpoints, tmp_path):
+    path = shutil.copytree(checkpoints("llava-next-mistral-unfrozen"), tmp_path / "llava-mistral")
+    flags = "--load-4bit --prune-method hiprune++ --num-tokens 128"
+    turns, result = chat(path, flags, QUESTIONS[:2])
+    assert "pruning on: hiprune++ num_tokens=128" in result.stderr
+    assert "2 images, kept" in result.stderr
+    assert turns[0]["outputs"]
+    assert turns[0]["outputs"] in turns[1]["prompt"]

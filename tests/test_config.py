@@ -1,0 +1,113 @@
+"""Flags, LLAVA_HVP and keyword arguments say the same things, and wrong ones are named."""
+
+import shlex
+
+import pytest
+
+from llava_hvp import HIVTP, HiPrune, HiPrunePlus, get_method, list_methods
+from llava_hvp.config import Request, describe, from_environment, parse, to_flags
+from llava_hvp.errors import OptionError
+
+
+def parsed(line, device=True):
+    return parse(shlex.split(line), device=device)
+
+
+def test_flags_of_a_command_are_told_from_its_own():
+    request, rest = parsed(
+        "--model-path x --prune-method hivtp --num-chunks 2 --r-max=0.25 --temperature 0"
+    )
+    assert request == Request(HIVTP(r_max=0.25))
+    assert rest == ["--model-path", "x", "--num-chunks", "2", "--temperature", "0"]
+
+
+def test_a_command_without_our_flags_keeps_all_of_its_own():
+    line = ["--model-path", "x", "--num", "2"]
+    assert parse(line, device=False) == (Request(), line)
+
+
+def test_shortened_flags_are_left_to_the_command():
+    # `--num` would be --num-tokens by abbreviation, and is --num-chunks to the eval scripts.
+    assert parsed("--num 3")[1] == ["--num", "3"]
+
+
+@pytest.mark.parametrize(
+    ("line", "method"),
+    [
+        ("hivtp", HIVTP(r_max=0.5)),
+        ("hivtp --prune-opt layers=7,8,9", HIVTP(layers=(7, 8, 9))),
+        ("hivtp --prune-opt layers=7", HIVTP(layers=(7,))),
+        ("hivtp --prune-opt k=25 --prune-opt window=2", HIVTP(k=25, window=2)),
+        ("hivtp --prune-opt k=25 --prune-opt window=none", HIVTP(k=25, window=None)),
+        ("hivtp --prune-opt newline=none", HIVTP(newline="none")),
+        ("hiprune --num-tokens 640 --prune-opt patch_merge=spatial",
+         HiPrune(num_tokens=640, patch_merge="spatial")),
+        ("hiprune --prune-opt patch-merge=spatial", HiPrune(patch_merge="spatial")),
+        ("hiprune --prune-opt buffer=none --prune-opt alpha=0", HiPrune(buffer="none", alpha=0)),
+        ("hiprune --prune-opt num_tokens=64", HiPrune(num_tokens=64)),
+        ("hiprune++ --prune-opt extra=true --prune-opt text=llm",
+         HiPrunePlus(extra=True, text="llm")),
+    ],
+)  # fmt: skip
+def test_options_are_read_as_the_method_has_them(line, method):
+    assert parsed(f"--prune-method {line}")[0].method == method
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--prune-method hivtpp", "unknown method 'hivtpp'.*hivtp"),
+        ("--prune-method hivtp --r-max 1.5", r"r_max=1.5.*\(0, 1\]"),
+        ("--prune-method hivtp --r-max nan", "r_max=nan"),
+        ("--prune-method hivtp --r-max half", "'half' is no number"),
+        ("--prune-method hivtp --num-tokens 1.5", "'1.5' is no whole number"),
+        ("--prune-method hivtp --num-tokens 0", "num_tokens=0"),
+        ("--prune-method hivtp --r-max 0.5 --num-tokens 3", "exclude each other"),
+        ("--prune-method hivtp --prune-opt windw=3", "'windw'.*window"),
+        ("--prune-method hivtp --prune-opt window", "KEY=VALUE"),
+        ("--prune-method hivtp --prune-opt window=two", "window='two'"),
+        ("--prune-method hivtp --r-max 0.5 --prune-opt r_max=0.3", "r_max is given twice"),
+        ("--prune-method hiprune --prune-opt alpha=2", r"alpha=2.*\[0, 1\]"),
+        ("--r-max 0.5", "--r-max without --prune-method"),
+        ("--prune-opt alpha=1", "--prune-opt without --prune-method"),
+        ("--prune-train", "--prune-train without --prune-method"),
+        ("--prune-method", "expected one argument"),
+        ("--prune-method hivtp --device tpu", "'tpu'"),
+    ],
+)
+def test_what_is_wrong_is_named_with_the_remedy(line, message):
+    with pytest.raises(OptionError, match=message):
+        parsed(line)
+
+
+@pytest.mark.parametrize("name", list_methods())
+@pytest.mark.parametrize("options", [{}, {"r_max": 0.3}, {"num_tokens": 77, "newline": "none"}])
+def test_the_variable_carries_every_method_unchanged(name, options):
+    request = Request(get_method(name, **options), True, "cpu", "/tmp/a folder")
+    assert from_environment({"LLAVA_HVP": shlex.join(to_flags(request))}) == request
+
+
+def test_the_variable_carries_options_that_are_no_words():
+    for method in (HIVTP(layers=(7, 8)), HIVTP(k=25.5, window=None, regions=1)):
+        text = shlex.join(to_flags(Request(method)))
+        assert from_environment({"LLAVA_HVP": text}).method == method
+
+
+def test_an_empty_environment_asks_for_nothing():
+    assert from_environment({"LLAVA_HVP": " ", "LLAVA_HVP_DEVICE": ""}) == Request()
+
+
+def test_the_device_has_a_variable_of_its_own():
+    assert from_environment({"LLAVA_HVP_DEVICE": "cpu"}) == Request(device="cpu")
+    with pytest.raises(OptionError, match=r"LLAVA_HVP_DEVICE='tpu'.*cpu"):
+        from_environment({"LLAVA_HVP_DEVICE": "tpu"})
+
+
+@pytest.mark.parametrize("text", ["--prune-method hivtp --rmax 1", "--prune-method 'x", "hivtp"])
+def test_errors_in_the_variable_name_it(text):
+    with pytest.raises(OptionError, match="LLAVA_HVP="):
+        from_environment({"LLAVA_HVP": text})
+
+
+def test_a_method_is_described_by_what_was_given():
+    assert describe(HIVTP(r_max=0.25, regions=3)) == "hivtp r_max=0.25 regions=3"

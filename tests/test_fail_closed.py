@@ -1,0 +1,139 @@
+"""Asked to prune and unable to: the process ends with an error, and never answers unpruned."""
+
+import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from evaluation import call
+
+ASKED = {"LLAVA_HVP": "--prune-method hivtp --r-max 0.5", "LLAVA_HVP_DEVICE": "cpu"}
+LOAD = """
+from llava.model.builder import load_pretrained_model
+_, model, processor, _ = load_pretrained_model({path!r}, None, {name!r})
+"""
+ENCODE_PAST_US = """
+import torch, types
+from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+tower = CLIPVisionTower({tower!r}, types.SimpleNamespace(mm_vision_select_layer=-2))
+print(tower(torch.zeros(2, 3, 112, 112)).shape)
+"""
+DIE = LOAD + "import os; os.kill(os.getpid(), 9)"
+TRAIN = (
+    "python -m llava.train.train --model_name_or_path {path} --vision_tower {tower} --version v1 "
+    "--data_path data.json --image_folder . --output_dir llava-{name} "
+    "--mm_projector_type mlp2x_gelu --mm_vision_select_layer -2 --mm_use_im_patch_token False "
+    "--image_aspect_ratio pad --bf16 False --max_steps 1 --save_steps 100 --use_cpu True "
+    "--per_device_train_batch_size 1 --report_to none "
+)
+
+
+@pytest.fixture(scope="module")
+def ended(checkpoints, photos, tmp_path_factory):
+    """Each process of this file by its name, at its end."""
+    folder = tmp_path_factory.mktemp("fail-closed")
+    path = checkpoints("llava-1.5-llama")
+    tower = json.loads((path / "config.json").read_text())["mm_vision_tower"]
+    words = {"path": str(path), "tower": tower}
+    photos[0].save(folder / "photo.png")
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A rocket."}]
+    (folder / "data.json").write_text(
+        json.dumps([{"id": "0", "image": "photo.png", "conversations": turns}])
+    )
+    fork_of_llava(folder / "fork")
+    (folder / "broken/llava").mkdir(parents=True)
+    (folder / "broken/llava/__init__.py").write_text("import a_module_that_is_missing\n")
+    for name, code in {
+        "past": LOAD.format(**words, name="llava") + ENCODE_PAST_US.format(**words),
+        "no-llava": LOAD.format(**words, name="vicuna"),
+        "die": DIE.format(**words, name="llava"),
+        "import": "import llava\nprint('went on')",
+        "score": "import llava.eval.m4c_evaluator\nprint('scored')",
+    }.items():
+        (folder / f"{name}.py").write_text(code)
+    train = TRAIN.format(**words, name="{name}")
+    lines = {
+        "past": ("python past.py", ASKED),
+        "no-llava": ("python no-llava.py", ASKED),
+        "die": ("llava-hvp run --prune-method hivtp -- bash -c 'python die.py; echo scored'", {}),
+        "fork": ("python import.py", {**ASKED, "PYTHONPATH": str(folder / "fork")}),
+        "broken": ("python import.py", {**ASKED, "PYTHONPATH": str(folder / "broken")}),
+        "score": ("python score.py", ASKED),
+        "sglang": ("python -m llava.serve.sglang_worker", ASKED),
+        "train-flags": (train.format(name="x") + "--prune-method hivtp", {}),
+        "train-asked": (train.format(name="asked"), ASKED),
+        "train-pruned": (
+            train.format(name="pruned") + "--prune-train --prune-method hivtp --r-max 0.25",
+            {"LLAVA_HVP_DEVICE": "cpu"},
+        ),
+    }
+    with ThreadPoolExecutor(2) as pool:
+        ends = pool.map(lambda one: call(one[0], folder, **one[1]), lines.values())
+        return dict(zip(lines, ends, strict=True))
+
+
+def fork_of_llava(folder: Path) -> None:
+    """A LLaVA whose method takes one argument more, as LLaVA-NeXT's repository has it."""
+    source = Path(next(iter(find_spec("llava").submodule_search_locations)))
+    shutil.copytree(source, folder / "llava", ignore=shutil.ignore_patterns("__pycache__"))
+    arch = folder / "llava/model/llava_arch.py"
+    stock = "images, image_sizes=None\n"
+    assert stock in arch.read_text()
+    arch.write_text(arch.read_text().replace(stock, 'images, image_sizes=None, modalities=["x"]\n'))
+
+
+def refused(result, message, code=1):
+    """Whether a process ended with an error of ours as its last line."""
+    assert result.returncode == code, result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("llava-hvp: error: "), result.stderr
+    assert message in last
+    return True
+
+
+def test_images_encoded_past_us_are_an_error_at_exit(ended):
+    assert ended["past"].stdout == "torch.Size([2, 64, 64])\n"
+    assert refused(ended["past"], "2 images were encoded without pruning")
+
+
+def test_a_model_that_is_no_llava_is_refused_when_it_is_loaded(ended):
+    assert refused(ended["no-llava"], "names without `llava` in them")
+
+
+def test_an_unknown_llava_is_refused(ended):
+    assert refused(ended["fork"], "modalities")
+    assert "went on" not in ended["fork"].stdout
+
+
+def test_the_reason_is_told_where_llava_does_not_import(ended):
+    assert refused(ended["broken"], "No module named 'a_module_that_is_missing'")
+
+
+def test_a_killed_child_fails_the_run_though_the_script_went_on(ended):
+    assert "scored" in ended["die"].stdout
+    assert refused(ended["die"], "die.py (process ")
+    assert "did not finish pruned: it was killed" in ended["die"].stderr
+
+
+def test_a_script_that_only_scores_is_left_in_peace(ended):
+    assert (ended["score"].returncode, ended["score"].stdout) == (0, "scored\n")
+    assert "llava-hvp" not in ended["score"].stderr
+
+
+def test_sglang_is_refused(ended):
+    assert refused(ended["sglang"], "use llava.serve.model_worker")
+
+
+def test_training_is_pruned_only_by_its_own_flag(ended):
+    assert refused(ended["train-flags"], "--prune-train", code=2)
+    asked = ended["train-asked"]
+    assert asked.returncode == 0, asked.stderr
+    assert "training stays unpruned: give --prune-train" in asked.stderr
+    assert "pruning on" not in asked.stderr
+    pruned = ended["train-pruned"]
+    assert pruned.returncode == 0, pruned.stderr
+    assert "pruning on: hivtp r_max=0.25" in pruned.stderr
+    assert "1 image, kept 25.0% of stock's visual tokens" in pruned.stderr
+    assert "'train_loss'" in pruned.stdout

@@ -1,0 +1,54 @@
+"""Counting images, and writing the record of it."""
+
+import json
+
+import pytest
+import torch
+
+from llava_hvp import Selection
+from llava_hvp.record import Totals, answers_facts, record_path, summary, write_json
+from llava_hvp.report import ImageReport
+
+
+def report(kept, stock, tiles=1):
+    mask = torch.zeros(tiles, 100, dtype=torch.bool)
+    mask.view(-1)[:kept] = True
+    return ImageReport("m", tiles, stock, kept, mask, (10, 10), None, Selection(mask, {}))
+
+
+def test_ratios_are_means_over_images():
+    totals = Totals()
+    totals.add([report(50, 100), report(50, 200, tiles=5)])
+    totals.add([report(30, 100)])
+    assert totals.as_dict() == {
+        "images": 3,
+        "kept_tokens": 130,
+        "stock_tokens": 400,
+        "mean_kept_of_stock": pytest.approx((0.5 + 0.25 + 0.3) / 3),
+        "mean_kept_of_patches": pytest.approx((0.5 + 0.1 + 0.3) / 3),
+    }
+    assert summary(totals.as_dict()).startswith("3 images, kept 35.0% of stock's")
+
+
+def test_no_image_has_no_ratio():
+    assert Totals().as_dict()["mean_kept_of_stock"] is None
+    assert str(Totals()) == "no image"
+
+
+def test_the_record_lies_beside_the_answers_and_knows_them(tmp_path):
+    answers = tmp_path / "a.jsonl"
+    answers.write_text("{}\n{}\n")
+    assert record_path(answers).name == "a.jsonl.hvp.json"
+    facts = answers_facts(answers)
+    assert facts["lines"] == 2
+    answers.write_text("{}\n{ }\n")
+    assert answers_facts(answers)["sha256"] != facts["sha256"]
+
+
+def test_nothing_half_written_is_left(tmp_path):
+    path = tmp_path / "r.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": torch})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["r.json"]
