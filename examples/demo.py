@@ -3,12 +3,16 @@
 Makes a tiny LLaVA-1.5 and a tiny LLaVA-NeXT checkpoint (random weights: the answers mean nothing,
 the counts and the plumbing are real), loads both through LLaVA's own builder, prunes, generates,
 prints what was kept and how long the first token took, and draws the kept patches over the photo.
+Then types two of LLaVA's own commands with our flags: an eval script and a chat.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -54,6 +58,7 @@ def main() -> None:
                 Path(folder) / name, version=version, layers=6, hidden_size=256
             )
             run(checkpoint, photo, arguments.out, arguments.rounds)
+        type_commands(Path(folder) / "llava-1.5-tiny", arguments.photo)
 
 
 def run(checkpoint: Path, photo: Image.Image, out: Path, rounds: int) -> None:
@@ -115,6 +120,28 @@ def run(checkpoint: Path, photo: Image.Image, out: Path, rounds: int) -> None:
                 path = out / f"{checkpoint.name}-{name.replace('+', 'p')}.png"
                 draw(images, report, processor).save(path)
     print(f"kept patches at r_max 0.25, by role: {out / checkpoint.name}-*.png")
+
+
+def type_commands(checkpoint: Path, photo: Path) -> None:
+    """What a user types, with what comes back of it."""
+    model = f"--model-path {checkpoint} --image-file {photo} --temperature 0"
+    question = f'--query "{QUESTION}" --max_new_tokens 8 --device cpu'
+    chat = "--max-new-tokens 8 --device cpu"
+    for command in (
+        f"python -m llava.eval.run_llava {model} {question} --prune-method hivtp --r-max 0.5",
+        f"printf 'What is it?\\nAnd what else?\\n\\n' | python -m llava.serve.cli {model} {chat} "
+        "--prune-method hiprune --r-max 0.33",
+    ):
+        print(f"\n$ {command}", flush=True)
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        environ = {**os.environ, "PATH": path, "PYTHONWARNINGS": "ignore"}
+        shell = subprocess.run(
+            ["bash", "-c", command], env=environ, stderr=subprocess.PIPE, text=True
+        )
+        told = [line for line in shell.stderr.splitlines() if line.startswith("llava-hvp: ")]
+        print("\n".join(told))
+        if shell.returncode:
+            sys.exit(shell.stderr)
 
 
 def draw(images: torch.Tensor, report: ImageReport, processor: Any) -> Image.Image:

@@ -1,5 +1,6 @@
 """Arrows go one way: methods know torch, the encoder transformers, the host LLaVA."""
 
+import argparse
 import ast
 import dataclasses
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import llava_hvp
+from llava_hvp.config import add_flags
 
 PACKAGE = Path(llava_hvp.__file__).parent
 HOSTS = {"llava", "transformers"}
@@ -55,7 +57,16 @@ def imports(path):
             {"transformers", "llava", "llava_hvp.encoder", "llava_hvp.host", "llava_hvp.cli"},
         ),
         ("encoder", {"llava", "llava_hvp.host", "llava_hvp.cli"}),
-        ("host", {"llava_hvp.cli", "llava_hvp.methods.hivtp", "llava_hvp.methods.hiprune"}),
+        (
+            "host",
+            {
+                *("llava_hvp.cli", "llava_hvp.session", "llava_hvp.config"),
+                *("llava_hvp.methods.hivtp", "llava_hvp.methods.hiprune"),
+            },
+        ),
+        ("config.py", {"transformers", "llava", "llava_hvp.host", "llava_hvp.session"}),
+        ("session.py", {"llava", "llava_hvp.cli"}),
+        ("cli", {"llava"}),
         ("testing", {"llava", "llava_hvp.host", "llava_hvp.encoder", "llava_hvp.methods"}),
     ],
 )
@@ -79,6 +90,14 @@ def test_no_size_of_one_tower_is_written_into_the_code(part):
             if isinstance(node, ast.Constant) and isinstance(node.value, int)
         }
         assert not numbers & {576, 577, 335, 336, 2880}, file
+
+
+def test_the_readme_names_every_flag():
+    readme = (PACKAGE.parent / "README.md").read_text()
+    parser = argparse.ArgumentParser(add_help=False)
+    add_flags(parser, device=True)
+    for flag in parser._option_string_actions:
+        assert flag in readme
 
 
 def test_the_readme_names_every_method_and_option():
