@@ -1,4 +1,4 @@
-"""A process that was asked to prune, from the import of LLaVA to its exit.
+"""A process that was asked to prune, from the import of LLaVA to its first model.
 
 The startup hook calls `begin`, imports LLaVA and calls `switch_on`. From then on either images are
 pruned or the process ends with an error: silence is not among the outcomes.
@@ -7,30 +7,22 @@ pruned or the process ends with an error: silence is not among the outcomes.
 from __future__ import annotations
 
 import argparse
-import atexit
 import dataclasses
 import functools
 import importlib
 import os
-import platform
-import signal
 import sys
-import weakref
 from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import llava_hvp_startup as startup
 
 import llava_hvp
 from llava_hvp import config
+from llava_hvp.account import Account, leave_report, say
 from llava_hvp.config import Request
 from llava_hvp.errors import LlavaHvpError, OptionError, UnsupportedModelError
-from llava_hvp.record import Totals, answers_facts, record_path, write_json
-from llava_hvp.report import ImageReport
-
-if TYPE_CHECKING:
-    from llava_hvp.host.pruning import Pruning
+from llava_hvp.record import Totals
 
 USAGE, FAILED = 2, 1  # exit codes: what was asked for is wrong, or could not be done
 _current: Session | None = None
@@ -73,7 +65,7 @@ def refuse(error: BaseException) -> int:
     known = isinstance(error, LlavaHvpError)
     say(f"error: {error}" if known else f"error: cannot prune: {type(error).__name__}: {error}")
     if _current is not None:
-        _current.leave_report("failed", reason=str(error))
+        leave_report(_current.request, _current.command, "failed", Totals(), str(error))
     return USAGE if isinstance(error, OptionError) else FAILED
 
 
@@ -83,13 +75,8 @@ def training_begins() -> None:
         _current.training_begins()
 
 
-def say(line: str) -> None:
-    """One line on stderr."""
-    print(f"llava-hvp: {line}", file=sys.stderr, flush=True)
-
-
 class Session:
-    """What one process was asked, what it did, and how it ends.
+    """What one process was asked, and the switches for it.
 
     command : as `llava.eval.model_vqa`; "" for a command that is not LLaVA's own
     """
@@ -97,13 +84,7 @@ class Session:
     def __init__(self, command: str, request: Request) -> None:
         self.command = command
         self.request = request
-        self.totals = Totals()
-        self._pid = os.getpid()
-        self._unpruned = 0
-        self._announced = False
-        self._ended = False
-        self._crash: str | None = None
-        self._facts: dict[str, str] = {}
+        self._account: Account | None = None
 
     @property
     def prunes(self) -> bool:
@@ -114,15 +95,13 @@ class Session:
 
     def read_flags(self) -> None:
         """Our flags of the command line, which win over the environment."""
-        flagged = self.command in startup.EVALUATING | startup.SERVING | startup.TRAINING
-        if flagged:
+        flags = Request()
+        if self.command in startup.EVALUATING | startup.SERVING | startup.TRAINING:
             has_device = self.command in startup.EVALUATING
-            request, sys.argv[1:] = config.parse(sys.argv[1:], device=has_device)
+            flags, sys.argv[1:] = config.parse(sys.argv[1:], device=has_device)
             if {"-h", "--help"} & set(sys.argv[1:]):
                 _show_flags_in_help(has_device)
-            self.take(request)
-        else:
-            self.take(Request())
+        self.take(flags)
 
     def take(self, flags: Request) -> None:
         """Put the flags before the environment; raises a LlavaHvpError for what does not fit."""
@@ -151,7 +130,8 @@ class Session:
 
     def switch_on(self) -> None:
         """Prune every model that is loaded from now on, and watch that it happens."""
-        if not self.prunes and self.request.device != "cpu":
+        method = self.request.method
+        if method is None and self.request.device != "cpu":
             return
         from llava_hvp.host import builder, compat, versions
         from llava_hvp.host.device import bridge_to_cpu
@@ -159,20 +139,20 @@ class Session:
 
         if self.request.device == "cpu":
             bridge_to_cpu(Patches())
-        if self.request.method is None:
+        if method is None:
             compat.bridge()
             return
-        self._versions = {"llava-hvp": llava_hvp.__version__, **versions.found_versions()}
-        builder.install(self.request.method, on_model=self._watch)
+        found = {"llava-hvp": llava_hvp.__version__, **versions.found_versions()}
+        self._account = account = Account(self.command, self.request, method, found)
+        builder.install(method, on_model=account.watch)
         loader = importlib.import_module("llava.model.builder")
-        self._patches = patches = Patches()
-        patches.replace(
+        clip = importlib.import_module("llava.model.multimodal_encoder.clip_encoder")
+        self._patches = Patches()
+        self._patches.replace(
             loader, "load_pretrained_model", self._checking(loader.load_pretrained_model)
         )
-        clip = importlib.import_module("llava.model.multimodal_encoder.clip_encoder")
-        stock = clip.CLIPVisionTower.forward
-        patches.replace(clip.CLIPVisionTower, "forward", self._counting(stock))
-        self._await_the_end()
+        tower = clip.CLIPVisionTower
+        self._patches.replace(tower, "forward", _counting(tower.forward, account))
 
     def training_begins(self) -> None:
         """Bridge the trainer's gaps; take pruning back, unless training was to be pruned."""
@@ -188,17 +168,23 @@ class Session:
         if self.prunes or self.request.device == "cpu":
             bridge_training(Patches())
 
-    def _watch(self, pruning: Pruning) -> None:
-        self._announce()
-        owner = weakref.ref(pruning)
+    def before_load(self) -> None:
+        """A model is about to be loaded."""
+        if self._account is not None:
+            self._account.begin()
 
-        def on_record(reports: list[ImageReport]) -> None:
-            pruning = owner()
-            if not self._facts and pruning is not None:
-                self._facts = _facts(pruning.model)
-            self.totals.add(reports)
+    def after_load(self, tokenizer: Any, model: Any) -> None:
+        """Raise a LlavaHvpError unless the loaded model is pruned and ready for its first image."""
+        if not self.prunes:
+            return
+        from llava_hvp.host.history import bridge_history
+        from llava_hvp.host.pruning import check_bound
 
-        pruning.on_record = on_record
+        pruning = check_bound(model)
+        pruning.tokenizer = pruning.tokenizer or tokenizer
+        pruning.load_text()
+        if self.command == "llava.serve.cli":
+            bridge_history(model)
 
     def _checking(self, stock: Callable[..., Any]) -> Callable[..., Any]:
         """The stock loader; what it gives is pruned, or an error."""
@@ -212,146 +198,17 @@ class Session:
 
         return load
 
-    def before_load(self) -> None:
-        """A model is about to be loaded."""
-        self._announce()
-        answers = self._answers()
-        if answers is not None:
-            record_path(answers).unlink(missing_ok=True)
 
-    def after_load(self, tokenizer: Any, model: Any) -> None:
-        """Raise a LlavaHvpError unless the loaded model is pruned and ready for its first image."""
-        from llava_hvp.host.history import bridge_history
-        from llava_hvp.host.pruning import check_bound
+def _counting(stock: Callable[..., Any], account: Account) -> Callable[..., Any]:
+    """The stock tower's forward, which a pruned model never calls."""
 
-        if not self.prunes:
-            return
-        pruning = check_bound(model)
-        pruning.tokenizer = pruning.tokenizer or tokenizer
-        pruning.load_text()
-        if self.command == "llava.serve.cli":
-            bridge_history(model)
+    @functools.wraps(stock)
+    def forward(tower: Any, images: Any) -> Any:
+        account.begin()
+        account.unpruned += len(images)
+        return stock(tower, images)
 
-    def _counting(self, stock: Callable[..., Any]) -> Callable[..., Any]:
-        """The stock tower's forward, which a pruned model never calls."""
-
-        @functools.wraps(stock)
-        def forward(tower: Any, images: Any) -> Any:
-            self._unpruned += len(images)
-            return stock(tower, images)
-
-        return forward
-
-    def _announce(self) -> None:
-        """The one line that says that pruning is on, before the first model is loaded."""
-        if self._announced or self.request.method is None:
-            return
-        self._announced = True
-        # "llava" says what it is and where it lies: the place is for the record.
-        versions = ", ".join(
-            version.partition(" at ")[0] if name == "llava" else f"{name} {version}"
-            for name, version in self._versions.items()
-        )
-        say(f"pruning on: {config.describe(self.request.method)} ({versions})")
-        self.leave_report("started")
-
-    # --- the end ---
-
-    def _await_the_end(self) -> None:
-        atexit.register(self.finish)
-        before = sys.excepthook
-
-        def excepthook(kind: Any, error: BaseException, traceback: Any) -> None:
-            self._crash = kind.__name__
-            if isinstance(error, LlavaHvpError):
-                say(f"error: {error}")
-            else:
-                before(kind, error, traceback)
-
-        sys.excepthook = excepthook
-        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-
-            def on_signal(number: int, frame: Any) -> None:
-                self._crash = signal.Signals(number).name
-                self.finish()
-                signal.signal(number, signal.SIG_DFL)
-                os.kill(os.getpid(), number)
-
-            signal.signal(signal.SIGTERM, on_signal)
-
-    def finish(self) -> None:
-        """Sum up, write the record, and end the process with an error if it went unpruned."""
-        if os.getpid() != self._pid or self._ended or not self._announced or not self.prunes:
-            return
-        self._ended = True
-        if self._unpruned:
-            say(
-                f"error: {self._unpruned} images were encoded without pruning, "
-                f"{self.totals.images} with it: something builds or calls the vision tower past "
-                "LLaVA's loader; do not use these answers as pruned ones"
-            )
-            self.leave_report("failed", reason="images were encoded without pruning")
-            sys.stdout.flush()
-            os._exit(FAILED)
-        answers = self._answers()
-        if self._crash and not self.totals.images:
-            self.leave_report("failed", reason=self._crash)
-            return
-        line = str(self.totals)
-        if self._crash is not None:
-            line += f"; stopped by {self._crash}"
-        elif answers is not None and answers.is_file():
-            write_json(record_path(answers), self._record(answers))
-            line += f"; record: {record_path(answers)}"
-        say(line)
-        self.leave_report("failed" if self._crash else "done", reason=self._crash)
-
-    def _answers(self) -> Path | None:
-        """The answers file of an eval script, which keeps its arguments in a global."""
-        if self.command not in startup.EVALUATING:
-            return None
-        name = getattr(getattr(sys.modules["__main__"], "args", None), "answers_file", None)
-        return None if name is None else Path(name).expanduser()
-
-    def _record(self, answers: Path) -> dict[str, Any]:
-        method = self.request.method
-        assert method is not None
-        return {
-            "method": method.name,
-            "options": dataclasses.asdict(method),
-            "given": config.to_flags(Request(method)),
-            "command": [self.command, *sys.argv[1:]],
-            "versions": {**self._versions, "python": platform.python_version()},
-            **self._facts,
-            "counts": self.totals.as_dict(),
-            "answers": answers_facts(answers),
-        }
-
-    def leave_report(self, state: str, reason: str | None = None) -> None:
-        """Tell the launcher, if there is one, how far this process has come."""
-        if self.request.reports is None:
-            return
-        folder = Path(self.request.reports)
-        if folder.is_dir():
-            report = {
-                "state": state,
-                "reason": reason,
-                "command": self.command or Path(sys.argv[0]).name,
-                "pid": self._pid,
-                "serves": self.command in startup.SERVING,
-                "counts": self.totals.as_dict(),
-            }
-            write_json(folder / f"{self._pid}.json", report)
-
-
-def _facts(model: Any) -> dict[str, str]:
-    tower = model.get_vision_tower()
-    return {
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "vision_tower_dtype": str(tower.dtype).removeprefix("torch."),
-        "device": str(model.device),
-        "quantization": str(getattr(model, "quantization_method", None) or "none"),
-    }
+    return forward
 
 
 def _show_flags_in_help(device: bool) -> None:

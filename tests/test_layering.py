@@ -60,11 +60,12 @@ def imports(path):
         (
             "host",
             {
-                *("llava_hvp.cli", "llava_hvp.session", "llava_hvp.config"),
+                *("llava_hvp.cli", "llava_hvp.session", "llava_hvp.config", "llava_hvp.account"),
                 *("llava_hvp.methods.hivtp", "llava_hvp.methods.hiprune"),
             },
         ),
         ("config.py", {"transformers", "llava", "llava_hvp.host", "llava_hvp.session"}),
+        ("account.py", {"llava", "llava_hvp.cli", "llava_hvp.session"}),
         ("session.py", {"llava", "llava_hvp.cli"}),
         ("cli", {"llava"}),
         ("testing", {"llava", "llava_hvp.host", "llava_hvp.encoder", "llava_hvp.methods"}),
