@@ -27,6 +27,7 @@ lint: $(VENVS)/$(NEW)/ready
 
 bench: $(VENVS)/$(NEW)/ready
 	$(VENVS)/$(NEW)/bin/python benchmarks/encoder.py
+	$(VENVS)/$(NEW)/bin/python benchmarks/chat.py
 
 # One environment for each transformers release. LLaVA goes in without its dependencies, whose pins
 # no current machine can meet; the extra `host` names what it imports. The newest peft does not

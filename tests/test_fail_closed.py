@@ -49,6 +49,9 @@ def ended(checkpoints, photos, tmp_path_factory):
         "past": LOAD.format(**words, name="llava") + ENCODE_PAST_US.format(**words),
         "no-llava": LOAD.format(**words, name="vicuna"),
         "die": DIE.format(**words, name="llava"),
+        "trainer": "import llava.train.train\n"
+        + LOAD.format(**words, name="llava")
+        + "print(type(model.get_vision_tower()).__name__)",
         "import": "import llava\nprint('went on')",
         "score": "import llava.eval.m4c_evaluator\nprint('scored')",
     }.items():
@@ -63,6 +66,7 @@ def ended(checkpoints, photos, tmp_path_factory):
         "score": ("python score.py", ASKED),
         "sglang": ("python -m llava.serve.sglang_worker", ASKED),
         "train-flags": (train.format(name="x") + "--prune-method hivtp", {}),
+        "trainer": ("python trainer.py", ASKED),
         "train-asked": (train.format(name="asked"), ASKED),
         "train-pruned": (
             train.format(name="pruned") + "--prune-train --prune-method hivtp --r-max 0.25",
@@ -124,6 +128,12 @@ def test_a_script_that_only_scores_is_left_in_peace(ended):
 
 def test_sglang_is_refused(ended):
     assert refused(ended["sglang"], "use llava.serve.model_worker")
+
+
+def test_what_is_loaded_for_training_is_stock(ended):
+    loaded = ended["trainer"]
+    assert (loaded.returncode, loaded.stdout) == (0, "CLIPVisionTower\n"), loaded.stderr
+    assert "pruning on" not in loaded.stderr
 
 
 def test_training_is_pruned_only_by_its_own_flag(ended):

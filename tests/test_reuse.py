@@ -66,6 +66,17 @@ def test_chats_that_take_turns_each_keep_their_image(bundle, photos, encodings):
     assert len(encodings) == len(photos)
 
 
+def test_equal_tiles_of_one_image_and_of_two_are_told_apart(own, encodings):
+    bundle = own("llava-next-llama")
+    tiles = torch.randn(2, 3, 112, 112)
+    with torch.no_grad(), prune(bundle.model, HIVTP(num_tokens=32)) as pruned:
+        two = pruned.encode(tiles, (1, 1), None).selection.keep
+        one = pruned.encode(tiles, (2,), None).selection.keep
+    assert len(encodings) == 2
+    assert 16 < two.sum(1).max() <= 32
+    assert one.sum(1).max() <= 16
+
+
 def test_old_images_are_let_go(bundle, photos, encodings):
     pixels, ids = bundle.pixels(photos[1]), bundle.ids("x")
     with prune(bundle.model, HIVTP(r_max=0.5)):
