@@ -12,6 +12,7 @@ import os
 import platform
 import signal
 import sys
+import threading
 import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,7 +120,9 @@ class Account:
                 before(kind, error, traceback)
 
         sys.excepthook = excepthook
-        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        # Python sets handlers in the main thread only; a server may load its model in another.
+        is_main = threading.current_thread() is threading.main_thread()
+        if is_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
 
             def on_signal(number: int, frame: Any) -> None:
                 self._crash = signal.Signals(number).name

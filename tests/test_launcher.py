@@ -10,6 +10,7 @@ import pytest
 from evaluation import call, environment
 
 from llava_hvp.cli import main
+from llava_hvp.cli.interpreter import python_of
 from llava_hvp.cli.run import added, read_reports, tell
 
 RUN = "llava-hvp run --prune-method hivtp --r-max 0.5 --"
@@ -97,6 +98,25 @@ def test_a_command_in_which_nothing_was_pruned_is_warned_of(capfd):
     assert "warning: no process of this command pruned an image" in capfd.readouterr().err
     assert main(["run", "--prune-method", "hivtp", "--", "false"]) == 1
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("command", "python"),
+    [
+        ("python -m x -S", "python"),
+        ("/a/python3.11 -u -X utf8 -S s.py -S", "/a/python3.11 -u -X utf8 -S"),
+        ("bash -S", ""),
+    ],
+)
+def test_the_python_of_a_command_is_told_from_its_arguments(command, python):
+    assert python_of(command.split()) == python.split()
+
+
+def test_a_python_without_the_hook_is_refused_before_it_runs(tmp_path):
+    result = call(f"{RUN} python -S -c 'print(1)'", tmp_path)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "python -S" in result.stderr
+    assert "runs no startup hook of ours" in result.stderr
 
 
 COUNTS = {

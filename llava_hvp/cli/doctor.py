@@ -7,7 +7,6 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 
 import llava_hvp
 from llava_hvp import config
+from llava_hvp.cli.interpreter import hook_in
 from llava_hvp.errors import LlavaHvpError
 
 # What only some commands need: distribution -> which ones.
@@ -28,7 +28,6 @@ OPTIONAL = {
     "uvicorn": "the worker",
     "pandas": "model_vqa_mmbench",
 }
-_HOOK = "import sys; print('llava_hvp_startup' in sys.modules, sys.executable)"
 
 
 @dataclass
@@ -127,16 +126,12 @@ def _hook(findings: Findings) -> None:
         findings.problem("the startup hook did not run (python -S?)", reinstall)
     else:
         findings.note("hook", f"{pth / 'llava_hvp.pth'}, runs at every start of this Python")
-    try:
-        answer = subprocess.run(
-            ["python", "-c", _HOOK], capture_output=True, text=True, timeout=60, check=True
-        ).stdout.split()
-    except (OSError, subprocess.SubprocessError):
-        findings.note("on PATH", "no `python` on PATH")
-        return
-    if answer[0] != "True":
+    on_path = hook_in()
+    if on_path is None:
+        findings.note("on PATH", "no `python`")
+    elif not on_path[0]:
         findings.problem(
-            f"`python` on PATH is {answer[1]}, which has no hook: shell scripts run unpruned",
+            f"`python` on PATH is {on_path[1]}, which has no hook: shell scripts run unpruned",
             f"export PATH={Path(sys.executable).parent}:$PATH",
         )
 

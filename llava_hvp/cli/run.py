@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_hvp import config
+from llava_hvp.cli.interpreter import hook_in, python_of
 from llava_hvp.errors import OptionError
 from llava_hvp.record import summary
 
@@ -49,6 +50,13 @@ def main(found: argparse.Namespace) -> int:
         raise OptionError("no command to run: give it after --, as -- bash scripts/eval.sh")
     if os.environ.get("LLAVA_HVP_DISABLE", "0") not in ("", "0"):
         raise OptionError("LLAVA_HVP_DISABLE is set, nothing would be pruned: unset it")
+    python = python_of(command)
+    hooked = hook_in(python) if python else None
+    if hooked is not None and not hooked[0]:
+        raise OptionError(
+            f"{shlex.join(python)} ({hooked[1]}) runs no startup hook of ours: install llava-hvp "
+            "there, and leave -S out"
+        )
     with tempfile.TemporaryDirectory(prefix="llava-hvp-") as reports:
         request = dataclasses.replace(request, reports=reports)
         environ = {**os.environ, config.VARIABLE: shlex.join(config.to_flags(request))}
@@ -124,10 +132,12 @@ def tell(reports: list[dict[str, Any]], code: int) -> bool:
         )
     done = [r["counts"] for r in reports if r["counts"]["images"]]
     if not done and not lost and code == 0:
+        on_path = hook_in()
+        where = "" if on_path is None or on_path[0] else f" (`python` is {on_path[1]}, without it)"
         print(
             "llava-hvp: warning: no process of this command pruned an image. If it ran LLaVA, then "
-            "with another Python than this one's, with `python -S`, or with code other than the "
-            "`llava` package: see `llava-hvp doctor`",
+            f"with a Python that has no llava-hvp{where}, with `python -S`, or with code other "
+            "than the `llava` package: see `llava-hvp doctor`",
             file=sys.stderr,
         )
     elif len(reports) > 1:
