@@ -42,10 +42,11 @@ class _Parser(argparse.ArgumentParser):
         raise OptionError(message)
 
 
-def add_flags(parser: argparse.ArgumentParser, *, device: bool) -> None:
+def add_flags(parser: argparse.ArgumentParser, *, device: bool, train: bool = False) -> None:
     """Add our flags to a parser, for its help and for parsing.
 
     device : with --device, for commands that have none of their own
+    train : with --prune-train in the help, for commands that may train
     """
     group = parser.add_argument_group("visual token pruning (llava-hvp)")
     group.add_argument("--prune-method", metavar="NAME", help=f"one of {', '.join(list_methods())}")
@@ -65,7 +66,9 @@ def add_flags(parser: argparse.ArgumentParser, *, device: bool) -> None:
         help="an option of the method, repeatable; `llava-hvp methods` lists them",
     )
     group.add_argument(
-        "--prune-train", action="store_true", help="prune in training too (llava.train only)"
+        "--prune-train",
+        action="store_true",
+        help="prune in training too (llava.train only)" if train else argparse.SUPPRESS,
     )
     if device:
         group.add_argument(

@@ -100,7 +100,7 @@ class Session:
             has_device = self.command in startup.EVALUATING
             flags, sys.argv[1:] = config.parse(sys.argv[1:], device=has_device)
             if {"-h", "--help"} & set(sys.argv[1:]):
-                _show_flags_in_help(has_device)
+                _show_flags_in_help(has_device, self.command in startup.TRAINING)
         self.take(flags)
 
     def take(self, flags: Request) -> None:
@@ -211,13 +211,13 @@ def _counting(stock: Callable[..., Any], account: Account) -> Callable[..., Any]
     return forward
 
 
-def _show_flags_in_help(device: bool) -> None:
+def _show_flags_in_help(device: bool, train: bool) -> None:
     """Add our flags to the first parser that parses: the stock command's."""
     stock = argparse.ArgumentParser.parse_known_args
 
     def parse_known_args(parser: Any, *args: Any, **kwargs: Any) -> Any:
         argparse.ArgumentParser.parse_known_args = stock  # type: ignore[method-assign]
-        config.add_flags(parser, device=device)
+        config.add_flags(parser, device=device, train=train)
         return stock(parser, *args, **kwargs)
 
     argparse.ArgumentParser.parse_known_args = parse_known_args  # type: ignore[assignment,method-assign]

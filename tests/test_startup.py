@@ -171,3 +171,4 @@ def test_help_shows_our_flags_beside_the_commands_own(command, own, others):
     ours = ["--prune-method NAME", "--r-max R", "--num-tokens N", "--prune-opt KEY=VALUE"]
     for flag in [*ours, *own, *others]:
         assert flag in result.stdout
+    assert "--prune-train" not in result.stdout

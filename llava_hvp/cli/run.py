@@ -36,7 +36,7 @@ def add(commands: Any) -> None:
         "[--prune-opt KEY=VALUE]... -- COMMAND...",
         allow_abbrev=False,
     )
-    config.add_flags(parser, device=True)
+    config.add_flags(parser, device=True, train=True)
     parser.set_defaults(main=main)
 
 
