@@ -1,0 +1,82 @@
+"""Shapes of the published LLaVA models, without their weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llava_hvp.errors import OptionError
+
+
+@dataclass(frozen=True)
+class Vision:
+    """A CLIP vision encoder, of which LLaVA uses the output of layer `select`.
+
+    select : numbered from 1; layers past it need not run
+    """
+
+    hidden: int = 1024
+    layers: int = 24
+    heads: int = 16
+    mlp: int = 4096
+    image: int = 336
+    patch: int = 14
+    select: int = 23
+
+    @property
+    def patches(self) -> int:
+        """N, the patches of a tile."""
+        return (self.image // self.patch) ** 2
+
+
+@dataclass(frozen=True)
+class Language:
+    """A Llama or Mistral decoder."""
+
+    hidden: int = 4096
+    layers: int = 32
+    heads: int = 32
+    kv_heads: int = 32
+    mlp: int = 11008
+    vocab: int = 32000
+
+    @property
+    def layer_weights(self) -> int:
+        """Weights of one layer's matrices: q and o, k and v, gate, up and down."""
+        kv = self.hidden * self.kv_heads // self.heads
+        return 2 * self.hidden**2 + 2 * self.hidden * kv + 3 * self.hidden * self.mlp
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A LLaVA model.
+
+    tiles : that the encoder sees of one image: 1, or the most that AnyRes makes
+    """
+
+    name: str
+    vision: Vision
+    language: Language
+    tiles: int
+
+
+_13B = Language(hidden=5120, layers=40, heads=40, kv_heads=40, mlp=13824)
+_MISTRAL = Language(kv_heads=8, mlp=14336)
+_GEOMETRIES = (
+    Geometry("llava-1.5-7b", Vision(), Language(), 1),
+    Geometry("llava-1.5-13b", Vision(), _13B, 1),
+    Geometry("llava-next-7b", Vision(), Language(), 5),
+    Geometry("llava-next-mistral-7b", Vision(), _MISTRAL, 5),
+)
+
+
+def list_geometries() -> list[str]:
+    """Names of all geometries."""
+    return [geometry.name for geometry in _GEOMETRIES]
+
+
+def get_geometry(name: str) -> Geometry:
+    """A geometry by name; raises OptionError with the valid names."""
+    for geometry in _GEOMETRIES:
+        if geometry.name == name:
+            return geometry
+    raise OptionError(f"unknown geometry {name!r}: give one of {', '.join(list_geometries())}")

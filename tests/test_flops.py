@@ -1,0 +1,116 @@
+"""Floating point operations, against the published figures and against what torch counts."""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from llava_hvp import HIVTP, prune
+from llava_hvp.bench.flops import as_published, complete
+from llava_hvp.bench.geometry import Geometry, Language, Vision, get_geometry, list_geometries
+from llava_hvp.errors import OptionError
+
+ROTARY = 3e-5  # the angles of the positions are a small product in newer transformers
+
+
+@pytest.mark.parametrize(
+    ("visual_tokens", "published"), [(576, 8.63e12), (192, 3.56e12), (128, 2.71e12), (64, 1.87e12)]
+)
+def test_hiprunes_figures_for_llava_1_5_7b(visual_tokens, published):
+    assert as_published(get_geometry("llava-1.5-7b"), visual_tokens) == pytest.approx(
+        published, rel=0.01
+    )
+
+
+def test_a_third_of_the_tokens_takes_58_7_percent_less():
+    seven = get_geometry("llava-1.5-7b")
+    saved = 1 - as_published(seven, 192) / as_published(seven, 576)
+    assert saved == pytest.approx(0.587, abs=0.001)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [
+        ("llava-1.5-7b", 6.74e9),
+        ("llava-1.5-13b", 13.02e9),
+        ("llava-next-mistral-7b", 7.24e9),
+    ],
+)
+def test_the_language_models_have_their_published_sizes(name, weights):
+    language = get_geometry(name).language
+    total = language.layers * language.layer_weights + 2 * language.hidden * language.vocab
+    assert total == pytest.approx(weights, rel=0.002)
+
+
+def test_an_unknown_geometry_is_named_with_the_known_ones():
+    with pytest.raises(OptionError, match=r"'llava-2'.*llava-1.5-7b"):
+        get_geometry("llava-2")
+    assert len(set(list_geometries())) == 4
+
+
+def geometry_of(model):
+    """The shapes of a loaded model."""
+    tower, config = model.get_vision_tower(), model.config
+    vision = tower.vision_tower.config
+    return Geometry(
+        "tiny",
+        Vision(
+            hidden=vision.hidden_size,
+            layers=vision.num_hidden_layers,
+            heads=vision.num_attention_heads,
+            mlp=vision.intermediate_size,
+            image=vision.image_size,
+            patch=vision.patch_size,
+            select=vision.num_hidden_layers + 1 + tower.select_layer,
+        ),
+        Language(
+            hidden=config.hidden_size,
+            layers=config.num_hidden_layers,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            mlp=config.intermediate_size,
+            vocab=config.vocab_size,
+        ),
+        tiles=1,
+    )
+
+
+def counted(bundle, photo, text=9):
+    """What torch counts of a prefill with one image and `text` tokens beside it."""
+    pixels = bundle.pixels(photo)
+    ids = torch.tensor([[1, -200, *range(3, 2 + text)]])
+    # torch does not count the CPU's fused attention kernel.
+    plain = sdpa_kernel(SDPBackend.MATH)
+    with torch.no_grad(), plain, FlopCounterMode(display=False) as counter:
+        bundle.model(ids, images=pixels, image_sizes=[photo.size])
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("kind", ["llava-1.5-llama", "llava-1.5-mistral"])
+def test_torch_counts_the_same_on_stock_llava(own, kind, photos):
+    bundle = own(kind)
+    tower = geometry_of(bundle.model)
+    expected = complete(tower, 64, text_tokens=9, layers_run=tower.vision.layers).to_first_token
+    assert counted(bundle, photos[0]) == pytest.approx(expected, rel=ROTARY)
+
+
+@pytest.mark.parametrize("kind", ["llava-1.5-llama", "llava-1.5-mistral"])
+def test_torch_counts_the_same_on_a_pruned_one(own, kind, photos):
+    bundle = own(kind)
+    with prune(bundle.model, HIVTP(r_max=0.5, layers=(3, 4))) as pruned:
+        total = counted(bundle, photos[0])
+        kept = pruned.last[0].kept_tokens
+    expected = complete(geometry_of(bundle.model), kept, text_tokens=9, layers_read=2)
+    assert kept < 64
+    assert total == pytest.approx(expected.to_first_token, rel=ROTARY)
+
+
+def test_each_new_token_is_decoded_once():
+    seven = get_geometry("llava-1.5-7b")
+    one, three = (complete(seven, 144, text_tokens=50, new_tokens=n) for n in (1, 3))
+    assert one.decode == 0
+    assert three.prefill == one.prefill
+    language = seven.language
+    weights = language.layers * language.layer_weights + language.hidden * language.vocab
+    attended = 195 + 196
+    assert three.decode == 2 * 2 * weights + 4 * language.layers * language.hidden * attended
