@@ -25,16 +25,12 @@ from llava_hvp.errors import LlavaHvpError
 from llava_hvp.methods.base import Method
 from llava_hvp.record import Totals, answers_facts, record_path, write_json
 from llava_hvp.report import ImageReport
+from llava_hvp.stderr import say
 
 if TYPE_CHECKING:
     from llava_hvp.host.pruning import Pruning
 
 UNPRUNED = 1  # exit code
-
-
-def say(line: str) -> None:
-    """One line on stderr."""
-    print(f"llava-hvp: {line}", file=sys.stderr, flush=True)  # stdout is the command's own
 
 
 def leave_report(

@@ -16,6 +16,7 @@ from llava_hvp.methods.base import Method
 
 VARIABLE = "LLAVA_HVP"
 DEVICE_VARIABLE = "LLAVA_HVP_DEVICE"
+DISABLE_VARIABLE = "LLAVA_HVP_DISABLE"
 BUDGET = ("r_max", "num_tokens")
 
 
@@ -127,6 +128,11 @@ def from_environment(environ: Mapping[str, str]) -> Request:
     if device not in (None, "cpu", "cuda"):
         raise OptionError(f"{DEVICE_VARIABLE}={device!r}: give cpu or cuda")
     return dataclasses.replace(request, device=device)
+
+
+def switched_off(environ: Mapping[str, str]) -> bool:
+    """Whether the startup hook sleeps whatever is asked; it has the same rule, without torch."""
+    return environ.get(DISABLE_VARIABLE, "0") not in ("", "0")
 
 
 def to_flags(request: Request) -> list[str]:

@@ -19,10 +19,11 @@ import llava_hvp_startup as startup
 
 import llava_hvp
 from llava_hvp import config
-from llava_hvp.account import Account, leave_report, say
+from llava_hvp.account import Account, leave_report
 from llava_hvp.config import Request
 from llava_hvp.errors import LlavaHvpError, OptionError, UnsupportedModelError
 from llava_hvp.record import Totals
+from llava_hvp.stderr import say
 
 USAGE, FAILED = 2, 1  # exit codes: what was asked for is wrong, or could not be done
 _current: Session | None = None

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import llava_hvp
 from llava_hvp.cli import doctor, methods, run
 from llava_hvp.errors import LlavaHvpError
+from llava_hvp.stderr import say
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,5 +25,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return found.main(found)
     except LlavaHvpError as error:
-        print(f"llava-hvp: error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return 2

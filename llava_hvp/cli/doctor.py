@@ -138,8 +138,9 @@ def _hook(findings: Findings) -> None:
 
 def _variables(findings: Findings) -> None:
     """Our variables of the environment."""
-    if os.environ.get("LLAVA_HVP_DISABLE", "0") not in ("", "0"):
-        findings.problem("LLAVA_HVP_DISABLE is set: nothing is pruned", "unset LLAVA_HVP_DISABLE")
+    if config.switched_off(os.environ):
+        name = config.DISABLE_VARIABLE
+        findings.problem(f"{name} is set: nothing is pruned", f"unset {name}")
     try:
         request = config.from_environment(os.environ)
     except LlavaHvpError as error:

@@ -22,6 +22,7 @@ from llava_hvp import config
 from llava_hvp.cli.interpreter import hook_in, python_of
 from llava_hvp.errors import OptionError
 from llava_hvp.record import summary
+from llava_hvp.stderr import say
 
 FORWARDED = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
 NOT_FOUND, NOT_EXECUTABLE, FAILED = 127, 126, 1
@@ -48,8 +49,8 @@ def main(found: argparse.Namespace) -> int:
     command = found.rest
     if not command:
         raise OptionError("no command to run: give it after --, as -- bash scripts/eval.sh")
-    if os.environ.get("LLAVA_HVP_DISABLE", "0") not in ("", "0"):
-        raise OptionError("LLAVA_HVP_DISABLE is set, nothing would be pruned: unset it")
+    if config.switched_off(os.environ):
+        raise OptionError(f"{config.DISABLE_VARIABLE} is set, nothing would be pruned: unset it")
     python = python_of(command)
     hooked = hook_in(python) if python else None
     if hooked is not None and not hooked[0]:
@@ -88,10 +89,10 @@ def run(command: list[str], environ: dict[str, str]) -> int:
             children[0].send_signal(number)
         return children[0].wait()
     except FileNotFoundError:
-        print(f"llava-hvp: error: no command {command[0]!r}", file=sys.stderr)
+        say(f"error: no command {command[0]!r}")
         return NOT_FOUND
     except OSError as error:
-        print(f"llava-hvp: error: cannot run {command[0]!r}: {error}", file=sys.stderr)
+        say(f"error: cannot run {command[0]!r}: {error}")
         return NOT_EXECUTABLE
     finally:
         for number, handler in before.items():
@@ -125,23 +126,21 @@ def tell(reports: list[dict[str, Any]], code: int) -> bool:
     lost = [r for r in reports if r["state"] == "failed" or _vanished(r)]
     for report in lost:
         reason = report["reason"] or "it was killed"
-        print(
-            f"llava-hvp: error: {report['command']} (process {report['pid']}) did not finish "
-            f"pruned: {reason}. Answers of it may be missing, or left from an earlier run",
-            file=sys.stderr,
+        say(
+            f"error: {report['command']} (process {report['pid']}) did not finish pruned: "
+            f"{reason}. Answers of it may be missing, or left from an earlier run"
         )
     done = [r["counts"] for r in reports if r["counts"]["images"]]
     if not done and not lost and code == 0:
         on_path = hook_in()
         where = "" if on_path is None or on_path[0] else f" (`python` is {on_path[1]}, without it)"
-        print(
-            "llava-hvp: warning: no process of this command pruned an image. If it ran LLaVA, then "
-            f"with a Python that has no llava-hvp{where}, with `python -S`, or with code other "
-            "than the `llava` package: see `llava-hvp doctor`",
-            file=sys.stderr,
+        say(
+            "warning: no process of this command pruned an image. If it ran LLaVA, then with a "
+            f"Python that has no llava-hvp{where}, with `python -S`, or with code other than the "
+            "`llava` package: see `llava-hvp doctor`"
         )
     elif len(reports) > 1:
-        print(f"llava-hvp: {len(reports)} processes, {summary(added(done))}", file=sys.stderr)
+        say(f"{len(reports)} processes, {summary(added(done))}")
     return bool(lost)
 
 
