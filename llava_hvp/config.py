@@ -103,7 +103,7 @@ def requested(found: argparse.Namespace) -> Request:
             )
         return Request(device=device, reports=reports)
     for text in found.prune_opt or ():
-        key, value = _option(found.prune_method, text)
+        key, value = read_option(found.prune_method, text)
         if key in given:
             raise OptionError(f"{key} is given twice: {given[key]!r} and {value!r}")
         given[key] = value
@@ -162,7 +162,8 @@ def describe(method: Method) -> str:
     return " ".join([method.name, *(f"{n}={v}" for n, v in given_options(method).items())])
 
 
-def _option(method: str, text: str) -> tuple[str, Any]:
+def read_option(method: str, text: str) -> tuple[str, Any]:
+    """Name and value of KEY=VALUE, read as the method wants it; raises OptionError."""
     key, equals, value = text.partition("=")
     key = key.strip().replace("-", "_")
     if not equals or not key:

@@ -82,6 +82,11 @@ def answers_facts(answers: Path) -> dict[str, Any]:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write as a whole or not at all."""
+    write_whole(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write as a whole or not at all."""
     half = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    half.write_text(json.dumps(content, indent=2) + "\n")
+    half.write_bytes(content)
     half.replace(path)

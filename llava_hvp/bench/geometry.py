@@ -58,14 +58,27 @@ class Geometry:
     language: Language
     tiles: int
 
+    @property
+    def is_next(self) -> bool:
+        """Whether it cuts pictures into AnyRes tiles."""
+        return self.tiles > 1
+
 
 _13B = Language(hidden=5120, layers=40, heads=40, kv_heads=40, mlp=13824)
 _MISTRAL = Language(kv_heads=8, mlp=14336)
+# For a CPU: the real tower before a Llama of 160 M, and one of a size for tests.
+_160M = Language(hidden=768, layers=12, heads=12, kv_heads=12, mlp=3072)
+_TINY_VISION = Vision(hidden=64, layers=12, heads=4, mlp=128, image=112, select=11)
+_TINY = Language(hidden=64, layers=2, heads=4, kv_heads=4, mlp=128, vocab=1000)
 _GEOMETRIES = (
     Geometry("llava-1.5-7b", Vision(), Language(), 1),
     Geometry("llava-1.5-13b", Vision(), _13B, 1),
     Geometry("llava-next-7b", Vision(), Language(), 5),
     Geometry("llava-next-mistral-7b", Vision(), _MISTRAL, 5),
+    Geometry("llava-1.5-160m", Vision(), _160M, 1),
+    Geometry("llava-next-160m", Vision(), _160M, 5),
+    Geometry("llava-1.5-tiny", _TINY_VISION, _TINY, 1),
+    Geometry("llava-next-tiny", _TINY_VISION, _TINY, 5),
 )
 
 

@@ -37,13 +37,15 @@ class Pruning:
     on_record : called with the reports of each call, from the thread that made it
     """
 
-    def __init__(self, model: Any, tokenizer: Any = None) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any = None, clip_text: ClipText | None = None
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.reuse = True
         self.on_record: Callable[[list[ImageReport]], None] | None = None
         self._recently = RecentlyEncoded()
-        self._clip_text: ClipText | None = None
+        self._clip_text = clip_text
         self._newest: list[ImageReport] = []
 
     @property
@@ -140,8 +142,13 @@ _LAST: ContextVar[tuple[weakref.ref[Pruning], list[ImageReport]] | None] = Conte
 )
 
 
-def attach(model: Any, method: Method, *, tokenizer: Any = None) -> Pruning:
-    """See `llava_hvp.prune`."""
+def attach(
+    model: Any, method: Method, *, tokenizer: Any = None, clip_text: ClipText | None = None
+) -> Pruning:
+    """See `llava_hvp.prune`.
+
+    clip_text : instead of the one in the tower's own checkpoint
+    """
     if not isinstance(method, Method):
         raise UnsupportedModelError(
             f"{method!r} is no Method: give one, as HIVTP(r_max=0.5) or get_method('hivtp')"
@@ -162,7 +169,7 @@ def attach(model: Any, method: Method, *, tokenizer: Any = None) -> Pruning:
             f"{', '.join(patched)} of this model is patched by something else: undo that first"
         )
     PrunedCLIPVisionTower.adopt(tower, method)
-    pruning = bind(model, tokenizer)
+    pruning = bind(model, tokenizer, clip_text)
     try:
         pruning.load_text()
     except BaseException:
@@ -171,9 +178,9 @@ def attach(model: Any, method: Method, *, tokenizer: Any = None) -> Pruning:
     return pruning
 
 
-def bind(model: Any, tokenizer: Any = None) -> Pruning:
+def bind(model: Any, tokenizer: Any = None, clip_text: ClipText | None = None) -> Pruning:
     """Give one model the overrides; its tower decides what they do."""
-    pruning = Pruning(model, tokenizer)
+    pruning = Pruning(model, tokenizer, clip_text)
     model.llava_hvp = pruning
     for override in (*OVERRIDES, *compat.instance_bridges()):
         setattr(model, override.__name__, types.MethodType(override, model))

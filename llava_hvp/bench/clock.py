@@ -1,0 +1,51 @@
+"""Time and memory of a call on any device."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+
+class Clock:
+    """Seconds, with everything that was launched before finished."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def now(self) -> float:
+        """Wait for the device, then look."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def peak_bytes(self, call: Callable[[], Any]) -> int:
+        """The most bytes that a call holds at once above what was held before.
+
+        On the CPU from every allocation and release that torch's allocator reports: the same
+        number in every run, temporaries inside operators included.
+        """
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            before = torch.cuda.memory_allocated(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            call()
+            torch.cuda.synchronize(self.device)
+            return torch.cuda.max_memory_allocated(self.device) - before
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            call()
+        with tempfile.TemporaryDirectory() as folder:
+            trace = Path(folder, "trace.json")
+            profiler.export_chrome_trace(str(trace))
+            events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+        live = peak = 0
+        for event in sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"]):
+            live += event["args"]["Bytes"]
+            peak = max(peak, live)
+        return peak

@@ -1,0 +1,146 @@
+"""Rounds in which every variant takes its turn, and what comes of them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from llava_hvp.bench.geometry import Vision
+from llava_hvp.bench.phases import Bench
+from llava_hvp.bench.variants import Floor, Variant
+
+WARM_UP = 1  # rounds that are not counted
+FEWEST = 2  # rounds, of which quartiles can be had
+
+Samples = dict[str, list[float]]  # phase -> a number for each round
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles over the rounds."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median, low, high)
+
+
+@dataclass
+class Measured:
+    """One variant in one batch.
+
+    kept, stock : visual tokens of all images of the batch, and as many as unpruned LLaVA sends
+    projected, patches : kept patches, and all patches of all tiles
+    seconds : phase -> one of each round
+    floor : the same of the floor below it, empty where it captures nothing
+    peaks : phase -> bytes
+    """
+
+    variant: Variant
+    kept: int
+    stock: int
+    projected: int
+    patches: int
+    seconds: Samples = field(default_factory=lambda: defaultdict(list))
+    floor: Samples = field(default_factory=lambda: defaultdict(list))
+    peaks: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """What is run: a variant, or the floor below one."""
+
+    variant: Variant
+    of: Measured
+    is_floor: bool
+
+
+def measure(
+    bench: Bench,
+    variants: Sequence[Variant],
+    rounds: int,
+    *,
+    tick: Callable[[str], None] = lambda what: None,
+    most_seconds: float = float("inf"),
+) -> list[Measured]:
+    """Peaks and kept tokens of every variant, then `rounds` rounds of all of them.
+
+    Each round starts with the next variant, and a method follows right after its floor, so that a
+    machine that slows down slows what is compared alike.
+
+    Parameters
+    ----------
+    tick : called with a word on what was done after every turn
+    most_seconds : no further round is begun once the next would end later; at least FEWEST are
+    """
+    began = time.perf_counter()
+    groups: list[list[_Turn]] = []
+    for variant in variants:
+        measured, floor = _look(bench, variant)
+        groups.append([])
+        if floor is not None:
+            groups[-1].append(_Turn(Variant(floor), measured, True))
+        groups[-1].append(_Turn(variant, measured, False))
+        tick(f"memory of {variant}")
+    for number in range(-WARM_UP, rounds):
+        started = time.perf_counter()
+        start = number % len(groups)
+        for turn in (turn for group in groups[start:] + groups[:start] for turn in group):
+            _take(bench, turn, counted=number >= 0)
+            tick(f"round {number + 1} of {rounds}: {turn.of.variant}")
+        took = time.perf_counter() - started
+        if number + 1 >= FEWEST and time.perf_counter() - began + took > most_seconds:
+            break
+    return [group[-1].of for group in groups]
+
+
+def turns(variants: Sequence[Variant], rounds: int, vision: Vision) -> int:
+    """How often `measure` ticks."""
+    turns_a_round = sum(1 + variant.captures(vision) for variant in variants)
+    return len(variants) + (rounds + WARM_UP) * turns_a_round
+
+
+def _look(bench: Bench, variant: Variant) -> tuple[Measured, Floor | None]:
+    """What a variant keeps and how much memory it takes; this warms up as well."""
+    with bench.applied(variant) as pruning:
+        prepared = bench.prepare()
+        floor = None
+        if pruning is None:
+            work = bench.work
+            tokens = prepared["inputs_embeds"].shape[1] - work.text_tokens
+            patches = work.tiles * bench.model.get_vision_tower().num_patches
+            measured = Measured(variant, *(work.batch * tokens,) * 2, *(patches,) * 2)
+        else:
+            reports = list(pruning.last)
+            measured = Measured(
+                variant,
+                sum(report.kept_tokens for report in reports),
+                sum(report.stock_tokens for report in reports),
+                sum(report.kept_patches for report in reports),
+                sum(report.sent.numel() for report in reports),
+            )
+            if variant.captures(bench.vision):
+                keep = torch.cat([report.selection.keep for report in reports])
+                floor = Floor.below(pruning.method, keep)
+        measured.peaks = bench.peaks(pruning)
+    return measured, floor
+
+
+def _take(bench: Bench, turn: _Turn, *, counted: bool) -> None:
+    with bench.applied(turn.variant) as pruning:
+        parts = bench.time_parts(pruning)
+        # Past its first token the floor does what the method does.
+        answer = bench.time_answer(1 if turn.is_floor else bench.work.new_tokens)
+    if counted:
+        samples = turn.of.floor if turn.is_floor else turn.of.seconds
+        for phase, seconds in (parts | answer).items():
+            samples[phase].append(seconds)

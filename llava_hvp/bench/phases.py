@@ -1,0 +1,148 @@
+"""The phases of an answer, timed on a real LLaVA model."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from llava_hvp.bench.clock import Clock
+from llava_hvp.bench.geometry import Vision
+from llava_hvp.bench.variants import Variant
+from llava_hvp.bench.workload import Workload
+
+Call = Callable[..., Any]
+
+
+class Bench:
+    """A model and what it is given; every method is put on it and taken off again.
+
+    vision : the shape of the model's tower
+    tokenizer, clip_text : for methods that read the prompt, where the model's own cannot be loaded
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        vision: Vision,
+        work: Workload,
+        clock: Clock,
+        *,
+        tokenizer: Any = None,
+        clip_text: Any = None,
+    ) -> None:
+        self.model, self.vision, self.work, self.clock = model, vision, work, clock
+        self.tokenizer, self.clip_text = tokenizer, clip_text
+
+    @contextlib.contextmanager
+    def applied(self, variant: Variant) -> Iterator[Any]:
+        """The pruning, or None for stock. Every image is encoded, though it came before."""
+        if variant.method is None:
+            yield None
+            return
+        from llava_hvp.host.pruning import attach
+
+        with attach(
+            self.model, variant.method, tokenizer=self.tokenizer, clip_text=self.clip_text
+        ) as pruning:
+            pruning.reuse = False
+            yield pruning
+
+    @torch.inference_mode()
+    def prepare(self) -> dict[str, Any]:
+        """From prompts and images to what the language model gets."""
+        work = self.work
+        _, positions, mask, _, embeds, _ = self.model.prepare_inputs_labels_for_multimodal(
+            work.ids, None, None, None, None, work.images, work.sizes
+        )
+        return {"position_ids": positions, "attention_mask": mask, "inputs_embeds": embeds}
+
+    @torch.inference_mode()
+    def prefill(self, prepared: dict[str, Any]) -> None:
+        """The language model over the whole prompt."""
+        self.model(**prepared, use_cache=True)
+
+    def generate(self, new_tokens: int, first: Call | None = None) -> None:
+        """A greedy answer of a fixed length; `first` is a logits processor."""
+        work = self.work
+        self.model.generate(
+            work.ids,
+            images=work.images,
+            image_sizes=work.sizes,
+            do_sample=False,
+            use_cache=True,
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            **({} if first is None else {"logits_processor": [first]}),
+        )
+
+    def time_parts(self, pruning: Any) -> dict[str, float]:
+        """Seconds of the image encode (selection included) and of the prefill.
+
+        launched : until the last kernel of the prefill was launched; as long as `prefill` where
+            the device waits for the host
+        """
+        seconds = {"encode": 0.0}
+
+        def timed(encode: Call) -> Call:
+            def call(*args: Any) -> Any:
+                started = self.clock.now()
+                result = encode(*args)
+                seconds["encode"] += self.clock.now() - started
+                return result
+
+            return call
+
+        with self._around_encode(pruning, timed):
+            prepared = self.prepare()
+        started = self.clock.now()
+        self.prefill(prepared)
+        seconds["launched"] = time.perf_counter() - started
+        seconds["prefill"] = self.clock.now() - started
+        return seconds
+
+    def time_answer(self, new_tokens: int) -> dict[str, float]:
+        """Seconds to the first token, and to the last."""
+        at: list[float] = []
+
+        def first(ids: Any, logits: Any) -> Any:
+            if not at:
+                at.append(self.clock.now())
+            return logits
+
+        started = self.clock.now()
+        self.generate(new_tokens, first)
+        return {"ttft": at[0] - started, "answer": self.clock.now() - started}
+
+    def peaks(self, pruning: Any) -> dict[str, int]:
+        """Peak bytes of the image encode, the prefill, and an answer of two tokens."""
+        peaks = {"encode": 0}
+
+        def measured(encode: Call) -> Call:
+            def call(*args: Any) -> Any:
+                peaks["encode"] = self.clock.peak_bytes(lambda: encode(*args))
+                return encode(*args)
+
+            return call
+
+        with self._around_encode(pruning, measured):
+            prepared = self.prepare()
+        peaks["prefill"] = self.clock.peak_bytes(lambda: self.prefill(prepared))
+        del prepared
+        peaks["answer"] = self.clock.peak_bytes(lambda: self.generate(2))
+        return peaks
+
+    @contextlib.contextmanager
+    def _around_encode(self, pruning: Any, wrap: Callable[[Call], Call]) -> Iterator[None]:
+        """Wrap what encodes images: the tower, or pruned all that stands in its place."""
+        owner, name = (
+            (self.model.get_vision_tower(), "forward") if pruning is None else (pruning, "encode")
+        )
+        setattr(owner, name, wrap(getattr(owner, name)))
+        try:
+            yield
+        finally:
+            delattr(owner, name)

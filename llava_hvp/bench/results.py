@@ -1,0 +1,168 @@
+"""Measurements as rows: numbers, and ratios to `none` and to the floor in the same rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from llava_hvp.bench.flops import Flops, as_published, complete
+from llava_hvp.bench.geometry import Geometry
+from llava_hvp.bench.measure import Measured, Samples, Spread
+from llava_hvp.bench.workload import Workload
+
+# Of the seconds of one round, what is reported. Speeds are tokens/s of the whole batch.
+TIMES = ("encode", "prefill", "ttft")
+SPEEDS = ("decode", "answer")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant in one batch.
+
+    tiles : of the whole batch
+    kept_tokens, stock_tokens : of one image, mean
+    kept_of_patches : kept patches / (N x tiles), what r_max bounds
+    seconds : encode (selection included), prefill, ttft
+    selection : seconds that the encode takes longer than the floor's; None where nothing is read
+    tokens_per_second : decode (after the first token), answer (the whole of it)
+    launch_share : of the prefill, during which the host was still launching kernels
+    to_none, to_floor : phase -> ratio of each round; times below 1 are a gain, speeds above 1
+    peak_bytes : above the model and its inputs, of encode, prefill, answer
+    flops : of one image and prompt, all that is done
+    flops_published : by the papers' convention, LLaVA-1.5 only
+    """
+
+    method: str
+    options: str
+    batch: int
+    tiles: int
+    rounds: int
+    kept_tokens: float
+    stock_tokens: float
+    kept_of_patches: float
+    seconds: dict[str, Spread]
+    selection: Spread | None
+    tokens_per_second: dict[str, Spread]
+    launch_share: float
+    to_none: dict[str, Spread]
+    to_floor: dict[str, Spread]
+    selection_of_floor_ttft: Spread | None
+    peak_bytes: dict[str, int]
+    peak_to_none: dict[str, float]
+    flops: Flops
+    flops_published: float | None
+
+    @property
+    def label(self) -> str:
+        """As hivtp r_max=0.5."""
+        return f"{self.method} {self.options}".strip()
+
+
+def rows_of(measured: Sequence[Measured], work: Workload, geometry: Geometry) -> list[Row]:
+    """One row a variant; the first is `none`."""
+    none = measured[0]
+    rates = {id(m): _rates(m.seconds, work) for m in measured}
+    return [_row(m, none, rates[id(m)], rates[id(none)], work, geometry) for m in measured]
+
+
+def _rates(seconds: Samples, work: Workload) -> Samples:
+    """Tokens/s of the batch in each round."""
+    tokens = work.batch * work.new_tokens
+    later = tokens - work.batch
+    times = list(zip(seconds["answer"], seconds["ttft"], strict=True))
+    return {
+        "decode": [later / (answer - ttft) for answer, ttft in times] if later else [],
+        "answer": [tokens / answer for answer, _ in times],
+    }
+
+
+def _row(
+    measured: Measured,
+    none: Measured,
+    rates: Samples,
+    none_rates: Samples,
+    work: Workload,
+    geometry: Geometry,
+) -> Row:
+    seconds, floor = measured.seconds, measured.floor
+    vision = geometry.vision
+    needs = None
+    if measured.variant.method is not None:
+        needs = measured.variant.method.needs(vision.layers, vision.select)
+    selection = _each(lambda a, b: a - b, seconds["encode"], floor["encode"]) if floor else []
+    shares = _each(lambda s, ttft: s / ttft, selection, floor["ttft"]) if floor else []
+    to_none = {name: _each(_ratio, seconds[name], none.seconds[name]) for name in TIMES}
+    to_none |= {name: _each(_ratio, rates[name], none_rates[name]) for name in SPEEDS}
+    to_floor = {name: _each(_ratio, seconds[name], floor[name]) for name in TIMES if floor}
+    kept = measured.kept / work.batch
+    flops = complete(
+        geometry,
+        round(kept),
+        text_tokens=work.text_tokens,
+        projected=measured.projected // work.batch,
+        tiles=work.tiles // work.batch,
+        # Stock runs every layer of its tower.
+        layers_run=vision.layers if needs is None else vision.select,
+        layers_read=0 if needs is None else len({*needs.received, *needs.cls}),
+        new_tokens=work.new_tokens,
+    )
+    return Row(
+        method=measured.variant.name,
+        options=measured.variant.options,
+        batch=work.batch,
+        tiles=work.tiles,
+        rounds=len(seconds["ttft"]),
+        kept_tokens=kept,
+        stock_tokens=measured.stock / work.batch,
+        kept_of_patches=measured.projected / measured.patches,
+        seconds={name: Spread.of(seconds[name]) for name in TIMES},
+        selection=Spread.of(selection) if selection else None,
+        tokens_per_second=_spreads(rates),
+        launch_share=Spread.of(_each(_ratio, seconds["launched"], seconds["prefill"])).median,
+        to_none=_spreads(to_none),
+        to_floor=_spreads(to_floor),
+        selection_of_floor_ttft=Spread.of(shares) if shares else None,
+        peak_bytes=dict(measured.peaks),
+        peak_to_none={name: b / none.peaks[name] for name, b in measured.peaks.items()},
+        flops=flops,
+        flops_published=None
+        if geometry.is_next
+        else as_published(geometry, round(kept), text_tokens=work.text_tokens),
+    )
+
+
+def _ratio(a: float, b: float) -> float:
+    return a / b
+
+
+def _each(
+    of: Callable[[float, float], float], a: Sequence[float], b: Sequence[float]
+) -> list[float]:
+    return [of(x, y) for x, y in zip(a, b, strict=True)]
+
+
+def _spreads(samples: Samples) -> dict[str, Spread]:
+    return {name: Spread.of(values) for name, values in samples.items() if values}
+
+
+def losses(rows: Sequence[Row]) -> list[str]:
+    """Where pruning takes longer than unpruned LLaVA, in words."""
+    words = {
+        "encode": "image encode",
+        "prefill": "prefill",
+        "ttft": "time to first token",
+        "decode": "decode speed",
+        "answer": "tokens/s of the answer",
+    }
+    found = []
+    for row in rows:
+        for name, spread in row.to_none.items():
+            worse = spread.median < 1 if name in SPEEDS else spread.median > 1
+            if row.method == "none" or not worse:
+                continue
+            within = spread.low <= 1 <= spread.high
+            found.append(
+                f"{row.label}, batch {row.batch}: {words[name]} {spread.median:.3f} x none"
+                + (" (quartiles on both sides of 1)" if within else "")
+            )
+    return found

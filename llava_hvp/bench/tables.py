@@ -1,0 +1,115 @@
+"""Rows as tables, for a terminal and for Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from llava_hvp.bench.measure import Spread
+from llava_hvp.bench.results import Row, losses
+
+TERMINAL, MARKDOWN = "simple", "github"
+EXPLAINED = (
+    "`x none`: ratio to unpruned LLaVA, `x floor`: to the same patches kept without capture or "
+    "choice, each in the same round (medians, TTFT with quartiles). Times below 1 and speeds "
+    "above 1 are a gain. Encode includes the selection; launch is the share of the prefill during "
+    "which the host was still launching."
+)
+
+
+def render(about: dict[str, Any], rows: Sequence[Row], style: str) -> str:
+    """Time, then memory and FLOPs, then where pruning loses; the command and machine first."""
+    code = "    " if style == MARKDOWN else ""
+    parts = [f"{code}{about['command']}", f"{about['machine']}; {about['versions']}."]
+    parts += [about["model"], EXPLAINED]
+    for batch in dict.fromkeys(row.batch for row in rows):
+        group = [row for row in rows if row.batch == batch]
+        stock, tiles = group[0].stock_tokens, group[0].tiles // batch
+        what = f"Batch {batch}: {stock:.0f} visual tokens, {tiles} tile{'s' * (tiles > 1)} an image"
+        heading = f"## {what}" if style == MARKDOWN else what
+        parts += [heading, _time(group, style), _memory(group, style)]
+    lost = losses(rows)
+    parts.append("Where pruning loses: " + ("; ".join(lost) if lost else "nowhere here") + ".")
+    return "\n\n".join(parts) + "\n"
+
+
+def _time(rows: Sequence[Row], style: str) -> str:
+    table = [
+        {
+            "method": row.method,
+            "options": row.options,
+            "kept": f"{row.kept_tokens:.0f}",
+            "TTFT ms": _milliseconds(row.seconds["ttft"]),
+            "x none": _quartiles(row.to_none["ttft"]),
+            "x floor": _ratio(row.to_floor.get("ttft")),
+            "encode ms": _milliseconds(row.seconds["encode"]),
+            "x none ": _ratio(row.to_none["encode"]),
+            "selection ms": "" if row.selection is None else _milliseconds(row.selection),
+            "of floor TTFT": _percent(row.selection_of_floor_ttft),
+            "prefill ms": _milliseconds(row.seconds["prefill"]),
+            "x none  ": _ratio(row.to_none["prefill"]),
+            "launch": f"{row.launch_share:.0%}",
+            "decode tok/s": _speed(row, "decode"),
+            "answer tok/s": _speed(row, "answer"),
+            "x none   ": _ratio(row.to_none["answer"]),
+        }
+        for row in rows
+    ]
+    return _tabulate(table, style)
+
+
+def _memory(rows: Sequence[Row], style: str) -> str:
+    table = []
+    for row in rows:
+        peak, ratio, flops = row.peak_bytes, row.peak_to_none, row.flops
+        cells = {
+            "method": row.method,
+            "options": row.options,
+            "encode MB a tile": f"{peak['encode'] / row.tiles / 1e6:.1f}",
+            "x none": f"{ratio['encode']:.3f}",
+            "prefill MB": f"{peak['prefill'] / 1e6:.1f}",
+            "x none ": f"{ratio['prefill']:.3f}",
+            "answer MB": f"{peak['answer'] / 1e6:.1f}",
+            "x none  ": f"{ratio['answer']:.3f}",
+            "tower GFLOP": f"{flops.tower / 1e9:.1f}",
+            "selection": f"{flops.selection / 1e9:.2f}",
+            "projector": f"{flops.projector / 1e9:.1f}",
+            "prefill": f"{flops.prefill / 1e9:.1f}",
+            "decode": f"{flops.decode / 1e9:.1f}",
+            "to first token, x none": f"{flops.to_first_token / rows[0].flops.to_first_token:.3f}",
+        }
+        if row.flops_published is not None:
+            cells["as published"] = f"{row.flops_published / 1e9:.1f}"
+        table.append(cells)
+    return _tabulate(table, style)
+
+
+def _tabulate(table: list[dict[str, str]], style: str) -> str:
+    from tabulate import tabulate
+
+    # Numbers come formatted; tabulate would take the digits off again.
+    return tabulate(table, headers="keys", tablefmt=style, disable_numparse=True)
+
+
+def _milliseconds(spread: Spread) -> str:
+    value = spread.median * 1e3
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.2f}"
+
+
+def _ratio(spread: Spread | None) -> str:
+    return "" if spread is None else f"{spread.median:.3f}"
+
+
+def _quartiles(spread: Spread) -> str:
+    if spread.low == spread.high:
+        return f"{spread.median:.3f}"
+    return f"{spread.median:.3f} ({spread.low:.3f}-{spread.high:.3f})"
+
+
+def _percent(spread: Spread | None) -> str:
+    return "" if spread is None else f"{spread.median:.1%}"
+
+
+def _speed(row: Row, name: str) -> str:
+    spread = row.tokens_per_second.get(name)
+    return "" if spread is None else f"{spread.median:.1f}"

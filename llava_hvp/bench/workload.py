@@ -1,0 +1,91 @@
+"""What every variant is given: pictures and prompts, the same for all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llava_hvp.errors import OptionError
+
+IMAGE = -200  # LLaVA's IMAGE_TOKEN_INDEX
+BEGIN = 1  # <s>
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One call's inputs.
+
+    ids : (B, L) int64, an image token in each row
+    images : as LLaVA's `process_images` gives them, on the device, in the model's dtype
+    sizes : (width, height) of each picture
+    new_tokens : of each answer
+    """
+
+    ids: Tensor
+    images: Any
+    sizes: list[tuple[int, int]]
+    new_tokens: int
+
+    @property
+    def batch(self) -> int:
+        """B."""
+        return len(self.ids)
+
+    @property
+    def text_tokens(self) -> int:
+        """Of each prompt."""
+        return self.ids.shape[1] - 1
+
+    @property
+    def tiles(self) -> int:
+        """That the encoder sees, of all pictures."""
+        stacks = self.images if isinstance(self.images, list) else list(self.images)
+        return sum(1 if image.ndim == 3 else len(image) for image in stacks)
+
+
+def make_workload(
+    model: Any,
+    pictures: Sequence[Any],
+    prompt: Tensor,
+    *,
+    new_tokens: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Workload:
+    """Process one PIL picture for each row of the batch as LLaVA does.
+
+    prompt : (L,) int64, with one image token
+    """
+    from llava.mm_utils import process_images
+
+    images = process_images(list(pictures), model.get_vision_tower().image_processor, model.config)
+    if isinstance(images, list):
+        images = [image.to(device, dtype) for image in images]
+    else:
+        images = images.to(device, dtype)
+    ids = prompt.to(device).expand(len(pictures), -1)
+    return Workload(ids, images, [picture.size for picture in pictures], new_tokens)
+
+
+def random_prompt(tokens: int, vocabulary: int, generator: torch.Generator) -> Tensor:
+    """(1 + tokens,) int64: BEGIN, some text, an image token, the rest of the text."""
+    if tokens < 2:
+        raise OptionError(f"{tokens} text tokens: give at least 2")
+    # The first 259 ids are bytes and specials, which a tokenizer may not turn into text.
+    text = torch.randint(min(259, vocabulary // 2), vocabulary, (tokens - 1,), generator=generator)
+    middle = (tokens - 1) // 2
+    return torch.cat((torch.tensor([BEGIN]), text[:middle], torch.tensor([IMAGE]), text[middle:]))
+
+
+def pattern(size: tuple[int, int], seed: int) -> Any:
+    """A PIL picture that is nowhere the same: coarse noise, one for each seed."""
+    from PIL import Image
+
+    generator = torch.Generator().manual_seed(seed)
+    cells = tuple(max(1, side // 12) for side in reversed(size))
+    noise = torch.randint(0, 256, (*cells, 3), generator=generator, dtype=torch.uint8)
+    return Image.fromarray(noise.numpy()).resize(size, Image.Resampling.BICUBIC)

@@ -1,0 +1,267 @@
+"""`llava-hvp bench`: time, memory and FLOPs of pruned LLaVA beside unpruned."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from llava_hvp.bench import subject
+from llava_hvp.bench.clock import Clock
+from llava_hvp.bench.geometry import list_geometries
+from llava_hvp.bench.machine import about
+from llava_hvp.bench.measure import FEWEST, measure, turns
+from llava_hvp.bench.phases import Bench
+from llava_hvp.bench.results import Row, rows_of
+from llava_hvp.bench.tables import MARKDOWN, TERMINAL, render
+from llava_hvp.bench.variants import variants
+from llava_hvp.bench.workload import make_workload, pattern
+from llava_hvp.errors import OptionError
+from llava_hvp.methods import list_methods
+from llava_hvp.record import write_whole
+from llava_hvp.stderr import say
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+Value = TypeVar("Value")
+
+
+def add(commands: Any) -> None:
+    """Add the subcommand."""
+    parser = commands.add_parser(
+        "bench", help="measure time, memory and FLOPs beside unpruned LLaVA", allow_abbrev=False
+    )
+    what = parser.add_argument_group("what is measured")
+    what.add_argument(
+        "--geometry",
+        metavar="NAME",
+        help=f"random weights in a published shape: {', '.join(list_geometries())}",
+    )
+    what.add_argument("--model-path", help="instead: a LLaVA checkpoint")
+    what.add_argument("--model-base", help="as LLaVA's commands take it")
+    what.add_argument("--conv-mode", help="LLaVA's conversation template; vicuna_v1 by default")
+    what.add_argument("--load-4bit", action="store_true")
+    what.add_argument("--load-8bit", action="store_true")
+    what.add_argument("--device", help="cuda where there is one, else cpu")
+    what.add_argument(
+        "--dtype", choices=DTYPES, help="float16 on a GPU and when quantised, float32 on a CPU"
+    )
+    what.add_argument(
+        "--tower-dtype",
+        choices=DTYPES,
+        help="with --geometry; by default as LLaVA's scripts leave the tower: float32 for 1.5, "
+        "--dtype for NeXT",
+    )
+    how = parser.add_argument_group("how it is pruned")
+    how.add_argument(
+        "--methods",
+        default="none,hivtp,hiprune,random",
+        help=f"of none, {', '.join(list_methods())}; none is always measured",
+    )
+    how.add_argument("--r-max", metavar="R,R", help="budgets, 0.75,0.5,0.4,0.25 by default")
+    how.add_argument("--num-tokens", metavar="N,N", help="instead: patches of one image in total")
+    how.add_argument(
+        "--prune-opt",
+        action="append",
+        metavar="KEY=VALUE",
+        help="an option of the methods that have it, repeatable",
+    )
+    given = parser.add_argument_group("what is given to it")
+    given.add_argument("--image-file", help="a picture; a pattern by default")
+    given.add_argument("--image-size", metavar="WxH", help="of the pattern, 640x480 by default")
+    given.add_argument(
+        "--batch", default="1", metavar="B,B", help="prompts at a time, 1 by default"
+    )
+    given.add_argument("--prompt", default=subject.QUESTION, help="with --model-path")
+    given.add_argument("--text-tokens", type=int, default=49, help="with --geometry, 49 by default")
+    given.add_argument("--new-tokens", type=int, default=32, help="of an answer, 32 by default")
+    rounds = parser.add_argument_group("how often")
+    rounds.add_argument("--rounds", type=int, default=7, help="measured rounds, 7 by default")
+    rounds.add_argument(
+        "--max-seconds",
+        type=float,
+        default=float("inf"),
+        help="stop short of --rounds (but not of two) after this time, shared by the batches",
+    )
+    rounds.add_argument("--seed", type=int, default=0)
+    rounds.add_argument("--out", type=Path, metavar="FOLDER", help="for JSON, Markdown and a plot")
+    parser.set_defaults(main=main)
+
+
+def main(found: argparse.Namespace) -> int:
+    """Measure and print; the exit code."""
+    _check(found)
+    batches = _listed(found.batch, _whole, "--batch")
+    chosen = variants(found.methods.split(","), _budgets(found), found.prune_opt or ())
+    pictures = _pictures(found, max(batches))
+    # LLaVA and the model come only now: whatever was typed wrong has been said.
+    from llava_hvp.host import compat
+
+    compat.bridge()  # unpruned LLaVA runs on no newer transformers without
+    what = _subject(found)
+    device, rows = torch.device(found.device), []
+    for batch in batches:
+        work = make_workload(
+            what.model,
+            pictures[:batch],
+            what.prompt,
+            new_tokens=found.new_tokens,
+            device=device,
+            dtype=what.dtype,
+        )
+        bench = Bench(
+            what.model,
+            what.geometry.vision,
+            work,
+            Clock(device),
+            tokenizer=what.tokenizer,
+            clip_text=what.clip_text,
+        )
+        share = found.max_seconds / len(batches)
+        with _progress(turns(chosen, found.rounds, what.geometry.vision), batch) as tick:
+            measured = measure(bench, chosen, found.rounds, tick=tick, most_seconds=share)
+        rows += rows_of(measured, work, what.geometry)
+    facts = about(
+        device,
+        f"{what.about}; {pictures[0].width} x {pictures[0].height} pixels, {work.text_tokens} text "
+        f"tokens, {found.new_tokens} new ones; medians over {rows[0].rounds} rounds.",
+    )
+    print(render(facts, rows, TERMINAL))
+    if found.out:
+        bits = f"-{found.bits}bit" if found.bits else ""
+        _write(found.out, f"{what.name}{bits}-{device.type}", facts, rows)
+    return 0
+
+
+def _check(found: argparse.Namespace) -> None:
+    """Raise OptionError for what does not go together; fill in the device and the dtype."""
+    if (found.geometry is None) == (found.model_path is None):
+        raise OptionError(
+            "give --geometry NAME (random weights) or --model-path, one of them: geometries are "
+            + ", ".join(list_geometries())
+        )
+    if found.geometry is not None:
+        subject.get_geometry(found.geometry)
+    elif found.tower_dtype:
+        raise OptionError("--tower-dtype goes with --geometry: a checkpoint's tower is as loaded")
+    if found.load_4bit and found.load_8bit:
+        raise OptionError("--load-4bit and --load-8bit exclude each other: give one of them")
+    if found.r_max and found.num_tokens:
+        raise OptionError("--r-max and --num-tokens exclude each other: give one of them")
+    if found.image_file and found.image_size:
+        raise OptionError("--image-file and --image-size exclude each other: give one of them")
+    for name, least in (("rounds", FEWEST), ("new_tokens", 1), ("text_tokens", 2)):
+        if getattr(found, name) < least:
+            flag = name.replace("_", "-")
+            raise OptionError(f"--{flag} {getattr(found, name)}: give at least {least}")
+    if not found.max_seconds > 0:
+        raise OptionError(f"--max-seconds {found.max_seconds}: give a time above 0")
+    if found.out and found.out.exists() and not found.out.is_dir():
+        raise OptionError(f"--out {found.out}: that is a file, give a folder")
+    for module in ("tabulate", *(["matplotlib"] if found.out else [])):
+        if importlib.util.find_spec(module) is None:
+            raise OptionError(f"{module} is missing: pip install 'llava-hvp[bench]'")
+    found.device = found.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=found.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise OptionError(f"--device {found.device}: {reason}; give cuda or cpu") from error
+    found.bits = 4 if found.load_4bit else 8 if found.load_8bit else None
+    half = found.bits is not None or torch.device(found.device).type == "cuda"
+    found.dtype = DTYPES[found.dtype or ("float16" if half else "float32")]
+    found.tower_dtype = DTYPES[found.tower_dtype] if found.tower_dtype else None
+
+
+def _subject(found: argparse.Namespace) -> subject.Subject:
+    if found.geometry is not None:
+        return subject.of_geometry(
+            found.geometry,
+            found.device,
+            found.dtype,
+            tower_dtype=found.tower_dtype,
+            bits=found.bits,
+            text_tokens=found.text_tokens,
+            seed=found.seed,
+        )
+    return subject.of_checkpoint(
+        found.model_path,
+        found.model_base,
+        found.device,
+        found.dtype,
+        bits=found.bits,
+        conv_mode=found.conv_mode,
+        question=found.prompt,
+    )
+
+
+def _budgets(found: argparse.Namespace) -> list[dict[str, float | int]]:
+    if found.num_tokens:
+        return [{"num_tokens": n} for n in _listed(found.num_tokens, _whole, "--num-tokens")]
+    return [{"r_max": r} for r in _listed(found.r_max or "0.75,0.5,0.4,0.25", float, "--r-max")]
+
+
+def _listed(text: str, kind: Callable[[str], Value], flag: str) -> list[Value]:
+    try:
+        return list(dict.fromkeys(kind(part) for part in text.split(",")))
+    except ValueError:
+        raise OptionError(f"{flag} {text}: give numbers separated by commas") from None
+
+
+def _whole(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def _pictures(found: argparse.Namespace, count: int) -> list[Any]:
+    if found.image_file:
+        from PIL import Image
+
+        try:
+            return [Image.open(found.image_file).convert("RGB")] * count
+        except OSError as error:
+            raise OptionError(f"--image-file {found.image_file}: {error}") from error
+    text = found.image_size or "640x480"
+    try:
+        width, height = (_whole(part) for part in text.lower().split("x"))
+    except ValueError:
+        raise OptionError(f"--image-size {text}: give WIDTHxHEIGHT, as 672x672") from None
+    return [pattern((width, height), found.seed + number) for number in range(count)]
+
+
+@contextlib.contextmanager
+def _progress(total: int, batch: int) -> Iterator[Callable[[str], None]]:
+    """A bar of turns on stderr."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=f"batch {batch}", unit="turn", leave=False) as bar:
+
+        def tick(what: str) -> None:
+            bar.set_postfix_str(what, refresh=False)
+            bar.update()
+
+        yield tick
+
+
+def _write(folder: Path, name: str, about: dict[str, str], rows: Sequence[Row]) -> None:
+    """The JSON file, the Markdown table and the plot, each whole or not at all."""
+    from llava_hvp.bench.plot import plot
+
+    folder.mkdir(parents=True, exist_ok=True)
+    picture = io.BytesIO()
+    plot(f"{about['model']}\n{about['machine']}", rows, picture)
+    for suffix, content in (
+        ("json", json.dumps({**about, "rows": [asdict(row) for row in rows]}, indent=1).encode()),
+        ("md", render(about, rows, MARKDOWN).encode()),
+        ("png", picture.getvalue()),
+    ):
+        write_whole(folder / f"{name}.{suffix}", content)
+    say(f"wrote {folder / name}.json, .md and .png")
