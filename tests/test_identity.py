@@ -20,8 +20,9 @@ class KeepEverything(HiPrune):
 KEEPERS = {
     "r_max=1": HIVTP(r_max=1),
     "random r_max=1": Random(r_max=1),
-    "k=100": HIVTP(k=100, window=None),
-    "choose keeps all": KeepEverything(r_max=0.5),
+    # Where transformers has eager attention only, our own would round otherwise.
+    "k=100": HIVTP(k=100, window=None, tower_attention="stock"),
+    "choose keeps all": KeepEverything(r_max=0.5, tower_attention="stock"),
 }
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +41,10 @@ class Clock:
             call()
             torch.cuda.synchronize(self.device)
             return torch.cuda.max_memory_allocated(self.device) - before
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        with (
+            _quiet(),
+            profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
+        ):
             call()
         with tempfile.TemporaryDirectory() as folder:
             trace = Path(folder, "trace.json")
@@ -49,3 +55,17 @@ class Clock:
             live += event["args"]["Bytes"]
             peak = max(peak, live)
         return peak
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing on stderr: torch's profiler logs each start and stop there, past Python."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
+from llava_hvp.bench.attentions import all_attentions
 from llava_hvp.bench.clock import Clock
 from llava_hvp.bench.geometry import Vision
 from llava_hvp.bench.variants import Variant
@@ -49,7 +51,9 @@ class Bench:
             self.model, variant.method, tokenizer=self.tokenizer, clip_text=self.clip_text
         ) as pruning:
             pruning.reuse = False
-            yield pruning
+            tower = self.model.get_vision_tower()
+            with all_attentions(tower) if variant.all_attentions else contextlib.nullcontext():
+                yield pruning
 
     @torch.inference_mode()
     def prepare(self) -> dict[str, Any]:
@@ -130,8 +134,8 @@ class Bench:
 
         with self._around_encode(pruning, measured):
             prepared = self.prepare()
-        peaks["prefill"] = self.clock.peak_bytes(lambda: self.prefill(prepared))
-        del prepared
+        peaks["prefill"] = self.clock.peak_bytes(functools.partial(self.prefill, prepared))
+        del prepared  # the answer makes its own
         peaks["answer"] = self.clock.peak_bytes(lambda: self.generate(2))
         return peaks
 

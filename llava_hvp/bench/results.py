@@ -13,6 +13,13 @@ from llava_hvp.bench.workload import Workload
 # Of the seconds of one round, what is reported. Speeds are tokens/s of the whole batch.
 TIMES = ("encode", "prefill", "ttft")
 SPEEDS = ("decode", "answer")
+WORDS = {
+    "encode": "image encode",
+    "prefill": "prefill",
+    "ttft": "TTFT",
+    "decode": "decode speed",
+    "answer": "answer speed",
+}
 
 
 @dataclass(frozen=True)
@@ -146,23 +153,15 @@ def _spreads(samples: Samples) -> dict[str, Spread]:
 
 
 def losses(rows: Sequence[Row]) -> list[str]:
-    """Where pruning takes longer than unpruned LLaVA, in words."""
-    words = {
-        "encode": "image encode",
-        "prefill": "prefill",
-        "ttft": "time to first token",
-        "decode": "decode speed",
-        "answer": "tokens/s of the answer",
-    }
-    found = []
+    """Where pruning takes longer than unpruned LLaVA, a line a variant."""
+    lines = []
     for row in rows:
-        for name, spread in row.to_none.items():
-            worse = spread.median < 1 if name in SPEEDS else spread.median > 1
-            if row.method == "none" or not worse:
-                continue
-            within = spread.low <= 1 <= spread.high
-            found.append(
-                f"{row.label}, batch {row.batch}: {words[name]} {spread.median:.3f} x none"
-                + (" (quartiles on both sides of 1)" if within else "")
-            )
-    return found
+        worse = [
+            f"{WORDS[name]} {spread.median:.3f}"
+            + " (quartiles on both sides of 1)" * (spread.low <= 1 <= spread.high)
+            for name, spread in row.to_none.items()
+            if (spread.median < 1 if name in SPEEDS else spread.median > 1)
+        ]
+        if worse:
+            lines.append(f"{row.label}, batch {row.batch}: {', '.join(worse)}")
+    return lines

@@ -29,7 +29,8 @@ def render(about: dict[str, Any], rows: Sequence[Row], style: str) -> str:
         heading = f"## {what}" if style == MARKDOWN else what
         parts += [heading, _time(group, style), _memory(group, style)]
     lost = losses(rows)
-    parts.append("Where pruning loses: " + ("; ".join(lost) if lost else "nowhere here") + ".")
+    listed = "".join(f"\n- {line}" for line in lost)
+    parts.append(f"Where pruning loses, x none:\n{listed}" if lost else "Pruning loses nowhere.")
     return "\n\n".join(parts) + "\n"
 
 

@@ -19,14 +19,18 @@ NONE = "none"
 
 @dataclass(frozen=True)
 class Variant:
-    """method : None for LLaVA without us"""
+    """method : None for LLaVA without us
+    all_attentions : see as the released methods do, for comparison
+    """
 
     method: Method | None = None
+    all_attentions: bool = False
 
     @property
     def name(self) -> str:
         """The method's name, or none."""
-        return NONE if self.method is None else self.method.name
+        name = NONE if self.method is None else self.method.name
+        return name + ", all attentions" * self.all_attentions
 
     @property
     def options(self) -> str:
@@ -69,7 +73,9 @@ class Floor(Method):
 
 
 def variants(
-    names: Sequence[str], budgets: Sequence[dict[str, float | int]], options: Sequence[str] = ()
+    names: Sequence[str],
+    budgets: Sequence[dict[str, float | int]],
+    options: Sequence[str] = (),
 ) -> list[Variant]:
     """`none` first, whether or not it is named, then every method at every budget.
 

@@ -22,7 +22,7 @@ from llava_hvp.bench.measure import FEWEST, measure, turns
 from llava_hvp.bench.phases import Bench
 from llava_hvp.bench.results import Row, rows_of
 from llava_hvp.bench.tables import MARKDOWN, TERMINAL, render
-from llava_hvp.bench.variants import variants
+from llava_hvp.bench.variants import Variant, variants
 from llava_hvp.bench.workload import make_workload, pattern
 from llava_hvp.errors import OptionError
 from llava_hvp.methods import list_methods
@@ -73,6 +73,11 @@ def add(commands: Any) -> None:
         metavar="KEY=VALUE",
         help="an option of the methods that have it, repeatable",
     )
+    how.add_argument(
+        "--all-attentions",
+        action="store_true",
+        help="each method also with output_attentions in all layers, the released codes' way",
+    )
     given = parser.add_argument_group("what is given to it")
     given.add_argument("--image-file", help="a picture; a pattern by default")
     given.add_argument("--image-size", metavar="WxH", help="of the pattern, 640x480 by default")
@@ -100,6 +105,9 @@ def main(found: argparse.Namespace) -> int:
     _check(found)
     batches = _listed(found.batch, _whole, "--batch")
     chosen = variants(found.methods.split(","), _budgets(found), found.prune_opt or ())
+    if found.all_attentions:
+        released = [Variant(v.method, all_attentions=True) for v in chosen if v.method is not None]
+        chosen += [v for v in released if v.name.split(",")[0] not in ("random", "uniform")]
     pictures = _pictures(found, max(batches))
     # LLaVA and the model come only now: whatever was typed wrong has been said.
     from llava_hvp.host import compat

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from llava_hvp.errors import UnsupportedModelError
 from llava_hvp.select import Grid
@@ -63,17 +64,48 @@ def read_geometry(model: nn.Module) -> Geometry:
 
 
 @torch.no_grad()
-def hidden_states(model: nn.Module, images: Tensor, layer: int) -> Tensor:
-    """(T, 1 + N, D) output of `layer`, the same bits as `hidden_states[layer]` of a full pass.
+def hidden_states(model: nn.Module, images: Tensor, layer: int, *, fused: bool = False) -> Tensor:
+    """(T, 1 + N, D) output of `layer`; layers past it are not run.
 
-    Layers past it are not run. `images` is (T, 3, H, W) on the model's device, in its dtype.
+    The same bits as `hidden_states[layer]` of a full pass, unless fused attention replaces eager.
+
+    Parameters
+    ----------
+    images : (T, 3, H, W) on the model's device, in its dtype
+    fused : use torch's fused attention in layers whose own is eager
     """
     vit = transformer(model)
     hidden = vit.pre_layrnorm(vit.embeddings(images))
     for block in vit.encoder.layers[:layer]:
+        if fused and _is_eager(block):
+            hidden = _with_fused_attention(block, hidden)
+            continue
         output = block(hidden, **_no_masks(type(block).forward))
         hidden = output[0] if isinstance(output, tuple) else output
     return hidden
+
+
+def _is_eager(block: Any) -> bool:
+    """Whether a layer is one of CLIP's with eager attention, and nothing watches or moves it."""
+    attention = block.self_attn
+    kind = getattr(getattr(attention, "config", None), "_attn_implementation", None) or "eager"
+    # accelerate's hooks carry the hidden states from device to device.
+    watched = [m for m in (block, attention) if m._forward_hooks or m._forward_pre_hooks]
+    moved = [m for m in (block, attention) if hasattr(m, "_hf_hook")]
+    return kind == "eager" and not watched and not moved and hasattr(attention, "out_proj")
+
+
+def _with_fused_attention(block: Any, hidden: Tensor) -> Tensor:
+    """What a CLIP layer does, with one kernel for its attention."""
+    attention = block.self_attn
+    normed = block.layer_norm1(hidden)
+    query, key, value = (
+        projection(normed).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    mixed = functional.scaled_dot_product_attention(query, key, value)
+    hidden = hidden + attention.out_proj(mixed.transpose(1, 2).flatten(2))
+    return hidden + block.mlp(block.layer_norm2(hidden))
 
 
 @functools.cache

@@ -52,7 +52,7 @@ def build_model(
         Path(folder, "config.json").write_text(json.dumps(vision.to_dict(), default=str))
         config, kind = _llava_config(geometry, folder)
         with _defaults(device, dtype):
-            model = _in_full(kind, config) if bits is None else _quantised(kind, config, bits)
+            model = kind(config) if bits is None else _quantised(kind, config, bits)
     tower = model.get_vision_tower()
     with _defaults(device, tower_dtype):
         tower.vision_tower = _module("CLIPVisionModel")(vision).requires_grad_(False)
@@ -140,10 +140,14 @@ def quantise(model: nn.Module, bits: int) -> None:
             continue
         weight = module.weight
         shape = (module.in_features, module.out_features, module.bias is not None)
+        new: nn.Module
         if bits == 4:
-            kind = {"quant_type": "nf4", "compress_statistics": True}
-            new = bnb.nn.Linear4bit(*shape, compute_dtype=torch.float16, device="meta", **kind)
-            new.weight = bnb.nn.Params4bit(weight.data, requires_grad=False, module=new, **kind)
+            new = bnb.nn.Linear4bit(
+                *shape, compute_dtype=torch.float16, quant_type="nf4", device="meta"
+            )
+            new.weight = bnb.nn.Params4bit(
+                weight.data, requires_grad=False, quant_type="nf4", module=new
+            )
         else:
             new = bnb.nn.Linear8bitLt(*shape, has_fp16_weights=False, threshold=6.0, device="meta")
             new.weight = bnb.nn.Int8Params(weight.data, requires_grad=False, has_fp16_weights=False)
@@ -151,10 +155,6 @@ def quantise(model: nn.Module, bits: int) -> None:
             new.bias = module.bias
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, new.to(weight.device))
-
-
-def _in_full(kind: type, config: Any) -> Any:
-    return kind(config)
 
 
 def _quantised(kind: type, config: Any, bits: int) -> Any:

@@ -11,13 +11,13 @@ import torch
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from torch import Tensor
 
-from llava_hvp.encoder.capture import Taps, recording
+from llava_hvp.encoder.capture import AttentionScores, Taps, recording
 from llava_hvp.encoder.vit import Geometry, hidden_states, layers_of, read_geometry
 from llava_hvp.errors import TextEncoderError, UnsupportedModelError
 from llava_hvp.methods.base import Method, Needs, Selection, VisionContext, raise_unless_finite
 
 Relevance = Callable[[Tensor], Tensor]  # features (T, N, D) -> relevance (T, N)
-_TAPPING = threading.Lock()
+_CHANGING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class PrunedCLIPVisionTower(CLIPVisionTower):
 
     prune_method: Method
     _reading: Reading | None = None
+    _stock_weights: dict[str, Tensor] | None = None  # of a tower whose dtype was changed
 
     def __init__(self, vision_tower: str, args: Any, delay_load: bool = False, *, method: Method):
         self.prune_method = method
@@ -69,7 +70,10 @@ class PrunedCLIPVisionTower(CLIPVisionTower):
         """Back to the stock tower, hooks and attributes gone."""
         if self._reading is not None:
             self._reading.taps.remove()
-        for name in ("prune_method", "_reading"):
+        if self._stock_weights is not None:
+            for name, parameter in self.vision_tower.named_parameters():
+                parameter.data = self._stock_weights[name].to(parameter.device)
+        for name in ("prune_method", "_reading", "_stock_weights"):
             self.__dict__.pop(name, None)
         self.__class__ = CLIPVisionTower
 
@@ -86,7 +90,7 @@ class PrunedCLIPVisionTower(CLIPVisionTower):
         reading = self._reading
         if reading is not None and reading.taps.on(layers):
             return reading
-        with _TAPPING:
+        with _CHANGING:
             reading = self._reading
             if reading is None or not reading.taps.on(layers):
                 if reading is not None:
@@ -99,6 +103,15 @@ class PrunedCLIPVisionTower(CLIPVisionTower):
         select = geometry.normalised(self.select_layer)
         needs = self.prune_method.needs(geometry.depth, select)
         return Reading(geometry, select, needs, Taps(layers, needs))
+
+    def see(self, images: Tensor) -> tuple[Tensor, AttentionScores]:
+        """(T, 1 + N, D) output of the selected layer, and the scores that the method reads."""
+        reading, method = self.reading(), self.prune_method
+        geometry = reading.geometry
+        fused = method.tower_attention == "sdpa" and not method.keeps_all
+        with recording(reading.needs, geometry.heads, geometry.patches) as scores:
+            hidden = hidden_states(self.vision_tower, images, reading.select, fused=fused)
+        return hidden, scores
 
     @torch.no_grad()
     def encode(
@@ -118,10 +131,9 @@ class PrunedCLIPVisionTower(CLIPVisionTower):
         """
         reading, method = self.reading(), self.prune_method
         geometry, needs = reading.geometry, reading.needs
-        with recording(needs, geometry.heads, geometry.patches) as scores:
-            hidden = hidden_states(
-                self.vision_tower, images.to(device=self.device, dtype=self.dtype), reading.select
-            )
+        if method.tower_dtype == "model" and not method.keeps_all:
+            self._take_dtype(images.dtype)
+        hidden, scores = self.see(images.to(device=self.device, dtype=self.dtype))
         features = hidden[:, hidden.shape[1] - geometry.patches :].to(images.dtype)
         if needs.relevance is not None and relevance is None:
             raise TextEncoderError(
@@ -140,6 +152,21 @@ class PrunedCLIPVisionTower(CLIPVisionTower):
             tiles=tiles,
         )
         return Encoded(features, _selection_on_cpu(method, context))
+
+    def _take_dtype(self, dtype: torch.dtype) -> None:
+        """Run in this dtype from now on; the weights as they were wait on the CPU for `release`."""
+        with _CHANGING:
+            if self.dtype == dtype or self._stock_weights is not None:
+                return
+            parameters = dict(self.vision_tower.named_parameters())
+            foreign = [n for n, p in parameters.items() if not p.is_floating_point() or p.is_meta]
+            if foreign:
+                raise UnsupportedModelError(
+                    f"tower_dtype='model' on a vision tower that is quantised or offloaded "
+                    f"({foreign[0]}): leave it out"
+                )
+            self._stock_weights = {name: p.data.to("cpu") for name, p in parameters.items()}
+            self.vision_tower.to(dtype)
 
     def forward(self, images: Tensor | list[Tensor]) -> list[Tensor]:
         """Kept features, a (kept, D) tensor for each tile; each tile counts as an image.

@@ -167,6 +167,12 @@ class Method(ABC):
     patch_merge : "stock" packs LLaVA-NeXT tiles as the checkpoint says; "spatial" without unpad
         and newlines
     newline : mosaic rows that end in an image_newline: "rows" with a kept patch, "all" or "none"
+    tower_attention : "sdpa" replaces the vision tower's eager attention by torch's fused one, as
+        transformers before 4.46 has none (same up to rounding); "stock" leaves it
+    tower_dtype : "model" runs the tower in the dtype of the images, which is the language model's;
+        "stock" in its own, float32 where LLaVA's scripts load a LLaVA-1.5
+
+    With r_max=1 the tower is stock's whatever the two say.
 
     Raises
     ------
@@ -181,6 +187,8 @@ class Method(ABC):
     num_tokens: int | None = None
     patch_merge: str = "stock"
     newline: str = "rows"
+    tower_attention: str = "sdpa"
+    tower_dtype: str = "stock"
 
     def __post_init__(self) -> None:
         if self.r_max is not None and self.num_tokens is not None:
@@ -196,6 +204,8 @@ class Method(ABC):
             object.__setattr__(self, "r_max", 0.5)
         choice(self, "patch_merge", ("stock", "spatial"))
         choice(self, "newline", ("rows", "all", "none"))
+        choice(self, "tower_attention", ("sdpa", "stock"))
+        choice(self, "tower_dtype", ("stock", "model"))
 
     def _has_budget(self) -> bool:
         return self.r_max is not None or self.num_tokens is not None

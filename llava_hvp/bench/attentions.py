@@ -1,0 +1,54 @@
+"""The encoder as the released methods run it, to compare with: every attention map of every layer.
+
+They ask transformers for `output_attentions`, which forces eager attention in all layers and holds
+(layers, heads, 1 + N, 1 + N) numbers a tile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llava_hvp.encoder.capture import AttentionScores
+from llava_hvp.encoder.vit import layers_of
+from llava_hvp.errors import UnsupportedModelError
+
+
+@contextlib.contextmanager
+def all_attentions(tower: Any) -> Iterator[None]:
+    """A pruned tower sees so inside the block; selection and all that follows stay ours."""
+    configs = {id(c): c for c in _configs(tower.vision_tower)}.values()
+    before = [getattr(config, "_attn_implementation", None) for config in configs]
+    for config in configs:
+        config._attn_implementation = "eager"
+    tower.see = lambda images: _see(tower, images)
+    try:
+        yield
+    finally:
+        del tower.see
+        for config, kind in zip(configs, before, strict=True):
+            config._attn_implementation = kind
+
+
+def _see(tower: Any, images: Tensor) -> tuple[Tensor, AttentionScores]:
+    reading = tower.reading()
+    output = tower.vision_tower(images, output_attentions=True, output_hidden_states=True)
+    if not output.attentions or output.attentions[0] is None:
+        raise UnsupportedModelError("this transformers gives no attentions of its CLIP tower")
+    needs = reading.needs
+    return output.hidden_states[reading.select], AttentionScores(
+        {
+            layer: output.attentions[layer - 1].float().mean((1, 2))[:, 1:]
+            for layer in needs.received
+        },
+        {layer: output.attentions[layer - 1][:, :, 0, 1:].float().mean(1) for layer in needs.cls},
+    )
+
+
+def _configs(model: torch.nn.Module) -> Iterator[Any]:
+    yield model.config
+    yield from (layer.self_attn.config for layer in layers_of(model))
