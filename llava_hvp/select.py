@@ -27,6 +27,9 @@ def top_k(scores: Tensor, k: int | Tensor, among: Tensor | None = None) -> Tenso
     if among is not None:
         scores = scores.masked_fill(~among, float("-inf"))
     order = scores.argsort(dim=-1, descending=True, stable=True)
+    if isinstance(k, int):
+        mask = torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order[..., : max(k, 0)], True)
+        return mask if among is None else mask & among
     rank = torch.empty_like(order).scatter_(
         -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
     )
@@ -45,9 +48,12 @@ def top_k_per_block(
     """
     rows, columns = grid
     blocks = _into_blocks(scores, grid, block, float("-inf"))
-    inside = torch.ones_like(scores, dtype=torch.bool) if among is None else among
-    candidates = _into_blocks(inside, grid, block, False)
-    mask = top_k(blocks.flatten(0, 1), k, candidates.flatten(0, 1)).view_as(blocks)
+    divides = rows % block[0] == 0 and columns % block[1] == 0
+    candidates = None
+    if among is not None or not divides:
+        inside = torch.ones_like(scores, dtype=torch.bool) if among is None else among
+        candidates = _into_blocks(inside, grid, block, False).flatten(0, 1)
+    mask = top_k(blocks.flatten(0, 1), k, candidates).view_as(blocks)
     tall, wide = -(-rows // block[0]), -(-columns // block[1])
     mask = mask.view(-1, tall, wide, *block).transpose(2, 3)
     mask = mask.reshape(-1, tall * block[0], wide * block[1])
@@ -60,7 +66,8 @@ def _into_blocks(values: Tensor, grid: Grid, block: Grid, fill: float | bool) ->
     tall, wide = -(-rows // block[0]), -(-columns // block[1])
     values = values.view(-1, rows, columns)
     padding = (0, wide * block[1] - columns, 0, tall * block[0] - rows)
-    values = functional.pad(values, padding, value=fill)
+    if any(padding):
+        values = functional.pad(values, padding, value=fill)
     values = values.view(-1, tall, block[0], wide, block[1]).transpose(2, 3)
     return values.reshape(-1, tall * wide, block[0] * block[1])
 

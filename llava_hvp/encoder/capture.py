@@ -48,10 +48,12 @@ class _Recording:
         if len(pair) < 2:
             return
         del self.waiting[layer]
-        received, cls = reduce_attention(pair["q"], pair["k"], self.heads, self.patches)
+        received, cls = reduce_attention(
+            pair["q"], pair["k"], self.heads, self.patches, cls=layer in self.needs.cls
+        )
         if layer in self.needs.received:
             self.scores.received[layer] = received
-        if layer in self.needs.cls:
+        if cls is not None:
             self.scores.cls[layer] = cls
 
 
@@ -124,7 +126,9 @@ def recording(needs: Needs, heads: int, patches: int) -> Iterator[AttentionScore
 
 
 @torch.no_grad()
-def reduce_attention(q: Tensor, k: Tensor, heads: int, patches: int) -> tuple[Tensor, Tensor]:
+def reduce_attention(
+    q: Tensor, k: Tensor, heads: int, patches: int, *, cls: bool = True
+) -> tuple[Tensor, Tensor | None]:
     """Received and CLS attention of one layer.
 
     Parameters
@@ -132,28 +136,45 @@ def reduce_attention(q: Tensor, k: Tensor, heads: int, patches: int) -> tuple[Te
     q, k : (T, S, heads * head_dim), the projections without the softmax scale; S = patches, or
         more where CLS leads
     heads, patches : of the encoder
+    cls : whether CLS attention is wanted
 
     Returns
     -------
     received : (T, patches) float32, mean over heads and all S query rows
-    cls : (T, patches) float32, mean over heads of the first row
+    cls : (T, patches) float32, mean over heads of the first row; None where not wanted
     """
-    tiles, tokens, width = q.shape
-    scale = (width // heads) ** -0.5
-    received = q.new_empty((tiles, tokens), dtype=torch.float32)
-    cls = torch.empty_like(received)
+    tiles, tokens, _ = q.shape
     chunk = CHUNK.get(q.device.type, CHUNK_ELSEWHERE)
     step = max(1, chunk // (heads * tokens * tokens))
     rows = max(1, chunk // (heads * tokens * step))
-    for start in range(0, tiles, step):
-        part = slice(start, start + step)
-        query = (q[part].float() * scale).unflatten(-1, (heads, -1)).transpose(1, 2).contiguous()
-        key = k[part].float().unflatten(-1, (heads, -1)).permute(0, 2, 3, 1).contiguous()
-        total = torch.zeros_like(received[part])
-        for row in range(0, tokens, rows):
-            attention = (query[:, :, row : row + rows] @ key).softmax(-1)
-            total += attention.sum((1, 2))
-            if row == 0:
-                cls[part] = attention[:, :, 0].mean(1)
-        received[part] = total / (heads * tokens)
-    return received[:, tokens - patches :], cls[:, tokens - patches :]
+    means = [
+        _column_means(q[start : start + step], k[start : start + step], heads, rows, cls)
+        for start in range(0, tiles, step)
+    ]
+    received = _joined([mean for mean, _ in means])[:, tokens - patches :]
+    firsts = [first for _, first in means if first is not None]
+    return received, _joined(firsts)[:, tokens - patches :] if firsts else None
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _column_means(
+    q: Tensor, k: Tensor, heads: int, rows: int, cls: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(T, S) means over heads and all rows, and over heads of the first; so many rows at a time."""
+    tokens, scale = q.shape[1], (q.shape[2] // heads) ** -0.5
+    query = (q.float() * scale).unflatten(-1, (heads, -1)).transpose(1, 2)
+    key = k.float().unflatten(-1, (heads, -1)).permute(0, 2, 3, 1)
+    if rows >= tokens:  # in few launches: on a GPU they are what this costs
+        attention = (query @ key).softmax(-1)
+        return attention.mean((1, 2)), attention[:, :, 0].mean(1) if cls else None
+    query, key, first = query.contiguous(), key.contiguous(), None
+    total = query.new_zeros((len(query), tokens))
+    for row in range(0, tokens, rows):
+        attention = (query[:, :, row : row + rows] @ key).softmax(-1)
+        total += attention.sum((1, 2))
+        if cls and row == 0:
+            first = attention[:, :, 0].mean(1)
+    return total / (heads * tokens), first

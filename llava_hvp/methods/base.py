@@ -114,7 +114,12 @@ class VisionContext:
         named = list(self._named())
         if not named:
             return [], torch.ones(0, dtype=torch.bool)
-        return [n for n, _ in named], torch.stack([t.isfinite().all() for _, t in named])
+        # One look at all scores together; features are of another shape.
+        scores = [t for _, t in named if t.ndim == 2]
+        looks = [torch.stack(scores).isfinite().flatten(1).all(1)] if scores else []
+        looks += [t.isfinite().all()[None] for _, t in named if t.ndim != 2]
+        names = [n for n, t in named if t.ndim == 2] + [n for n, t in named if t.ndim != 2]
+        return names, torch.cat(looks)
 
     def rows(self, index: Tensor, tiles: tuple[int, ...]) -> VisionContext:
         """The context of some of the tiles."""
