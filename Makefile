@@ -23,11 +23,11 @@ test-%: $(VENVS)/%/ready
 lint: $(VENVS)/$(NEW)/ready
 	$(VENVS)/$(NEW)/bin/ruff check .
 	$(VENVS)/$(NEW)/bin/ruff format --check .
-	$(VENVS)/$(NEW)/bin/mypy llava_hvp startup examples benchmarks
+	$(VENVS)/$(NEW)/bin/mypy llava_hvp startup examples eval_scripts
 
 bench: $(VENVS)/$(NEW)/ready
-	$(VENVS)/$(NEW)/bin/python benchmarks/encoder.py
-	$(VENVS)/$(NEW)/bin/python benchmarks/chat.py
+	$(VENVS)/$(NEW)/bin/llava-hvp bench --geometry llava-1.5-160m --r-max 0.5,0.25 --rounds 5 \
+		--new-tokens 16 --out bench-out
 
 # One environment for each transformers release. LLaVA goes in without its dependencies, whose pins
 # no current machine can meet; the extra `host` names what it imports. The newest peft does not
@@ -43,4 +43,4 @@ $(VENVS)/%/ready: pyproject.toml Makefile $(wildcard startup/*)
 .PRECIOUS: $(VENVS)/%/ready
 
 clean:
-	rm -rf $(VENVS) demo-out
+	rm -rf $(VENVS) demo-out bench-out

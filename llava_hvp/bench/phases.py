@@ -52,6 +52,8 @@ class Bench:
         ) as pruning:
             pruning.reuse = False
             tower = self.model.get_vision_tower()
+            if variant.method.tower_dtype == "model":
+                tower.take_dtype(self.work.dtype)  # once a model, so not a part of any phase
             with all_attentions(tower) if variant.all_attentions else contextlib.nullcontext():
                 yield pruning
 

@@ -66,7 +66,8 @@ class Floor(Method):
     @classmethod
     def below(cls, method: Method, keep: Tensor) -> Floor:
         """The floor of a method that kept `keep`."""
-        return cls(keep=keep, patch_merge=method.patch_merge, newline=method.newline)
+        shared = {field.name: getattr(method, field.name) for field in fields(Method)}
+        return cls(keep=keep, **shared)
 
     def choose(self, context: VisionContext, budget: int) -> Selection:
         return Selection.of(floor=self.keep)

@@ -104,6 +104,21 @@ class PrunedCLIPVisionTower(CLIPVisionTower):
         needs = self.prune_method.needs(geometry.depth, select)
         return Reading(geometry, select, needs, Taps(layers, needs))
 
+    def take_dtype(self, dtype: torch.dtype) -> None:
+        """Run in this dtype from now on; the weights as they were wait on the CPU for `release`."""
+        with _CHANGING:
+            if self.dtype == dtype or self._stock_weights is not None:
+                return
+            parameters = dict(self.vision_tower.named_parameters())
+            foreign = [n for n, p in parameters.items() if not p.is_floating_point() or p.is_meta]
+            if foreign:
+                raise UnsupportedModelError(
+                    f"tower_dtype='model' on a vision tower that is quantised or offloaded "
+                    f"({foreign[0]}): leave it out"
+                )
+            self._stock_weights = {name: p.data.to("cpu") for name, p in parameters.items()}
+            self.vision_tower.to(dtype)
+
     def see(self, images: Tensor) -> tuple[Tensor, AttentionScores]:
         """(T, 1 + N, D) output of the selected layer, and the scores that the method reads."""
         reading, method = self.reading(), self.prune_method
@@ -132,7 +147,7 @@ class PrunedCLIPVisionTower(CLIPVisionTower):
         reading, method = self.reading(), self.prune_method
         geometry, needs = reading.geometry, reading.needs
         if method.tower_dtype == "model" and not method.keeps_all:
-            self._take_dtype(images.dtype)
+            self.take_dtype(images.dtype)
         hidden, scores = self.see(images.to(device=self.device, dtype=self.dtype))
         features = hidden[:, hidden.shape[1] - geometry.patches :].to(images.dtype)
         if needs.relevance is not None and relevance is None:
@@ -152,21 +167,6 @@ class PrunedCLIPVisionTower(CLIPVisionTower):
             tiles=tiles,
         )
         return Encoded(features, _selection_on_cpu(method, context))
-
-    def _take_dtype(self, dtype: torch.dtype) -> None:
-        """Run in this dtype from now on; the weights as they were wait on the CPU for `release`."""
-        with _CHANGING:
-            if self.dtype == dtype or self._stock_weights is not None:
-                return
-            parameters = dict(self.vision_tower.named_parameters())
-            foreign = [n for n, p in parameters.items() if not p.is_floating_point() or p.is_meta]
-            if foreign:
-                raise UnsupportedModelError(
-                    f"tower_dtype='model' on a vision tower that is quantised or offloaded "
-                    f"({foreign[0]}): leave it out"
-                )
-            self._stock_weights = {name: p.data.to("cpu") for name, p in parameters.items()}
-            self.vision_tower.to(dtype)
 
     def forward(self, images: Tensor | list[Tensor]) -> list[Tensor]:
         """Kept features, a (kept, D) tensor for each tile; each tile counts as an image.
