@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import BinaryIO
 
@@ -14,7 +15,7 @@ def plot(title: str, rows: Sequence[Row], file: BinaryIO) -> None:
 
     batches = list(dict.fromkeys(row.batch for row in rows))
     figure = Figure(figsize=(10, 3.6 * len(batches)), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle("\n".join(textwrap.wrap(title, 110)), fontsize="medium")
     axes = figure.subplots(len(batches), 2, squeeze=False)
     for line, batch in zip(axes, batches, strict=True):
         none, *pruned = [row for row in rows if row.batch == batch]
@@ -41,6 +42,7 @@ def plot(title: str, rows: Sequence[Row], file: BinaryIO) -> None:
             axis.set_xlabel(f"visual tokens kept of {none.stock_tokens:.0f}")
             axis.set_ylabel(f"{what} / unpruned")
             axis.set_title(f"batch {batch}", fontsize="medium")
+            axis.set_xlim(0, 1.05 * none.stock_tokens)
             axis.set_ylim(bottom=0)
             axis.grid(alpha=0.3)
         line[0].legend(fontsize="small")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from llava_hvp.bench.measure import Spread
@@ -18,7 +18,7 @@ EXPLAINED = (
 
 
 def render(about: dict[str, Any], rows: Sequence[Row], style: str) -> str:
-    """Time, then memory and FLOPs, then where pruning loses; the command and machine first."""
+    """Answers, phases, memory, FLOPs, where pruning loses; the command and machine first."""
     code = "    " if style == MARKDOWN else ""
     parts = [f"{code}{about['command']}", f"{about['machine']}; {about['versions']}."]
     parts += [about["model"], EXPLAINED]
@@ -26,68 +26,79 @@ def render(about: dict[str, Any], rows: Sequence[Row], style: str) -> str:
         group = [row for row in rows if row.batch == batch]
         stock, tiles = group[0].stock_tokens, group[0].tiles // batch
         what = f"Batch {batch}: {stock:.0f} visual tokens, {tiles} tile{'s' * (tiles > 1)} an image"
-        heading = f"## {what}" if style == MARKDOWN else what
-        parts += [heading, _time(group, style), _memory(group, style)]
+        parts.append(f"## {what}" if style == MARKDOWN else what)
+        none = group[0]
+        for columns in (_answer, _phases, _memory, lambda row, none=none: _flops(row, none)):
+            parts.append(_tabulate(group, columns, style))
     lost = losses(rows)
     listed = "".join(f"\n- {line}" for line in lost)
     parts.append(f"Where pruning loses, x none:\n{listed}" if lost else "Pruning loses nowhere.")
     return "\n\n".join(parts) + "\n"
 
 
-def _time(rows: Sequence[Row], style: str) -> str:
+def _answer(row: Row) -> dict[str, str]:
+    return {
+        "TTFT ms": _milliseconds(row.seconds["ttft"]),
+        "x none": _quartiles(row.to_none["ttft"]),
+        "x floor": _ratio(row.to_floor.get("ttft")),
+        "answer tok/s": _speed(row, "answer"),
+        "x none ": _ratio(row.to_none["answer"]),
+    }
+
+
+def _phases(row: Row) -> dict[str, str]:
+    return {
+        "encode ms": _milliseconds(row.seconds["encode"]),
+        "x none": _ratio(row.to_none["encode"]),
+        "selection ms": "" if row.selection is None else _milliseconds(row.selection),
+        "of floor TTFT": _percent(row.selection_of_floor_ttft),
+        "prefill ms": _milliseconds(row.seconds["prefill"]),
+        "x none ": _ratio(row.to_none["prefill"]),
+        "launch": f"{row.launch_share:.0%}",
+        "decode tok/s": _speed(row, "decode"),
+        "x none  ": _ratio(row.to_none.get("decode")),
+    }
+
+
+def _memory(row: Row) -> dict[str, str]:
+    peak, ratio = row.peak_bytes, row.peak_to_none
+    return {
+        "encode MB a tile": f"{peak['encode'] / row.tiles / 1e6:.1f}",
+        "x none": f"{ratio['encode']:.3f}",
+        "prefill MB": f"{peak['prefill'] / 1e6:.1f}",
+        "x none ": f"{ratio['prefill']:.3f}",
+        "answer MB": f"{peak['answer'] / 1e6:.1f}",
+        "x none  ": f"{ratio['answer']:.3f}",
+    }
+
+
+def _flops(row: Row, none: Row) -> dict[str, str]:
+    flops = row.flops
+    cells = {
+        "tower GFLOP": f"{flops.tower / 1e9:.1f}",
+        "selection": f"{flops.selection / 1e9:.2f}",
+        "projector": f"{flops.projector / 1e9:.1f}",
+        "prefill": f"{flops.prefill / 1e9:.1f}",
+        "decode": f"{flops.decode / 1e9:.1f}",
+        "to first token, x none": f"{flops.to_first_token / none.flops.to_first_token:.3f}",
+    }
+    if row.flops_published is not None:
+        cells["as published"] = f"{row.flops_published / 1e9:.1f}"
+    return cells
+
+
+def _tabulate(rows: Sequence[Row], columns: Callable[[Row], dict[str, str]], style: str) -> str:
+    from tabulate import tabulate
+
     table = [
         {
             "method": row.method,
             "options": row.options,
             "kept": f"{row.kept_tokens:.0f}",
-            "TTFT ms": _milliseconds(row.seconds["ttft"]),
-            "x none": _quartiles(row.to_none["ttft"]),
-            "x floor": _ratio(row.to_floor.get("ttft")),
-            "encode ms": _milliseconds(row.seconds["encode"]),
-            "x none ": _ratio(row.to_none["encode"]),
-            "selection ms": "" if row.selection is None else _milliseconds(row.selection),
-            "of floor TTFT": _percent(row.selection_of_floor_ttft),
-            "prefill ms": _milliseconds(row.seconds["prefill"]),
-            "x none  ": _ratio(row.to_none["prefill"]),
-            "launch": f"{row.launch_share:.0%}",
-            "decode tok/s": _speed(row, "decode"),
-            "answer tok/s": _speed(row, "answer"),
-            "x none   ": _ratio(row.to_none["answer"]),
+            **columns(row),
         }
         for row in rows
     ]
-    return _tabulate(table, style)
-
-
-def _memory(rows: Sequence[Row], style: str) -> str:
-    table = []
-    for row in rows:
-        peak, ratio, flops = row.peak_bytes, row.peak_to_none, row.flops
-        cells = {
-            "method": row.method,
-            "options": row.options,
-            "encode MB a tile": f"{peak['encode'] / row.tiles / 1e6:.1f}",
-            "x none": f"{ratio['encode']:.3f}",
-            "prefill MB": f"{peak['prefill'] / 1e6:.1f}",
-            "x none ": f"{ratio['prefill']:.3f}",
-            "answer MB": f"{peak['answer'] / 1e6:.1f}",
-            "x none  ": f"{ratio['answer']:.3f}",
-            "tower GFLOP": f"{flops.tower / 1e9:.1f}",
-            "selection": f"{flops.selection / 1e9:.2f}",
-            "projector": f"{flops.projector / 1e9:.1f}",
-            "prefill": f"{flops.prefill / 1e9:.1f}",
-            "decode": f"{flops.decode / 1e9:.1f}",
-            "to first token, x none": f"{flops.to_first_token / rows[0].flops.to_first_token:.3f}",
-        }
-        if row.flops_published is not None:
-            cells["as published"] = f"{row.flops_published / 1e9:.1f}"
-        table.append(cells)
-    return _tabulate(table, style)
-
-
-def _tabulate(table: list[dict[str, str]], style: str) -> str:
-    from tabulate import tabulate
-
     # Numbers come formatted; tabulate would take the digits off again.
     return tabulate(table, headers="keys", tablefmt=style, disable_numparse=True)
 

@@ -265,7 +265,7 @@ def _write(folder: Path, name: str, about: dict[str, str], rows: Sequence[Row]) 
 
     folder.mkdir(parents=True, exist_ok=True)
     picture = io.BytesIO()
-    plot(f"{about['model']}\n{about['machine']}", rows, picture)
+    plot(f"{about['model']} {about['machine']}", rows, picture)
     for suffix, content in (
         ("json", json.dumps({**about, "rows": [asdict(row) for row in rows]}, indent=1).encode()),
         ("md", render(about, rows, MARKDOWN).encode()),
