@@ -172,6 +172,11 @@ def test_the_floor_sends_the_tokens_that_the_method_sent(bench):
             assert ours.kept_tokens == report.kept_tokens
 
 
+def test_the_floor_is_no_method_to_ask_for():
+    with pytest.raises(OptionError, match="'floor'.*hivtp"):
+        get_method("floor")
+
+
 def test_none_is_stock_and_a_pruned_turn_encodes_every_time(bench, monkeypatch):
     tower = bench.model.get_vision_tower()
     seen = []
