@@ -173,7 +173,7 @@ def test_the_floor_sends_the_tokens_that_the_method_sent(bench):
 
 
 def test_the_floor_is_no_method_to_ask_for():
-    with pytest.raises(OptionError, match="'floor'.*hivtp"):
+    with pytest.raises(OptionError, match=r"'floor'.*hivtp"):
         get_method("floor")
 
 

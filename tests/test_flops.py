@@ -7,8 +7,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from llava_hvp import HIVTP, prune
 from llava_hvp.bench.flops import as_published, complete
-from llava_hvp.bench.geometry import Geometry, Language, Vision, get_geometry, list_geometries
+from llava_hvp.bench.geometry import get_geometry, list_geometries
 from llava_hvp.errors import OptionError
+from llava_hvp.host.synthetic import geometry_of
 
 ROTARY = 3e-5  # the angles of the positions are a small product in newer transformers
 
@@ -45,34 +46,7 @@ def test_the_language_models_have_their_published_sizes(name, weights):
 def test_an_unknown_geometry_is_named_with_the_known_ones():
     with pytest.raises(OptionError, match=r"'llava-2'.*llava-1.5-7b"):
         get_geometry("llava-2")
-    assert len(set(list_geometries())) == 4
-
-
-def geometry_of(model):
-    """The shapes of a loaded model."""
-    tower, config = model.get_vision_tower(), model.config
-    vision = tower.vision_tower.config
-    return Geometry(
-        "tiny",
-        Vision(
-            hidden=vision.hidden_size,
-            layers=vision.num_hidden_layers,
-            heads=vision.num_attention_heads,
-            mlp=vision.intermediate_size,
-            image=vision.image_size,
-            patch=vision.patch_size,
-            select=vision.num_hidden_layers + 1 + tower.select_layer,
-        ),
-        Language(
-            hidden=config.hidden_size,
-            layers=config.num_hidden_layers,
-            heads=config.num_attention_heads,
-            kv_heads=config.num_key_value_heads,
-            mlp=config.intermediate_size,
-            vocab=config.vocab_size,
-        ),
-        tiles=1,
-    )
+    assert len(set(list_geometries())) == len(list_geometries()) >= 6
 
 
 def counted(bundle, photo, text=9):
@@ -89,7 +63,7 @@ def counted(bundle, photo, text=9):
 @pytest.mark.parametrize("kind", ["llava-1.5-llama", "llava-1.5-mistral"])
 def test_torch_counts_the_same_on_stock_llava(own, kind, photos):
     bundle = own(kind)
-    tower = geometry_of(bundle.model)
+    tower = geometry_of(bundle.model, "tiny", 1)
     expected = complete(tower, 64, text_tokens=9, layers_run=tower.vision.layers).to_first_token
     assert counted(bundle, photos[0]) == pytest.approx(expected, rel=ROTARY)
 
@@ -100,7 +74,7 @@ def test_torch_counts_the_same_on_a_pruned_one(own, kind, photos):
     with prune(bundle.model, HIVTP(r_max=0.5, layers=(3, 4))) as pruned:
         total = counted(bundle, photos[0])
         kept = pruned.last[0].kept_tokens
-    expected = complete(geometry_of(bundle.model), kept, text_tokens=9, layers_read=2)
+    expected = complete(geometry_of(bundle.model, "tiny", 1), kept, text_tokens=9, layers_read=2)
     assert kept < 64
     assert total == pytest.approx(expected.to_first_token, rel=ROTARY)
 
