@@ -48,11 +48,8 @@ def top_k_per_block(
     """
     rows, columns = grid
     blocks = _into_blocks(scores, grid, block, float("-inf"))
-    divides = rows % block[0] == 0 and columns % block[1] == 0
-    candidates = None
-    if among is not None or not divides:
-        inside = torch.ones_like(scores, dtype=torch.bool) if among is None else among
-        candidates = _into_blocks(inside, grid, block, False).flatten(0, 1)
+    # What fills up the edge scores least of all, and is cut off again.
+    candidates = None if among is None else _into_blocks(among, grid, block, False).flatten(0, 1)
     mask = top_k(blocks.flatten(0, 1), k, candidates).view_as(blocks)
     tall, wide = -(-rows // block[0]), -(-columns // block[1])
     mask = mask.view(-1, tall, wide, *block).transpose(2, 3)
