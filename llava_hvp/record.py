@@ -88,5 +88,8 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def write_whole(path: Path, content: bytes) -> None:
     """Write as a whole or not at all."""
     half = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    half.write_bytes(content)
-    half.replace(path)
+    try:
+        half.write_bytes(content)
+        half.replace(path)
+    finally:
+        half.unlink(missing_ok=True)
