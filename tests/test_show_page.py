@@ -93,6 +93,16 @@ def test_the_policy_lets_no_other_script_run(browser, page):
     assert any("Content Security Policy" in str(problem) for problem in browser.problems)
 
 
+def test_the_policy_lets_nothing_be_fetched(browser, page):
+    browser.open(page)
+    browser.eval("void fetch('https://example.invalid/a').catch(() => { window.refused = true })")
+    browser.wait("window.refused")
+    browser.eval("void (new Image().src = 'https://example.invalid/b.png')")
+    told = [str(problem) for problem in browser.problems]
+    assert any("example.invalid/a" in x and "Content Security Policy" in x for x in told)
+    assert any("example.invalid/b" in x and "Content Security Policy" in x for x in told)
+
+
 def test_the_slider_changes_counts_and_answer_by_keyboard(opened, data):
     opened.eval("document.getElementById('budget').focus()")
     assert shows(opened, data, "hivtp", "r_max 0.5")
