@@ -107,8 +107,9 @@ def test_heat_maps_have_the_colours_of_their_scores(show, viewer, photos, scale)
     assert show("--layers", "2,3", "--scale", scale, "-o", "layers.png") == 0
     sheet = np.asarray(Image.open("layers.png"))
     received = {n: even_shares(s)[0].numpy() for n, s in viewer.received(photos[3], (2, 3)).items()}
-    side, times = round(len(received[2]) ** 0.5), 250 // 112
-    cell = side * 14 * times
+    side = round(len(received[2]) ** 0.5)
+    step = 250 // side
+    cell = side * step
     both = np.concatenate(list(received.values()))
     top = next(y for y in range(200) if (sheet[y, 12 + cell // 2] != 255).any() and y > 36)
     for number, values in enumerate(received.values(), 1):
@@ -116,7 +117,6 @@ def test_heat_maps_have_the_colours_of_their_scores(show, viewer, photos, scale)
         least, most = ends.min(), np.quantile(ends, 0.99)
         level = np.clip(np.round((values - least) / (most - least) * 255), 0, 255).astype(int)
         left = 12 + number * (cell + 12)
-        step = 14 * times
         for patch in range(side * side):
             y, x = top + patch // side * step + 5, left + patch % side * step + 5
             wanted = heat()[max(0, level[patch] - 1) : level[patch] + 2].tolist()
@@ -140,6 +140,7 @@ def test_layers_are_those_of_the_tower(show, viewer, capsys):
         (("-o", "k.png"), "give --prune-method or --methods for what is kept, or --layers"),
         (("--prune-method", "hivtp", "--layers", "all", "-o", "k.png"), "-o draws one thing"),
         (("--prune-method", "hivtpp", "-o", "k.png"), "unknown method 'hivtpp': give some of"),
+        (("--prune-method", "floor", "-o", "k.png"), "unknown method 'floor'"),  # the bench's own
         (("--prune-method", "hivtp", "-o", "k.jpg"), "k.jpg: give a name that ends in .png"),
         (("--prune-method", "hivtp", "-o", "no/k.png"), "give a file in a folder that is there"),
         (("--prune-method", "hivtp", "--r-max", "1.5", "-o", "k.png"), "1.5"),

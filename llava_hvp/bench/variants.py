@@ -60,6 +60,7 @@ class Floor(Method):
     name: ClassVar[str] = "floor"
     summary: ClassVar[str] = "a selection that is there already"
     roles: ClassVar[tuple[str, ...]] = ("floor",)
+    listed: ClassVar[bool] = False
 
     keep: Tensor
 

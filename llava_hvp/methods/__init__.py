@@ -19,7 +19,7 @@ def _registry() -> dict[str, type[Method]]:
     while queue:
         kinds = queue.pop().__subclasses__()
         queue += kinds
-        found.update({kind.name: kind for kind in kinds if "name" in vars(kind)})
+        found.update({k.name: k for k in kinds if "name" in vars(k) and k.listed})
     return found
 
 

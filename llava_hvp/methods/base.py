@@ -187,6 +187,7 @@ class Method(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     roles: ClassVar[tuple[str, ...]]
+    listed: ClassVar[bool] = True  # whether it can be had by its name
 
     r_max: float | None = None
     num_tokens: int | None = None

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from llava_hvp.errors import PictureError
 from llava_hvp.show.colours import heat
-from llava_hvp.show.frame import Panel, over_pixels, shape_of
-from llava_hvp.show.overlay import enlarged
+from llava_hvp.show.frame import Panel, over_pixels
 from llava_hvp.show.sheet import FAINT, GAP, Image, below, beside, picture, with_margin, words
 
 SCALES = ("own", "shared")
-CELL = 250  # pixels, about the width of a layer
+CELL, LEAST_SIDE = 250, 5  # pixels: about the width of a layer, and of a patch at least
+WIDEST = 1900  # pixels of a row of layers
 BAR = 14  # pixels, the height of a colour bar
 
 
@@ -33,19 +34,19 @@ def heat_maps(
     panels : with their photo
     received : layer -> (tiles, N) float, received attention
     scale : "own" stretches the colours over each layer's values, "shared" over all layers'
-    columns : cells in a row; 6 for square pictures by default, fewer for wide ones
+    columns : cells in a row; 6 by default, fewer for wide pictures
     """
     if scale not in SCALES or not received:
         raise PictureError(f"scale={scale!r}: give one of {', '.join(SCALES)}, and a layer")
     shares = {layer: even_shares(scores) for layer, scores in received.items()}
     everything = torch.stack(list(shares.values()))
-    width, height = shape_of(panels)
-    across = columns or max(1, round(6 * min(1.0, 1.2 * height / width)))
-    times = max(1, CELL // width)
-    cells = [below([_together([enlarged(p, times) for p in panels]), words("the picture")], gap=4)]
+    patches = sum(panel.patches.shape[1] for panel in panels)
+    side = max(LEAST_SIDE, CELL // patches)
+    across = columns or max(1, min(6, WIDEST // (patches * side)))
+    cells = [below([_together([_photo(p, side) for p in panels]), words("the picture")], gap=4)]
     for layer, values in shares.items():
         least, most = ends_of(everything if scale == "shared" else values)
-        drawn = [heated(values.flatten(), p, least, most, times) for p in panels]
+        drawn = [picture(heated(values.flatten(), p, least, most, side)) for p in panels]
         parts = [_together(drawn), words(f"layer {layer}")]
         if scale == "own":
             parts.append(bar(least, most, min(parts[0].width, CELL)))
@@ -79,9 +80,10 @@ def levels(values: Tensor, least: float, most: float) -> Tensor:
     return ((values - least) / (most - least) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
-def heated(values: Tensor, panel: Panel, least: float, most: float, scale: int) -> Tensor:
-    """(height, width, 3) uint8, a panel with values of patches, (tiles * N,), as colours."""
-    return heat()[over_pixels(levels(values, least, most), panel, scale).long()]
+def heated(values: Tensor, panel: Panel, least: float, most: float, side: int) -> Tensor:
+    """(height, width, 3) uint8, values of patches, (tiles * N,), as colours; `side` pixels each."""
+    smaller = replace(panel, side=side, photo=None)
+    return heat()[over_pixels(levels(values, least, most), smaller).long()]
 
 
 def bar(least: float, most: float, width: int) -> Image.Image:
@@ -94,5 +96,11 @@ def bar(least: float, most: float, width: int) -> Image.Image:
     return below([picture(strip.expand(BAR, -1, -1).contiguous()), ends], gap=2)
 
 
-def _together(drawn: Sequence[Tensor]) -> Image.Image:
-    return beside([picture(part) for part in drawn], gap=4)
+def _photo(panel: Panel, side: int) -> Image.Image:
+    assert panel.photo is not None
+    rows, columns = panel.patches.shape
+    return picture(panel.photo).resize((columns * side, rows * side), Image.Resampling.BICUBIC)
+
+
+def _together(drawn: Sequence[Image.Image]) -> Image.Image:
+    return beside(drawn, gap=4)
