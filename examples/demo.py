@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import skimage
-import torch
 from PIL import Image
 
 from llava_hvp import Method, get_method, list_methods, prune
@@ -31,14 +30,6 @@ PHOTO = Path(skimage.__file__).parent / "data" / "coffee.png"
 BUDGETS = (0.75, 0.5, 0.4, 0.25, 0.11)
 QUESTION = "What is in the picture?"
 PROMPT = f"A chat between a user and an assistant. USER: <image>\n{QUESTION} ASSISTANT:"
-COLOURS = {  # role -> how a kept patch is tinted; none of a reference method
-    "global": (0, 170, 60),
-    "local": (225, 40, 40),
-    "anchor": (245, 210, 0),
-    "buffer": (255, 130, 0),
-    "register": (0, 150, 160),
-    "text": (170, 60, 200),
-}
 
 
 def main() -> None:
@@ -118,7 +109,7 @@ def run(checkpoint: Path, photo: Image.Image, out: Path, rounds: int) -> None:
             )
             if r_max == 0.25:
                 path = out / f"{checkpoint.name}-{name.replace('+', 'p')}.png"
-                draw(images, report, processor).save(path)
+                report.overlay(photo).save(path)
     print(f"kept patches at r_max 0.25, by role: {out / checkpoint.name}-*.png")
 
 
@@ -142,34 +133,6 @@ def type_commands(checkpoint: Path, photo: Path) -> None:
         print("\n".join(told))
         if shell.returncode:
             sys.exit(shell.stderr)
-
-
-def draw(images: torch.Tensor, report: ImageReport, processor: Any) -> Image.Image:
-    """Every tile as the model sees it: pruned patches dark, kept ones tinted by role."""
-    tiles = images.flatten(0, -4)
-    mean, std = (
-        torch.tensor(v)[:, None, None] for v in (processor.image_mean, processor.image_std)
-    )
-    pixels = (tiles * std + mean).clamp(0, 1)
-    patch = pixels.shape[-1] // report.grid[1]
-
-    def over_pixels(mask: torch.Tensor) -> torch.Tensor:
-        grid = mask.view(-1, 1, *report.grid)
-        return grid.repeat_interleave(patch, 2).repeat_interleave(patch, 3)
-
-    pixels = torch.where(over_pixels(report.sent), pixels, 0.25 * pixels)
-    for role, mask in report.selection.roles.items():
-        if role in COLOURS:
-            colour = torch.tensor(COLOURS[role])[:, None, None] / 255
-            tinted = 0.6 * pixels + 0.4 * colour
-            pixels = torch.where(over_pixels(mask & report.sent), tinted, pixels)
-    shown = [Image.fromarray((tile.permute(1, 2, 0) * 255).byte().numpy()) for tile in pixels]
-    gap = 8
-    width = sum(tile.width + gap for tile in shown) - gap
-    sheet = Image.new("RGB", (width, shown[0].height), "white")
-    for number, tile in enumerate(shown):
-        sheet.paste(tile, (number * (tile.width + gap), 0))
-    return sheet
 
 
 if __name__ == "__main__":

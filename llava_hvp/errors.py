@@ -29,6 +29,10 @@ class PrunedStateError(LlavaHvpError, RuntimeError):
     """Pruning what is pruned already, or undoing what is not."""
 
 
+class PictureError(LlavaHvpError, ValueError):
+    """A picture that cannot be read or drawn, or another one than a report is of."""
+
+
 class TextEncoderError(LlavaHvpError, RuntimeError):
     """A prompt-aware method without a text encoder, a tokenizer or a prompt."""
 

@@ -68,6 +68,8 @@ def imports(path):
         ("account.py", {"llava", "llava_hvp.cli", "llava_hvp.session"}),
         ("session.py", {"llava", "llava_hvp.cli"}),
         ("cli", {"llava"}),
+        ("report.py", {"PIL", "transformers", "llava", "llava_hvp.host", "llava_hvp.cli"}),
+        ("show", {"transformers", "llava", "llava_hvp.host", "llava_hvp.cli"}),
         ("testing", {"llava", "llava_hvp.host", "llava_hvp.encoder", "llava_hvp.methods"}),
     ],
 )

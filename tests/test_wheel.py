@@ -55,6 +55,7 @@ def test_the_hook_and_the_package_come_from_the_wheel(fresh):
     assert seen == [str(packages / "llava_hvp_startup.py"), str(packages / "llava_hvp/__init__.py")]
     assert (packages / "llava_hvp.start").read_text() == "llava_hvp_startup:wake\n"
     assert (packages / "llava_hvp/py.typed").exists()
+    assert (packages / "llava_hvp/show/page.html").exists()
 
 
 def test_flags_are_understood_by_a_stock_command(fresh):

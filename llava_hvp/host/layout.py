@@ -45,6 +45,14 @@ class Layout:
         rows, columns = self.mosaic.shape
         return len(self.base) + rows * (columns + self.newline)
 
+    def stock(self, patches: int) -> Tensor:
+        """(patches,) bool of an image of so many patches: those that unpruned LLaVA sends."""
+        sent = torch.zeros(patches, dtype=torch.bool)
+        sent[self.base] = True
+        if self.mosaic is not None:
+            sent[self.mosaic.flatten()] = True
+        return sent
+
     def kept(self, keep: Tensor, newline: str) -> Tensor:
         """(tokens,) int64, the tokens that stay, in order.
 
@@ -122,14 +130,14 @@ def layout(arrangement: Arrangement, tiles: int, size: Size | None, merge: str) 
     base = torch.arange(patches)
     if tiles == 1:
         return Layout(base, newline=unpad)
-    mosaic = _mosaic(arrangement, tiles, size)
+    table = mosaic(arrangement, tiles, size)
     if unpad:
-        mosaic = unpad_image(mosaic[None], size)[0]
-    return Layout(base, mosaic, newline=unpad)
+        table = unpad_image(table[None], size)[0]
+    return Layout(base, table, newline=unpad)
 
 
-def _mosaic(arrangement: Arrangement, tiles: int, size: Size | None) -> Tensor:
-    """(rows, columns) int64: the sub-images side by side as AnyRes cut them."""
+def mosaic(arrangement: Arrangement, tiles: int, size: Size | None) -> Tensor:
+    """(rows, columns) int64: the sub-images side by side as AnyRes cut them, padding included."""
     if arrangement.aspect_ratio != "anyres" or size is None:
         raise UnsupportedModelError(
             f"an image of {tiles} tiles with image_aspect_ratio={arrangement.aspect_ratio!r} and "
@@ -143,8 +151,8 @@ def _mosaic(arrangement: Arrangement, tiles: int, size: Size | None) -> Tensor:
             f"model's image_grid_pinpoints, but {tiles - 1} came: pass these images' image_sizes"
         )
     rows, columns = arrangement.grid
-    mosaic = torch.arange(rows * columns, tiles * rows * columns).view(down, across, rows, columns)
-    return mosaic.transpose(1, 2).reshape(down * rows, across * columns)
+    table = torch.arange(rows * columns, tiles * rows * columns).view(down, across, rows, columns)
+    return table.transpose(1, 2).reshape(down * rows, across * columns)
 
 
 def sizes_of(image_sizes: Sequence[Any] | None, images: int) -> list[Size | None]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from llava_hvp.errors import UnsupportedModelError
 from llava_hvp.host.layout import NEWLINE, Arrangement, Layout, layout, sizes_of
 from llava_hvp.host.tower import PrunedCLIPVisionTower
+from llava_hvp.host.view import LlavaView
 from llava_hvp.methods.base import Selection
 from llava_hvp.report import ImageReport
 
@@ -66,6 +67,7 @@ def pack(
         place.kept(selection.keep.flatten(), method.newline)
         for place, selection in zip(layouts, selections, strict=True)
     ]
+    view = LlavaView.of(tower, arrangement)
     pruning.record(
         ImageReport(
             method.name,
@@ -76,6 +78,8 @@ def pack(
             grid,
             size,
             selection,
+            place.stock(selection.keep.numel()).view_as(selection.keep),
+            view,
         )
         for count, place, tokens, size, selection in zip(
             tiles, layouts, kept, sizes, selections, strict=True

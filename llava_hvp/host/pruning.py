@@ -45,7 +45,7 @@ class Pruning:
         self.reuse = True
         self.on_record: Callable[[list[ImageReport]], None] | None = None
         self._recently = RecentlyEncoded()
-        self._clip_text = clip_text
+        self.clip_text = clip_text
         self._newest: list[ImageReport] = []
 
     @property
@@ -65,6 +65,11 @@ class Pruning:
         _LAST.set((weakref.ref(self), self._newest))
         if self.on_record is not None:
             self.on_record(self._newest)
+
+    def _repr_html_(self) -> str:
+        from llava_hvp.show.notebook import html_of_all
+
+        return html_of_all(self.last)
 
     def encode(self, pixels: Tensor, tiles: tuple[int, ...], rows: list[Tensor] | None) -> Encoded:
         """Encode and select, or find what was made of the same pixels a short while ago.
@@ -99,8 +104,8 @@ class Pruning:
         text = tower.reading().needs.relevance
         if text is not None and self.tokenizer is None:
             self.tokenizer = _tokenizer_of(self.model)
-        if text == "clip" and self._clip_text is None:
-            self._clip_text = ClipText.load(tower.vision_tower_name)
+        if text == "clip" and self.clip_text is None:
+            self.clip_text = ClipText.load(tower.vision_tower_name)
 
     def relevance(self, tiles: tuple[int, ...], rows: list[Tensor] | None) -> Relevance | None:
         """The function of patch features that a prompt-aware method needs; None for others.
@@ -118,8 +123,8 @@ class Pruning:
         repeats = torch.tensor(tiles)
 
         def of_features(features: Tensor) -> Tensor:
-            if self._clip_text is not None:
-                clip = self._clip_text.to(features.device)
+            if self.clip_text is not None:
+                clip = self.clip_text.to(features.device)
                 patches = clip.patches(tower.vision_tower, features)
                 texts = torch.stack([clip.embed(prompt) for prompt in prompts])
             else:

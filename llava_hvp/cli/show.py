@@ -1,0 +1,246 @@
+"""`llava-hvp show`: which patches stay, and what the encoder's layers attend to, as pictures."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llava_hvp.config import describe
+from llava_hvp.errors import OptionError
+from llava_hvp.methods import list_methods, method_class
+from llava_hvp.methods.base import Method
+from llava_hvp.record import write_whole
+from llava_hvp.stderr import say
+
+BUDGETS = "0.9,0.75,0.67,0.5,0.4,0.33,0.25,0.16,0.11,0.05"  # of a page
+QUESTION = "What is in the picture?"  # where none is asked; methods that read it insist on one
+CELL = 520  # pixels, the width of a picture in a grid of several
+
+
+def add(commands: Any) -> None:
+    """Add the subcommand."""
+    parser = commands.add_parser(
+        "show", help="draw which patches stay, and attention by layer", allow_abbrev=False
+    )
+    what = parser.add_argument_group("what is shown")
+    what.add_argument("--model-path", required=True, help="a LLaVA checkpoint")
+    what.add_argument("--model-base", help="as LLaVA's commands take it")
+    what.add_argument("--image-file", required=True, help="a path or an address, as LLaVA takes it")
+    what.add_argument("--prune-method", metavar="NAME", help=f"one of {', '.join(list_methods())}")
+    what.add_argument("--methods", metavar="NAME,NAME", help="instead: several, for a grid")
+    what.add_argument("--r-max", metavar="R,R", help="budgets; 0.5 by default, ten on a page")
+    what.add_argument("--num-tokens", metavar="N,N", help="instead: patches of one image in total")
+    what.add_argument(
+        "--prune-opt",
+        action="append",
+        metavar="KEY=VALUE",
+        help="an option of the methods that have it, repeatable",
+    )
+    what.add_argument(
+        "--layers", metavar="all|N,N", help="heat maps of the attention that patches receive"
+    )
+    what.add_argument(
+        "--scale", choices=("own", "shared"), default="own", help="of the colours of heat maps"
+    )
+    what.add_argument("--prompt", help="for methods that read it, and for the answers on a page")
+    what.add_argument("--conv-mode", help="LLaVA's conversation template; vicuna_v1 by default")
+    what.add_argument("--new-tokens", type=int, default=64, help="of an answer, 64 by default")
+    where = parser.add_argument_group("where it goes and runs")
+    where.add_argument("-o", "--out", type=Path, metavar="FILE.png")
+    where.add_argument("--html", type=Path, metavar="FILE.html", help="a page to look through")
+    where.add_argument("--device", help="cuda where there is one, else cpu")
+    where.add_argument("--load-4bit", action="store_true")
+    where.add_argument("--load-8bit", action="store_true")
+    parser.set_defaults(main=main)
+
+
+def main(found: argparse.Namespace) -> int:
+    """Draw and write; the exit code."""
+    methods, layers = _check(found)
+    from llava_hvp.show.pictures import open_picture
+
+    image, notes = open_picture(found.image_file)
+    # LLaVA and the model come only now: whatever was typed wrong has been said.
+    from llava_hvp.host.viewer import Viewer
+
+    viewer = Viewer.load(
+        found.model_path,
+        found.model_base,
+        found.device,
+        load_8bit=found.load_8bit,
+        load_4bit=found.load_4bit,
+    )
+    for method in (method for budgets in methods for method in budgets):
+        if viewer.reads(method).relevance and not found.prompt:
+            raise OptionError(f"{method.name} reads the prompt: give --prompt")
+    ids = viewer.prompt(found.prompt or QUESTION, found.conv_mode)
+    files: dict[Path, bytes] = {}
+    if found.out and found.layers:
+        files[found.out] = _png(_heat_maps(viewer, image, layers, found, notes))
+    elif found.out:
+        files[found.out] = _png(_overlays(viewer, image, methods, ids, found, notes))
+    if found.html:
+        page = _page(viewer, image, methods, layers, ids, found, notes)
+        files[found.html] = page.encode()
+    for path, content in files.items():
+        try:
+            write_whole(path, content)
+        except OSError as error:
+            raise OptionError(f"{path}: cannot be written: {error}") from error
+        say(f"wrote {path}")
+    return 0
+
+
+def _check(found: argparse.Namespace) -> tuple[list[list[Method]], tuple[int, ...] | None]:
+    """Methods at their budgets, and layers (None for all); OptionError for what is wrong."""
+    if not found.out and not found.html:
+        raise OptionError("nothing to write: give -o FILE.png, --html FILE.html, or both")
+    for path, suffixes in ((found.out, (".png",)), (found.html, (".html", ".htm"))):
+        if path is None:
+            continue
+        if path.suffix.lower() not in suffixes:
+            raise OptionError(f"{path}: give a name that ends in {suffixes[0]}")
+        if path.is_dir() or not path.parent.is_dir():
+            raise OptionError(f"{path}: give a file in a folder that is there")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise OptionError(f"{path}: may not be written: give another place")
+    for one, other in (("prune_method", "methods"), ("r_max", "num_tokens")):
+        if getattr(found, one) and getattr(found, other):
+            _exclude(one, other)
+    if found.load_4bit and found.load_8bit:
+        _exclude("load_4bit", "load_8bit")
+    if found.new_tokens < 1:
+        raise OptionError(f"--new-tokens {found.new_tokens}: give at least 1")
+    names = found.prune_method or found.methods
+    if found.out and bool(names) == bool(found.layers):
+        raise OptionError(
+            "-o draws one thing: give --prune-method or --methods for what is kept, or --layers "
+            "for heat maps (--html shows both)"
+        )
+    found.device = found.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=found.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise OptionError(f"--device {found.device}: {reason}; give cuda or cpu") from error
+    layers = None if found.layers in (None, "all") else _numbers(found.layers, int, "--layers")
+    return _methods(found), layers
+
+
+def _methods(found: argparse.Namespace) -> list[list[Method]]:
+    """For each method its budgets."""
+    from llava_hvp.bench.variants import variants
+
+    names = [found.prune_method] if found.prune_method else (found.methods or "").split(",")
+    if not any(names):
+        names = ["hivtp", "hiprune", *(["hiprune++"] if found.prompt else [])]
+    if found.num_tokens:
+        budgets = [{"num_tokens": n} for n in _numbers(found.num_tokens, int, "--num-tokens")]
+    elif found.r_max or found.html:
+        budgets = [{"r_max": r} for r in _numbers(found.r_max or BUDGETS, float, "--r-max")]
+    else:
+        budgets = [{}]
+    try:
+        chosen = variants(names, budgets, found.prune_opt or ())
+    except OptionError:
+        if found.r_max or found.num_tokens:
+            raise
+        # Options may be a budget of their own, as hivtp's k is.
+        chosen = variants(names, [{}], found.prune_opt or ())
+    methods = [v.method for v in chosen if v.method is not None]
+    if not methods:
+        raise OptionError(f"--methods {found.methods}: give some of {', '.join(list_methods())}")
+    return [[m for m in methods if m.name == name] for name in dict.fromkeys(names)]
+
+
+def _exclude(one: str, other: str) -> None:
+    first, second = (f"--{name.replace('_', '-')}" for name in (one, other))
+    raise OptionError(f"{first} and {second} exclude each other: give one of them")
+
+
+def _numbers(text: str, kind: type, flag: str) -> Any:
+    try:
+        return tuple(dict.fromkeys(kind(part) for part in text.split(",")))
+    except ValueError:
+        raise OptionError(f"{flag} {text}: give numbers separated by commas") from None
+
+
+def _png(picture: Any) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return file.getvalue()
+
+
+def _heat_maps(viewer: Any, image: Any, layers: Any, found: Any, notes: list[str]) -> Any:
+    from llava_hvp.show.heatmap import heat_maps
+
+    title = " ".join([f"{Path(found.image_file).name}, {viewer.name}.", *notes])
+    received = viewer.received(image, layers)
+    return heat_maps(viewer.view.frame(image), received, scale=found.scale, title=title)
+
+
+def _overlays(
+    viewer: Any, image: Any, methods: list[list[Method]], ids: Any, found: Any, notes: list[str]
+) -> Any:
+    """One overlay, or a grid of them: a column a method, a row a budget."""
+    from llava_hvp.show.overlay import grid, overlay
+
+    several = sum(map(len, methods)) > 1
+    kwargs = {"widest": CELL} if several else {"notes": notes}
+    columns = [
+        [
+            overlay(viewer.look(method, image, ids), image, title=describe(method), **kwargs)
+            for method in budgets
+        ]
+        for budgets in methods
+    ]
+    if not several:
+        return columns[0][0]
+    title = " ".join([f"{Path(found.image_file).name}, {viewer.name}.", *notes])
+    return grid(list(zip(*columns, strict=True)), title)
+
+
+def _page(
+    viewer: Any,
+    image: Any,
+    methods: list[list[Method]],
+    layers: Any,
+    ids: Any,
+    found: Any,
+    notes: list[str],
+) -> str:
+    from llava_hvp.show.page import MethodShown, Page, Shown
+
+    def shown(method: Method) -> Shown:
+        options = describe(method).partition(" ")[2]
+        label = options.replace("=", " ") or "no budget"
+        if found.prompt:
+            answer, report = viewer.answer(method, image, ids, found.new_tokens)
+            return Shown(label, report, answer)
+        return Shown(label, viewer.look(method, image, ids))
+
+    received = viewer.received(image, layers)
+    unpruned = viewer.answer(None, image, ids, found.new_tokens)[0] if found.prompt else ""
+    return Page(
+        title=Path(found.image_file).name,
+        model=viewer.name,
+        panels=viewer.view.frame(image),
+        methods=[
+            MethodShown(
+                budgets[0].name,
+                method_class(budgets[0].name).summary,
+                viewer.reads(budgets[0]).received,
+                [shown(method) for method in budgets],
+            )
+            for budgets in methods
+        ],
+        received=received,
+        notes=[viewer.view.describe(image.size), *notes],
+        prompt=found.prompt or "",
+        unpruned=unpruned,
+    ).render()

@@ -1,0 +1,167 @@
+"""A loaded checkpoint and one picture: what each method keeps of it, and what is answered then."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from llava.conversation import conv_templates
+from llava.mm_utils import get_model_name_from_path, tokenizer_image_token
+from torch import Tensor
+
+from llava_hvp.encoder.capture import Taps, recording
+from llava_hvp.encoder.text import ClipText
+from llava_hvp.encoder.vit import hidden_states, layers_of, read_geometry
+from llava_hvp.errors import LayerError, LlavaHvpError, OptionError
+from llava_hvp.host import compat
+from llava_hvp.host.layout import Arrangement
+from llava_hvp.host.pruning import Pruning, attach, detach
+from llava_hvp.host.tower import check_tower
+from llava_hvp.host.view import LlavaView
+from llava_hvp.methods.base import Method, Needs
+from llava_hvp.methods.uniform import Uniform
+from llava_hvp.report import ImageReport
+
+
+@dataclass
+class Viewer:
+    """A model on its device.
+
+    dtype : of the images, as LLaVA's commands send them; float32 on a CPU
+    """
+
+    name: str
+    tokenizer: Any
+    model: Any
+    view: LlavaView
+    dtype: torch.dtype
+    clip_text: ClipText | None = None  # loaded by the first method that reads the prompt
+
+    @classmethod
+    def load(
+        cls, path: str, base: str | None, device: str, *, load_8bit: bool, load_4bit: bool
+    ) -> Viewer:
+        """By LLaVA's own loader, bridged to this transformers; raises OptionError if it fails."""
+        from llava.model.builder import load_pretrained_model
+
+        compat.bridge()
+        if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
+            raise OptionError(f"--model-path {path}: no such folder")
+        name = get_model_name_from_path(path)
+        where = {} if device == "cuda" else {"device": device, "device_map": device}
+        try:
+            tokenizer, model, _, _ = load_pretrained_model(
+                path, base, name, load_8bit, load_4bit, **where
+            )
+        except LlavaHvpError:
+            raise
+        except Exception as error:  # a hub, a file format, a shape: it cannot be loaded
+            reason = " ".join(str(error).split())[:300]
+            raise OptionError(f"--model-path {path}: LLaVA cannot load it: {reason}") from error
+        plain = torch.device(device).type == "cpu" and not (load_4bit or load_8bit)
+        if plain:
+            model.float()
+        if not hasattr(model, "get_vision_tower"):
+            raise OptionError(
+                f"--model-path {path}: loaded as a language model without pictures, as LLaVA does "
+                "for names without `llava` in them: rename the checkpoint's folder"
+            )
+        tower = model.get_vision_tower()
+        check_tower(tower, Uniform())
+        grid = read_geometry(tower.vision_tower).grid
+        view = LlavaView.of(tower, Arrangement.of(model.config, grid, tower.config.image_size))
+        return cls(name, tokenizer, model, view, torch.float32 if plain else torch.float16)
+
+    @property
+    def select(self) -> int:
+        """The layer whose output goes to the projector, numbered from 1."""
+        tower = self.model.get_vision_tower()
+        return read_geometry(tower.vision_tower).normalised(tower.select_layer)
+
+    def reads(self, method: Method) -> Needs:
+        """What a method goes by, whatever its budget; raises LayerError for layers not there."""
+        depth = read_geometry(self.model.get_vision_tower().vision_tower).depth
+        return method.reads(depth, self.select)
+
+    def prompt(self, question: str, mode: str | None = None) -> Tensor:
+        """(1, L) token ids of a question about one image, in a conversation template of LLaVA's.
+
+        Raises OptionError for a template that LLaVA does not know.
+        """
+        mode = mode or ("mistral_instruct" if "mistral" in self.name.lower() else "vicuna_v1")
+        if mode not in conv_templates:
+            raise OptionError(
+                f"--conv-mode {mode}: LLaVA knows {', '.join(sorted(conv_templates))}"
+            )
+        conversation = conv_templates[mode].copy()
+        conversation.append_message(conversation.roles[0], f"<image>\n{question}")
+        conversation.append_message(conversation.roles[1], None)
+        ids = tokenizer_image_token(conversation.get_prompt(), self.tokenizer, return_tensors="pt")
+        return ids[None].to(self.model.device)
+
+    def pixels(self, image: Any) -> Tensor:
+        """What the model is given: (1, 3, H, W), or (1, tiles, 3, H, W) of AnyRes."""
+        pixels = self.view.pixels(image).to(self.model.device, self.dtype)
+        return pixels[None] if self.view.arrangement.aspect_ratio == "anyres" else pixels
+
+    @torch.inference_mode()
+    def received(self, image: Any, layers: tuple[int, ...] | None = None) -> dict[int, Tensor]:
+        """layer -> (tiles, N) float32, the received attention of some layers, of all by default.
+
+        Layers past the one that goes to the projector influence nothing, and are not run. Raises
+        LayerError for one of those or beyond.
+        """
+        wanted = layers or tuple(range(1, self.select + 1))
+        wrong = [layer for layer in wanted if not 1 <= layer <= self.select]
+        if wrong:
+            raise LayerError(f"--layers {wrong[0]}: give layers from 1 to {self.select}, or all")
+        tower = self.model.get_vision_tower()
+        geometry = read_geometry(tower.vision_tower)
+        needs = Needs(received=tuple(dict.fromkeys(wanted)))
+        pixels = self.pixels(image).flatten(0, -4).to(tower.device, tower.dtype)
+        taps = Taps(layers_of(tower.vision_tower), needs)
+        try:
+            with recording(needs, geometry.heads, geometry.patches) as scores:
+                hidden_states(tower.vision_tower, pixels, max(wanted))
+        finally:
+            taps.remove()
+        return {layer: scores.received[layer].cpu() for layer in sorted(needs.received)}
+
+    @torch.inference_mode()
+    def look(self, method: Method, image: Any, ids: Tensor) -> ImageReport:
+        """What a method keeps of a picture, by the way that it takes in every command."""
+        pruning = self._attach(method)
+        try:
+            self.model.prepare_inputs_labels_for_multimodal(
+                ids, None, None, None, None, self.pixels(image), [image.size]
+            )
+            return pruning.last[0]
+        finally:
+            detach(self.model)
+
+    @torch.inference_mode()
+    def answer(
+        self, method: Method | None, image: Any, ids: Tensor, new_tokens: int
+    ) -> tuple[str, ImageReport | None]:
+        """The greedy answer, pruned by a method or (None) not, and what was kept for it."""
+        pruning = self._attach(method) if method else None
+        try:
+            out = self.model.generate(
+                ids,
+                images=self.pixels(image),
+                image_sizes=[image.size],
+                do_sample=False,
+                max_new_tokens=new_tokens,
+            )
+            text = self.tokenizer.batch_decode(out, skip_special_tokens=True)[0].strip()
+            return text, pruning.last[0] if pruning is not None else None
+        finally:
+            if pruning is not None:
+                detach(self.model)
+
+    def _attach(self, method: Method) -> Pruning:
+        pruning = attach(self.model, method, tokenizer=self.tokenizer, clip_text=self.clip_text)
+        self.clip_text = pruning.clip_text
+        return pruning

@@ -1,0 +1,121 @@
+"""The frame of every picture here: what the model sees of a photo, and where each patch lies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from llava_hvp.errors import OptionError, PictureError
+
+if TYPE_CHECKING:
+    from llava_hvp.report import ImageReport
+
+# States of a patch besides its role, which is 1, 2, … in the order of the selection's roles.
+PRUNED, CUT = 0, 255
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One rectangle of patches: a single tile, the base tile, or the mosaic of AnyRes.
+
+    name : what to write above it, "" for a single tile
+    patches : (rows, columns) int64, for each place the patch shown there, `tile * N + patch`
+        counted over the image's own tiles
+    side : pixels along a patch
+    photo : (rows * side, columns * side, 3) uint8, the picture as the model sees it; None where
+        only the places are known
+    """
+
+    name: str
+    patches: Tensor
+    side: int
+    photo: Tensor | None = None
+
+
+class View(Protocol):
+    """How a model sees pictures; `llava_hvp.host.view` has LLaVA's."""
+
+    def panels(self, tiles: int, size: tuple[int, int] | None) -> tuple[Panel, ...]:
+        """Where the patches of an image of `tiles` tiles lie."""
+
+    def frame(self, image: Any) -> tuple[Panel, ...]:
+        """The same for a PIL image, with its photo."""
+
+    def describe(self, size: tuple[int, int]) -> str:
+        """What becomes of a picture of (width, height), in a line."""
+
+
+def frame_of(report: ImageReport, image: Any) -> tuple[Panel, ...]:
+    """The panels of the picture that a report is of.
+
+    Raises PictureError for a picture of another size, and for a report that does not know how the
+    model sees pictures.
+    """
+    if report.view is None:
+        raise PictureError(
+            "this report does not know how the model sees pictures: take one from pruned.last"
+        )
+    if report.size is not None and tuple(image.size) != report.size:
+        raise PictureError(
+            f"a picture of {image.size[0]} x {image.size[1]} pixels, but the report is of one of "
+            f"{report.size[0]} x {report.size[1]}: give the picture that the model was given"
+        )
+    panels = report.view.frame(image)
+    patches = report.tiles * report.grid[0] * report.grid[1]
+    if sum(panel.patches.numel() for panel in panels) != patches:
+        raise PictureError(
+            f"the model sees this picture in other tiles than the report's {report.tiles}: give "
+            "the picture that the model was given"
+        )
+    return panels
+
+
+def places_of(report: ImageReport) -> tuple[Panel, ...]:
+    """The panels of a report without any photo; without a view, its tiles side by side."""
+    if report.view is not None:
+        return report.view.panels(report.tiles, report.size)
+    rows, columns = report.grid
+    index = torch.arange(report.tiles * rows * columns).view(report.tiles, rows, columns)
+    return (Panel("", index.transpose(0, 1).reshape(rows, -1), 1),)
+
+
+def states_of(report: ImageReport) -> Tensor:
+    """(tiles * N,) uint8: PRUNED, the number of the role it is kept for, or CUT by unpad.
+
+    Raises OptionError for a selection of more roles than a byte holds.
+    """
+    roles = report.selection.roles
+    if len(roles) >= CUT:
+        raise OptionError(f"{report.method} has {len(roles)} roles: {CUT - 1} can be told apart")
+    states = torch.zeros(report.sent.numel(), dtype=torch.uint8)
+    for number, mask in enumerate(roles.values(), 1):
+        states[(mask & report.sent).flatten()] = number
+    if report.stock is not None:
+        states[~report.stock.flatten()] = CUT
+    return states
+
+
+def counts_of(report: ImageReport) -> dict[str, int]:
+    """Patches by role, then `pruned`, and `cut` where unpad removed any; all of them together."""
+    states = states_of(report)
+    numbers = {role: n for n, role in enumerate(report.selection.roles, 1)}
+    numbers |= {"pruned": PRUNED} | ({"cut": CUT} if bool((states == CUT).any()) else {})
+    return {name: int((states == number).sum()) for name, number in numbers.items()}
+
+
+def over_pixels(values: Tensor, panel: Panel, scale: int = 1) -> Tensor:
+    """Values of patches, (tiles * N, …), spread over a panel's pixels: (height, width, …)."""
+    spread = values[panel.patches]
+    for axis in (0, 1):
+        spread = spread.repeat_interleave(panel.side * scale, axis)
+    return spread
+
+
+def shape_of(panels: Sequence[Panel]) -> tuple[int, int]:
+    """(width, height) in pixels of panels side by side, gaps left out."""
+    width = sum(p.patches.shape[1] * p.side for p in panels)
+    return width, max(p.patches.shape[0] * p.side for p in panels)

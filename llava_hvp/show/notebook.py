@@ -1,0 +1,63 @@
+"""How reports show themselves in Jupyter: a map of the masks, since they hold no photo."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from llava_hvp.errors import PictureError
+from llava_hvp.show.colours import colours_of
+from llava_hvp.show.frame import counts_of, places_of, states_of
+
+if TYPE_CHECKING:
+    from llava_hvp.report import ImageReport
+
+SIDE = 10  # pixels along a patch
+
+
+def png_of(report: ImageReport) -> bytes | None:
+    """The map of a report's masks as PNG; None without PIL."""
+    try:
+        from llava_hvp.show.overlay import paint
+        from llava_hvp.show.sheet import beside, picture
+    except PictureError:
+        return None
+    colours = list(colours_of(report.selection.roles).values())
+    drawn = []
+    for panel in places_of(report):
+        rows, columns = panel.patches.shape
+        photo = torch.full((rows * SIDE, columns * SIDE, 3), 190, dtype=torch.uint8)
+        plain = replace(panel, side=SIDE, photo=photo)
+        drawn.append(picture(paint(plain, states_of(report), colours, 1)))
+    file = io.BytesIO()
+    beside(drawn).save(file, "PNG")
+    return file.getvalue()
+
+
+def html_of(report: ImageReport) -> str:
+    """The map with the report's line and its counts."""
+    colours = colours_of(report.selection.roles)
+    counts = [
+        f'<span style="background:rgb{colours.get(name, (60, 60, 60))};display:inline-block;'
+        f'width:.8em;height:.8em"></span> {html.escape(name)} {count}'
+        for name, count in counts_of(report).items()
+    ]
+    line = html.escape(repr(report).strip("<>"))
+    png = png_of(report)
+    data = "" if png is None else base64.b64encode(png).decode()
+    image = f'<img alt="{line}" src="data:image/png;base64,{data}">' if data else ""
+    return (
+        f"<figure>{image}<figcaption>{line}<br>{' &nbsp; '.join(counts)}"
+        "<br><code>.overlay(image)</code> draws it on the picture</figcaption></figure>"
+    )
+
+
+def html_of_all(reports: Sequence[ImageReport]) -> str:
+    """One figure for each image of a call."""
+    return "".join(map(html_of, reports)) or "<p>pruned; no image seen yet</p>"

@@ -1,0 +1,143 @@
+"""Which patches stay, drawn on the picture as the model sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from llava_hvp.show.colours import Colour, colours_of
+from llava_hvp.show.frame import (
+    CUT,
+    Panel,
+    counts_of,
+    frame_of,
+    over_pixels,
+    shape_of,
+    states_of,
+)
+from llava_hvp.show.sheet import (
+    FAINT,
+    GAP,
+    TEXT,
+    Image,
+    below,
+    beside,
+    legend,
+    picture,
+    with_margin,
+    words,
+)
+
+if TYPE_CHECKING:
+    from llava_hvp.report import ImageReport
+
+WIDEST, LARGEST = 1100, 4  # pixels of an overlay, times the size that the model sees
+NARROWEST = 360  # pixels, so that a legend has room
+LIGHT, DARK, SQUARE = 250, 222, 7  # the chequers of what unpad cuts off
+
+
+def overlay(
+    report: ImageReport,
+    image: Any,
+    *,
+    scale: int | None = None,
+    title: str = "",
+    notes: Sequence[str] = (),
+    widest: int = WIDEST,
+) -> Image.Image:
+    """See `ImageReport.overlay`.
+
+    title : instead of the method's name
+    notes : lines to put below
+    widest : pixels, where no scale is given
+    """
+    panels = frame_of(report, image)
+    scale = scale or scale_for(panels, widest)
+    states, colours = states_of(report), list(colours_of(report.selection.roles).values())
+    drawn = [picture(paint(panel, states, colours, scale)) for panel in panels]
+    if len(panels) > 1:
+        named = zip(drawn, panels, strict=True)
+        drawn = [below([d, words(p.name, ink=FAINT)], gap=4) for d, p in named]
+    sheet = beside(drawn)
+    width = max(sheet.width, NARROWEST)
+    totals = (
+        f"{title or report.method}: {report.kept_tokens} of {report.stock_tokens} tokens "
+        f"({report.kept_of_stock:.1%}), {report.kept_patches} of {report.sent.numel()} patches "
+        f"({report.kept_of_patches:.1%})"
+    )
+    seen = report.view.describe(image.size) if report.view is not None else ""
+    lines = [words(note, width - GAP, ink=FAINT) for note in (seen, *notes)]
+    texts = [words(totals, width - GAP), roles_legend(report, width - GAP), *lines]
+    return below([sheet, with_margin(below(texts, gap=GAP // 2), GAP // 2)], gap=0)
+
+
+def scale_for(panels: Sequence[Panel], widest: int = WIDEST) -> int:
+    """Times the size that the model sees, so that the panels are at most `widest` pixels wide."""
+    width, _ = shape_of(panels)
+    return min(LARGEST, max(1, (widest - GAP) // width))
+
+
+def enlarged(panel: Panel, scale: int) -> Tensor:
+    """(height, width, 3) uint8, a panel's photo at a whole multiple of its size."""
+    assert panel.photo is not None
+    if scale == 1:
+        return panel.photo
+    photo = picture(panel.photo)
+    larger = photo.resize((photo.width * scale, photo.height * scale), Image.Resampling.BICUBIC)
+    return torch.frombuffer(bytearray(larger.tobytes()), dtype=torch.uint8).view(
+        larger.height, larger.width, 3
+    )
+
+
+def paint(panel: Panel, states: Tensor, colours: Sequence[Colour], scale: int) -> Tensor:
+    """(height, width, 3) uint8, a panel with its patches in the colours of their states.
+
+    A kept patch is two parts photo and three parts role colour; a pruned one grey and dark, so that
+    no pixel of it has a colour; one that unpad cuts off is chequered.
+    """
+    photo = enlarged(panel, scale).to(torch.int32)
+    state = over_pixels(states, panel, scale).long()[..., None]
+    table = torch.tensor([(0, 0, 0), *colours], dtype=torch.int32)
+    tinted = (2 * photo + 3 * table[state[..., 0].clamp(max=len(colours))] + 2) // 5
+    grey = (photo * torch.tensor((299, 587, 114), dtype=torch.int32)).sum(-1, keepdim=True)
+    dimmed = grey * 35 // 100_000
+    shown = torch.where(state == 0, dimmed, tinted)
+    return torch.where(state == CUT, chequers(*photo.shape[:2]), shown).to(torch.uint8)
+
+
+def chequers(height: int, width: int) -> Tensor:
+    """(height, width, 1) int32, the pattern of what is not there."""
+    down, right = (torch.arange(length) // SQUARE for length in (height, width))
+    return torch.where((down[:, None] + right) % 2 == 0, LIGHT, DARK)[..., None].to(torch.int32)
+
+
+def roles_legend(report: ImageReport, width: int) -> Image.Image:
+    """Roles with their counts, and what pruned and cut patches look like."""
+    colours: dict[str, Any] = dict(colours_of(report.selection.roles))
+    swatches = {}
+    for name, count in counts_of(report).items():
+        if name == "cut":
+            pixels = chequers(TEXT, TEXT).expand(-1, -1, 3).to(torch.uint8).contiguous()
+            swatches[f"cut off by unpad {count}"] = picture(pixels)
+        else:
+            colour = colours.get(name, (60, 60, 60))
+            swatches[f"{name} {count}"] = Image.new("RGB", (TEXT, TEXT), colour)
+    return legend(swatches, width)
+
+
+def grid(cells: Sequence[Sequence[Image.Image]], title: str = "") -> Image.Image:
+    """Overlays in rows, with margins; columns as wide as their widest cell."""
+    widths = [max(cell.width for cell in column) for column in zip(*cells, strict=True)]
+    rows = []
+    for row in cells:
+        placed = []
+        for cell, width in zip(row, widths, strict=True):
+            wide = Image.new("RGB", (width, cell.height), (255, 255, 255))
+            wide.paste(cell, (0, 0))
+            placed.append(wide)
+        rows.append(beside(placed, gap=2 * GAP))
+    heading = [words(title, size=TEXT + 4)] if title else []
+    return with_margin(below([*heading, *rows], gap=2 * GAP), 2 * GAP)
