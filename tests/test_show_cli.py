@@ -39,9 +39,7 @@ def show(checkpoints, photo, monkeypatch):
 def viewer(checkpoints):
     from llava_hvp.host.viewer import Viewer
 
-    return Viewer.load(
-        str(checkpoints("llava-1.5-llama")), None, "cpu", load_8bit=False, load_4bit=False
-    )
+    return Viewer.load(str(checkpoints("llava-1.5-llama")), None, "cpu", bits=None)
 
 
 def test_an_overlay_is_that_of_python(show, viewer, photo, photos):

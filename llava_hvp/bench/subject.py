@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +10,6 @@ from torch import Tensor
 
 from llava_hvp.bench.geometry import Geometry, get_geometry
 from llava_hvp.bench.workload import random_prompt
-from llava_hvp.errors import OptionError
 
 QUESTION = "What is in the picture?"
 
@@ -70,33 +68,23 @@ def of_checkpoint(
 ) -> Subject:
     """By LLaVA's own loader, with its conversation template around the question.
 
-    Raises OptionError for a folder that is not there or a template that LLaVA does not know.
+    Raises OptionError for what cannot be loaded, or a template that LLaVA does not know.
     """
-    from llava.conversation import conv_templates
-    from llava.mm_utils import get_model_name_from_path, tokenizer_image_token
-    from llava.model.builder import load_pretrained_model
-
+    from llava_hvp.host.opening import open_checkpoint
     from llava_hvp.host.synthetic import geometry_of
 
-    if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
-        raise OptionError(f"--model-path {path}: no such folder")
-    name = get_model_name_from_path(path)
-    mode = conv_mode or ("mistral_instruct" if "mistral" in name.lower() else "vicuna_v1")
-    if mode not in conv_templates:
-        raise OptionError(f"--conv-mode {mode}: LLaVA knows {', '.join(sorted(conv_templates))}")
-    where = {} if device == "cuda" else {"device": device, "device_map": device}
-    tokenizer, model, *_ = load_pretrained_model(path, base, name, bits == 8, bits == 4, **where)
-    if bits is None:
-        # LLaVA loads float16; a tower that it left in float32 stays so.
-        model.to(dtype) if dtype == torch.float32 else model.model.layers.to(dtype)
-    conversation = conv_templates[mode].copy()
-    conversation.append_message(conversation.roles[0], f"<image>\n{question}")
-    conversation.append_message(conversation.roles[1], None)
-    prompt = tokenizer_image_token(conversation.get_prompt(), tokenizer, return_tensors="pt")
+    opened = open_checkpoint(path, device, base=base, bits=bits, dtype=dtype)
+    name, model, prompt = opened.name, opened.model, opened.prompt(question, conv_mode)
     tiles = 5 if getattr(model.config, "image_aspect_ratio", "") == "anyres" else 1
     words = f"{name}, {_dtypes(model, dtype, bits)}"
     return Subject(
-        name, words, model, dtype, geometry_of(model, name, tiles), prompt, tokenizer=tokenizer
+        name,
+        words,
+        model,
+        dtype,
+        geometry_of(model, name, tiles),
+        prompt,
+        tokenizer=opened.tokenizer,
     )
 
 

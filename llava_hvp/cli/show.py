@@ -72,8 +72,7 @@ def main(found: argparse.Namespace) -> int:
         found.model_path,
         found.model_base,
         found.device,
-        load_8bit=found.load_8bit,
-        load_4bit=found.load_4bit,
+        bits=4 if found.load_4bit else 8 if found.load_8bit else None,
     )
     for method in (method for budgets in methods for method in budgets):
         if viewer.reads(method).relevance and not found.prompt:

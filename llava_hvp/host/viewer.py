@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from llava.conversation import conv_templates
-from llava.mm_utils import get_model_name_from_path, tokenizer_image_token
 from torch import Tensor
 
 from llava_hvp.encoder.capture import Taps, recording
 from llava_hvp.encoder.text import ClipText
 from llava_hvp.encoder.vit import hidden_states, layers_of, read_geometry
-from llava_hvp.errors import LayerError, LlavaHvpError, OptionError
-from llava_hvp.host import compat
+from llava_hvp.errors import LayerError
 from llava_hvp.host.layout import Arrangement
+from llava_hvp.host.opening import Opened, open_checkpoint
 from llava_hvp.host.pruning import Pruning, attach, detach
 from llava_hvp.host.tower import check_tower
 from llava_hvp.host.view import LlavaView
@@ -27,52 +24,31 @@ from llava_hvp.report import ImageReport
 
 @dataclass
 class Viewer:
-    """A model on its device.
+    """A model on its device, and how it sees pictures."""
 
-    dtype : of the images, as LLaVA's commands send them; float32 on a CPU
-    """
-
-    name: str
-    tokenizer: Any
-    model: Any
+    opened: Opened
     view: LlavaView
-    dtype: torch.dtype
     clip_text: ClipText | None = None  # loaded by the first method that reads the prompt
 
     @classmethod
-    def load(
-        cls, path: str, base: str | None, device: str, *, load_8bit: bool, load_4bit: bool
-    ) -> Viewer:
-        """By LLaVA's own loader, bridged to this transformers; raises OptionError if it fails."""
-        from llava.model.builder import load_pretrained_model
-
-        compat.bridge()
-        if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
-            raise OptionError(f"--model-path {path}: no such folder")
-        name = get_model_name_from_path(path)
-        where = {} if device == "cuda" else {"device": device, "device_map": device}
-        try:
-            tokenizer, model, _, _ = load_pretrained_model(
-                path, base, name, load_8bit, load_4bit, **where
-            )
-        except LlavaHvpError:
-            raise
-        except Exception as error:  # a hub, a file format, a shape: it cannot be loaded
-            reason = " ".join(str(error).split())[:300]
-            raise OptionError(f"--model-path {path}: LLaVA cannot load it: {reason}") from error
-        plain = torch.device(device).type == "cpu" and not (load_4bit or load_8bit)
-        if plain:
-            model.float()
-        if not hasattr(model, "get_vision_tower"):
-            raise OptionError(
-                f"--model-path {path}: loaded as a language model without pictures, as LLaVA does "
-                "for names without `llava` in them: rename the checkpoint's folder"
-            )
-        tower = model.get_vision_tower()
+    def load(cls, path: str, base: str | None, device: str, *, bits: int | None) -> Viewer:
+        """By LLaVA's own loader; raises OptionError if it fails."""
+        opened = open_checkpoint(path, device, base=base, bits=bits)
+        tower = opened.model.get_vision_tower()
         check_tower(tower, Uniform())
         grid = read_geometry(tower.vision_tower).grid
-        view = LlavaView.of(tower, Arrangement.of(model.config, grid, tower.config.image_size))
-        return cls(name, tokenizer, model, view, torch.float32 if plain else torch.float16)
+        arrangement = Arrangement.of(opened.model.config, grid, tower.config.image_size)
+        return cls(opened, LlavaView.of(tower, arrangement))
+
+    @property
+    def name(self) -> str:
+        """Of the checkpoint."""
+        return self.opened.name
+
+    @property
+    def model(self) -> Any:
+        """The LLaVA model."""
+        return self.opened.model
 
     @property
     def select(self) -> int:
@@ -90,20 +66,11 @@ class Viewer:
 
         Raises OptionError for a template that LLaVA does not know.
         """
-        mode = mode or ("mistral_instruct" if "mistral" in self.name.lower() else "vicuna_v1")
-        if mode not in conv_templates:
-            raise OptionError(
-                f"--conv-mode {mode}: LLaVA knows {', '.join(sorted(conv_templates))}"
-            )
-        conversation = conv_templates[mode].copy()
-        conversation.append_message(conversation.roles[0], f"<image>\n{question}")
-        conversation.append_message(conversation.roles[1], None)
-        ids = tokenizer_image_token(conversation.get_prompt(), self.tokenizer, return_tensors="pt")
-        return ids[None].to(self.model.device)
+        return self.opened.prompt(question, mode)[None].to(self.model.device)
 
     def pixels(self, image: Any) -> Tensor:
         """What the model is given: (1, 3, H, W), or (1, tiles, 3, H, W) of AnyRes."""
-        pixels = self.view.pixels(image).to(self.model.device, self.dtype)
+        pixels = self.view.pixels(image).to(self.model.device, self.opened.dtype)
         return pixels[None] if self.view.arrangement.aspect_ratio == "anyres" else pixels
 
     @torch.inference_mode()
@@ -155,13 +122,15 @@ class Viewer:
                 do_sample=False,
                 max_new_tokens=new_tokens,
             )
-            text = self.tokenizer.batch_decode(out, skip_special_tokens=True)[0].strip()
+            text = self.opened.tokenizer.batch_decode(out, skip_special_tokens=True)[0].strip()
             return text, pruning.last[0] if pruning is not None else None
         finally:
             if pruning is not None:
                 detach(self.model)
 
     def _attach(self, method: Method) -> Pruning:
-        pruning = attach(self.model, method, tokenizer=self.tokenizer, clip_text=self.clip_text)
+        pruning = attach(
+            self.model, method, tokenizer=self.opened.tokenizer, clip_text=self.clip_text
+        )
         self.clip_text = pruning.clip_text
         return pruning
