@@ -13,6 +13,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import llava_hvp_startup as startup
@@ -131,8 +132,8 @@ class Session:
 
     def switch_on(self) -> None:
         """Prune every model that is loaded from now on, and watch that it happens."""
-        method = self.request.method
-        if method is None and self.request.device != "cpu":
+        method, part = self.request.method, self.request.part
+        if method is None and self.request.device != "cpu" and part is None:
             return
         from llava_hvp.host import builder, compat, versions
         from llava_hvp.host.device import bridge_to_cpu
@@ -140,6 +141,10 @@ class Session:
 
         if self.request.device == "cpu":
             bridge_to_cpu(Patches())
+        if part is not None:
+            from llava_hvp.evaluation.inside import answer_part
+
+            answer_part(Path(part))
         if method is None:
             compat.bridge()
             return
