@@ -132,8 +132,8 @@ class Session:
 
     def switch_on(self) -> None:
         """Prune every model that is loaded from now on, and watch that it happens."""
-        method, part = self.request.method, self.request.part
-        if method is None and self.request.device != "cpu" and part is None:
+        method = self.request.method
+        if method is None and self.request.device != "cpu" and self.request.part is None:
             return
         from llava_hvp.host import builder, compat, versions
         from llava_hvp.host.device import bridge_to_cpu
@@ -141,12 +141,9 @@ class Session:
 
         if self.request.device == "cpu":
             bridge_to_cpu(Patches())
-        if part is not None:
-            from llava_hvp.evaluation.inside import answer_part
-
-            answer_part(Path(part))
         if method is None:
             compat.bridge()
+            self._answer_part(lambda: 0)
             return
         found = {"llava-hvp": llava_hvp.__version__, **versions.found_versions()}
         self._account = account = Account(self.command, self.request, method, found)
@@ -159,6 +156,14 @@ class Session:
         )
         tower = clip.CLIPVisionTower
         self._patches.replace(tower, "forward", _counting(tower.forward, account))
+        self._answer_part(lambda: account.unpruned)
+
+    def _answer_part(self, unpruned: Callable[[], int]) -> None:
+        """Be a part of `llava-hvp eval`, if this process is one."""
+        if self.request.part is not None:
+            from llava_hvp.evaluation.inside import answer_part
+
+            answer_part(Path(self.request.part), unpruned)
 
     def training_begins(self) -> None:
         """Bridge the trainer's gaps; take pruning back, unless training was to be pruned."""

@@ -68,6 +68,11 @@ def imports(path):
         ("account.py", {"llava", "llava_hvp.cli", "llava_hvp.session"}),
         ("session.py", {"llava", "llava_hvp.cli"}),
         ("cli", {"llava"}),
+        (
+            "evaluation",
+            {"llava", "transformers", "lmms_eval", "llava_hvp.cli", "llava_hvp.session"},
+        ),
+        ("lmms", {"llava", "transformers", "llava_hvp.cli"}),
         ("testing", {"llava", "llava_hvp.host", "llava_hvp.encoder", "llava_hvp.methods"}),
     ],
 )

@@ -11,14 +11,19 @@ import itertools
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from llava_hvp.evaluation.files import CALLS, ROWS, beside
+from llava_hvp.stderr import say
 
 
-def answer_part(part: Path) -> None:
-    """Prepare this process, in which LLaVA is imported and no model loaded yet."""
+def answer_part(part: Path, unpruned: Callable[[], int]) -> None:
+    """Prepare this process, in which LLaVA is imported and no model loaded yet.
+
+    unpruned : counts the images that should have been pruned and were not
+    """
     from llava_hvp.host.measure import Call, measure_all
     from llava_hvp.host.patches import Patches
 
@@ -27,6 +32,9 @@ def answer_part(part: Path) -> None:
 
     def on_call(call: Call) -> None:
         if os.getppid() != parent:  # nobody waits for these answers, and somebody may start anew
+            os._exit(1)
+        if unpruned():  # before this answer is written: none of them must pass for pruned
+            say("error: an image was encoded without pruning, past LLaVA's loader")
             os._exit(1)
         # The first call of a process compiles and allocates: no measure of the method.
         facts = {**dataclasses.asdict(call), "warmup": next(calls) == 0}
