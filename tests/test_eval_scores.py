@@ -310,5 +310,14 @@ def test_data_that_is_missing_or_damaged_is_named(tmp_path):
         get_benchmark("ocrbench")
 
 
-def test_complete_lines_of_a_file_that_is_not_there():
+def test_the_last_line_may_be_anything_and_the_others_may_not(tmp_path):
     assert complete_lines(Path("nowhere")) == ([], "")
+    path = tmp_path / "x.jsonl"
+    for half in ('{"b"', '{"b"\n', "7\n", "\udce2"):
+        path.write_bytes(b'{"a": 1}\n' + half.encode(errors="surrogateescape"))
+        lines, rest = complete_lines(path)
+        assert lines == ['{"a": 1}']
+        assert rest
+    path.write_text('{"b"\n{"a": 1}\n')
+    with pytest.raises(EvaluationError, match="line 1, is no answer"):
+        complete_lines(path)

@@ -47,7 +47,7 @@ def _truths(images: Path) -> dict[tuple[str, str, str], tuple[str, str]]:
     for category in sorted(path for path in images.iterdir() if path.is_dir()):
         below = category / "questions_answers_YN"
         for path in sorted((below if below.is_dir() else category).glob("*.txt")):
-            for line in path.read_text(encoding="utf-8").splitlines():
+            for line in path.read_text(encoding="utf-8").strip("\n").split("\n"):
                 question, tab, truth = line.strip().partition("\t")
                 if tab:
                     key = (category.name, path.stem, _bare(question))
@@ -69,7 +69,7 @@ def count(folder: Path) -> dict[str, float]:
     scores = {}
     for path in sorted(folder.glob("*.txt")):
         right: dict[str, list[bool]] = defaultdict(list)
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8").strip("\n").split("\n"):
             file, _, truth, answer = line.split("\t")
             start = answer.lower()[:4]
             said = "yes" if "yes" in start else "no" if "no" in start else ""
