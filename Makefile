@@ -1,24 +1,29 @@
 # make demo: set up, and prune a real photo with every method.  make test: all tests, on three
-# releases of transformers.  Set PYTHON to choose the interpreter (3.10 or newer).
+# releases of transformers, and in lmms-eval.  Set PYTHON to choose the interpreter (3.10 or newer).
 PYTHON ?= python3
 TORCH ?= 2.13.0
 OLD := 4.37.2
 MIDDLE := 4.57.6
 NEW := 5.23.0
+LMMS := 0.7.3
 VENVS := .venvs
 # Threads that spin while they wait bring a busy machine to a crawl: a first token of 0.2 s took
 # 2.6 s beside another process.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-lmms lint bench clean
 
 demo: $(VENVS)/$(MIDDLE)/ready
 	$(VENVS)/$(MIDDLE)/bin/python examples/demo.py --out demo-out
 
-test: test-$(OLD) test-$(MIDDLE) test-$(NEW)
+test: test-$(OLD) test-$(MIDDLE) test-$(NEW) test-lmms
 
 test-%: $(VENVS)/%/ready
 	$(VENVS)/$*/bin/python -m pytest -q --numprocesses auto --dist loadfile
+
+# The model that lmms-eval finds; lmms-eval brings a hundred packages, so it has its own environment.
+test-lmms: $(VENVS)/lmms/ready
+	$(VENVS)/lmms/bin/python -m pytest -q tests/test_lmms.py
 
 lint: $(VENVS)/$(NEW)/ready
 	$(VENVS)/$(NEW)/bin/ruff check .
@@ -38,6 +43,16 @@ $(VENVS)/%/ready: pyproject.toml Makefile $(wildcard startup/*)
 	$(VENVS)/$*/bin/python -m pip install --quiet torch==$(TORCH) transformers==$* -e '.[dev]' \
 		$(if $(filter $(OLD),$*),'peft<0.9')
 	$(VENVS)/$*/bin/python -m pip install --quiet --no-deps llava-torch==1.2.2.post1
+	touch $@
+
+# torch is named in the same call, or lmms-eval takes the build for CUDA. Its torchvision and timm
+# do not import beside a torch for the CPU, and its protobuf is too old for sentencepiece.
+$(VENVS)/lmms/ready: pyproject.toml Makefile $(wildcard startup/*)
+	$(PYTHON) -m venv $(VENVS)/lmms
+	$(VENVS)/lmms/bin/python -m pip install --quiet torch==$(TORCH) lmms-eval==$(LMMS) \
+		-e '.[host,testing]' pytest scikit-image
+	$(VENVS)/lmms/bin/python -m pip uninstall --quiet --yes torchvision timm
+	$(VENVS)/lmms/bin/python -m pip install --quiet --no-deps llava-torch==1.2.2.post1 'protobuf>=7.36.1'
 	touch $@
 
 .PRECIOUS: $(VENVS)/%/ready

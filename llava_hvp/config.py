@@ -28,12 +28,15 @@ class Request:
     train : prune in training too
     device : "cpu" to run commands that insist on CUDA on the CPU; None leaves them as they are
     reports : folder in which each process leaves what became of it, for the launcher
+    part : an eval script answers a part of a benchmark for `llava-hvp eval`: what the names of the
+        files begin with that pass between the two
     """
 
     method: Method | None = None
     train: bool = False
     device: str | None = None
     reports: str | None = None
+    part: str | None = None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -41,6 +44,11 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise OptionError(message)
+
+
+def parser() -> argparse.ArgumentParser:
+    """An empty parser that takes no abbreviations and raises OptionError for what is wrong."""
+    return _Parser(add_help=False, allow_abbrev=False)
 
 
 def add_flags(parser: argparse.ArgumentParser, *, device: bool, train: bool = False) -> None:
@@ -82,10 +90,11 @@ def parse(arguments: Sequence[str], *, device: bool) -> tuple[Request, list[str]
 
     Raises OptionError, which names the value and what would be right.
     """
-    parser = _Parser(add_help=False, allow_abbrev=False)
-    add_flags(parser, device=device)
-    parser.add_argument("--prune-reports", help=argparse.SUPPRESS)
-    found, rest = parser.parse_known_args(list(arguments))
+    ours = parser()
+    add_flags(ours, device=device)
+    ours.add_argument("--prune-reports", help=argparse.SUPPRESS)
+    ours.add_argument("--prune-part", help=argparse.SUPPRESS)
+    found, rest = ours.parse_known_args(list(arguments))
     return requested(found), rest
 
 
@@ -93,7 +102,7 @@ def requested(found: argparse.Namespace) -> Request:
     """What the flags of `add_flags` ask for, once parsed; raises OptionError."""
     given = {n: getattr(found, n) for n in BUDGET if getattr(found, n) is not None}
     device = getattr(found, "device", None)
-    reports = getattr(found, "prune_reports", None)
+    reports, part = (getattr(found, f"prune_{n}", None) for n in ("reports", "part"))
     if found.prune_method is None:
         lonely = [f"--{name.replace('_', '-')}" for name in given]
         lonely += ["--prune-opt"] * bool(found.prune_opt) + ["--prune-train"] * found.prune_train
@@ -101,13 +110,14 @@ def requested(found: argparse.Namespace) -> Request:
             raise OptionError(
                 f"{lonely[0]} without --prune-method: give one of {', '.join(list_methods())}"
             )
-        return Request(device=device, reports=reports)
+        return Request(device=device, reports=reports, part=part)
     for text in found.prune_opt or ():
         key, value = read_option(found.prune_method, text)
         if key in given:
             raise OptionError(f"{key} is given twice: {given[key]!r} and {value!r}")
         given[key] = value
-    return Request(get_method(found.prune_method, **given), found.prune_train, device, reports)
+    method = get_method(found.prune_method, **given)
+    return Request(method, found.prune_train, device, reports, part)
 
 
 def from_environment(environ: Mapping[str, str]) -> Request:
@@ -146,7 +156,8 @@ def to_flags(request: Request) -> list[str]:
             else:
                 flags += ["--prune-opt", f"{name}={value}"]
     flags += ["--prune-train"] * request.train
-    for flag, text in (("--device", request.device), ("--prune-reports", request.reports)):
+    hidden = {"--prune-reports": request.reports, "--prune-part": request.part}
+    for flag, text in {"--device": request.device, **hidden}.items():
         flags += [flag, text] if text else []
     return flags
 

@@ -39,3 +39,7 @@ class TextEncoderError(LlavaHvpError, RuntimeError):
 
 class UnsupportedVersionError(LlavaHvpError, ImportError):
     """A LLaVA or transformers release outside the supported range."""
+
+
+class EvaluationError(LlavaHvpError, RuntimeError):
+    """Data that is missing or damaged, answers of other settings, a scorer that fails."""

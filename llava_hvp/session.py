@@ -13,6 +13,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import llava_hvp_startup as startup
@@ -132,7 +133,7 @@ class Session:
     def switch_on(self) -> None:
         """Prune every model that is loaded from now on, and watch that it happens."""
         method = self.request.method
-        if method is None and self.request.device != "cpu":
+        if method is None and self.request.device != "cpu" and self.request.part is None:
             return
         from llava_hvp.host import builder, compat, versions
         from llava_hvp.host.device import bridge_to_cpu
@@ -142,6 +143,7 @@ class Session:
             bridge_to_cpu(Patches())
         if method is None:
             compat.bridge()
+            self._answer_part(lambda: 0)
             return
         found = {"llava-hvp": llava_hvp.__version__, **versions.found_versions()}
         self._account = account = Account(self.command, self.request, method, found)
@@ -154,6 +156,14 @@ class Session:
         )
         tower = clip.CLIPVisionTower
         self._patches.replace(tower, "forward", _counting(tower.forward, account))
+        self._answer_part(lambda: account.unpruned)
+
+    def _answer_part(self, unpruned: Callable[[], int]) -> None:
+        """Be a part of `llava-hvp eval`, if this process is one."""
+        if self.request.part is not None:
+            from llava_hvp.evaluation.inside import answer_part
+
+            answer_part(Path(self.request.part), unpruned)
 
     def training_begins(self) -> None:
         """Bridge the trainer's gaps; take pruning back, unless training was to be pruned."""

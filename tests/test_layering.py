@@ -70,6 +70,11 @@ def imports(path):
         ("cli", {"llava"}),
         ("report.py", {"PIL", "transformers", "llava", "llava_hvp.host", "llava_hvp.cli"}),
         ("show", {"transformers", "llava", "llava_hvp.host", "llava_hvp.cli"}),
+        (
+            "evaluation",
+            {"llava", "transformers", "lmms_eval", "llava_hvp.cli", "llava_hvp.session"},
+        ),
+        ("lmms", {"llava", "transformers", "llava_hvp.cli"}),
         ("testing", {"llava", "llava_hvp.host", "llava_hvp.encoder", "llava_hvp.methods"}),
     ],
 )

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 import llava_hvp
-from llava_hvp.cli import bench, doctor, methods, run, show
+from llava_hvp.cli import bench, doctor, evaluate, methods, reproduce, run, show, table
 from llava_hvp.errors import LlavaHvpError
 from llava_hvp.stderr import say
 
@@ -17,11 +17,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="llava-hvp", description=llava_hvp.__doc__)
     parser.add_argument("--version", action="version", version=llava_hvp.__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (run, bench, show, methods, doctor):
+    for command in (run, show, evaluate, table, reproduce, bench, methods, doctor):
         command.add(commands)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     end = arguments.index("--") if "--" in arguments else len(arguments)
-    found = parser.parse_args(arguments[:end], argparse.Namespace(rest=arguments[end + 1 :]))
+    # `passes`: what a command does not know goes to LLaVA's own.
+    given = argparse.Namespace(rest=arguments[end + 1 :], passes=False)
+    found, unknown = parser.parse_known_args(arguments[:end], given)
+    if unknown and not found.passes:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    found.unknown = unknown
     try:
         return found.main(found)
     except LlavaHvpError as error:

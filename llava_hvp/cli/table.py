@@ -1,0 +1,46 @@
+"""`llava-hvp table RESULTS`: results of a folder, beside a paper's figures."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from llava_hvp.errors import OptionError
+from llava_hvp.evaluation.compare import compare
+from llava_hvp.evaluation.measured import read_results
+from llava_hvp.evaluation.published import TABLES, get_table
+from llava_hvp.evaluation.show import FORMATS, comparison, listing, plot
+
+
+def add(commands: Any) -> None:
+    """Add the subcommand."""
+    parser = commands.add_parser(
+        "table", help="results of a folder, beside the papers' figures", allow_abbrev=False
+    )
+    parser.add_argument("results", type=Path, nargs="?", help="folder of results files")
+    parser.add_argument("--against", metavar="NAME", help=f"one of {', '.join(TABLES)}")
+    parser.add_argument("--model", help="only results of this model")
+    parser.add_argument("--format", default=FORMATS[0], help=f"one of {', '.join(FORMATS)}")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="with --against")
+    parser.set_defaults(main=main)
+
+
+def main(found: argparse.Namespace) -> int:
+    """Print the table; the exit code."""
+    if found.format not in FORMATS:
+        raise OptionError(f"--format {found.format}: give one of {', '.join(FORMATS)}")
+    if found.against is None:
+        if found.plot:
+            raise OptionError("--plot goes with --against NAME")
+        if found.results is None:
+            raise OptionError("give a folder of results, or --against NAME for a paper's figures")
+        print(listing(read_results(found.results, found.model), found.format))
+        return 0
+    table = get_table(found.against)
+    results = [] if found.results is None else read_results(found.results, found.model)
+    compared = compare(table, results)
+    print(comparison(compared, found.format))
+    if found.plot:
+        plot(compared, found.plot)
+    return 0

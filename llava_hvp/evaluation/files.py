@@ -1,0 +1,63 @@
+"""Names of the files of a run, and reading JSON lines of which the last may be half written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from llava_hvp.errors import EvaluationError
+
+RESULT, SETTINGS, ANSWERS, CALLS_OF_ALL = (
+    "result.json",
+    "settings.json",
+    "answers.jsonl",
+    "calls.jsonl",
+)
+# Of one part, after its name.
+QUESTIONS, PART_ANSWERS, CALLS, ROWS, LOG = (
+    ".questions",
+    ".answers.jsonl",
+    ".calls.jsonl",
+    ".rows.json",
+    ".log",
+)
+
+
+def beside(part: Path, suffix: str) -> Path:
+    """A file of a part: `parts/0` -> `parts/0.calls.jsonl`."""
+    return part.with_name(part.name + suffix)
+
+
+def complete_lines(path: Path) -> tuple[list[str], str]:
+    """The lines that are whole, and what a killed process left of the last one.
+
+    Raises EvaluationError for a line before the last that is not JSON.
+    """
+    if not path.exists():
+        return [], ""
+    *lines, rest = path.read_bytes().decode("utf-8", errors="replace").split("\n")
+    if lines and not rest and not _is_json(lines[-1]):
+        rest = lines.pop()
+    for number, line in enumerate(lines, 1):
+        if not _is_json(line):
+            raise EvaluationError(
+                f"{path}, line {number}, is no answer: {line[:60]!r}. Mend the file, or give "
+                "--restart to throw these answers away"
+            )
+    return lines, rest
+
+
+def _is_json(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+def read_json(path: Path) -> Any:
+    """Raises EvaluationError, which names the file, for one that is no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EvaluationError(f"cannot read {path}: {error}") from error

@@ -1,0 +1,209 @@
+"""Results files of a folder: ours, and those that lmms-eval wrote with our model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llava_hvp.errors import EvaluationError, OptionError
+from llava_hvp.evaluation.benchmarks import BENCHMARKS
+from llava_hvp.evaluation.files import RESULT, read_json
+from llava_hvp.evaluation.published import Column
+from llava_hvp.evaluation.results import KIND, STOCK_HARNESS
+from llava_hvp.evaluation.settings import model_name
+from llava_hvp.lmms.arguments import OTHERS, method_of
+from llava_hvp.methods import get_method
+from llava_hvp.methods.base import Method
+
+LMMS_HARNESS = "lmms-eval"
+NO_OCR = "no OCR"
+# lmms-eval's tasks that are benchmarks of LLaVA's scripts too.
+TASKS = {
+    "textvqa_val": "textvqa",
+    "mmbench_en_dev": "mmbench",
+    "mmbench_cn_dev": "mmbench_cn",
+    "scienceqa_img": "scienceqa",
+    "vizwiz_vqa_val": "vizwiz",
+}
+# What LLaVA's scorers call the number that lmms-eval's metric is.
+SAME_NUMBER = {
+    "mme_perception_score": "perception",
+    "mme_perception_score+mme_cognition_score": "total",
+    "pope_accuracy": "accuracy",
+    "pope_f1_score": "f1",
+    "gpt_eval_score": "circular_accuracy",
+}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One benchmark of one model, pruned one way.
+
+    benchmark : its name here, lmms-eval's where only that has it
+    variant : what else tells two results apart, as OCR tokens in the prompts
+    metrics : as the harness gives them
+    """
+
+    benchmark: str
+    harness: str
+    model: str
+    method: Method | None
+    metric: str
+    metrics: dict[str, float]
+    path: Path
+    kept_tokens: float | None = None
+    kept_of_stock: float | None = None
+    kept_of_patches: float | None = None
+    ttft_ms: float | None = None
+    tokens_per_second: float | None = None
+    variant: str = ""
+
+    def value(self, column: Column) -> float | None:
+        """The number that belongs in a column; None where this result has none of the kind."""
+        if self.harness == column.harness:
+            if self.variant == NO_OCR:
+                return None
+            values = [self.metrics.get(name) for name in column.metric.split("+")]
+            known = [value for value in values if value is not None]
+            if len(known) < len(values):
+                return None
+            return sum(known) * (100 if column.percent else 1)
+        # lmms-eval's TextVQA has no OCR tokens in its prompts.
+        alike = self.benchmark != "textvqa" or self.variant == NO_OCR
+        if self.harness == STOCK_HARNESS and alike:
+            name = SAME_NUMBER.get(column.metric, BENCHMARKS[self.benchmark].metric)
+            return self.metrics.get(name)
+        return None
+
+
+def read_results(folder: Path, model: str | None = None) -> list[Measured]:
+    """All results below a folder, the newest of each kind last.
+
+    model : only of this one
+
+    Raises EvaluationError where there is none, or of several models without `model`.
+    """
+    if not folder.is_dir():
+        raise OptionError(f"{folder}: there is no such folder")
+    paths = sorted(
+        {*folder.rglob(RESULT), *folder.rglob("*_results.json")}, key=lambda p: p.stat().st_mtime
+    )
+    found = [result for path in paths for result in _read(path)]
+    models = sorted({result.model for result in found})
+    if model is not None:
+        if model not in models:
+            there = ", ".join(models) or "none"
+            raise OptionError(f"--model {model}: {folder} has results of {there}")
+        return [result for result in found if result.model == model]
+    if not found:
+        raise EvaluationError(
+            f"{folder} has no results: neither {RESULT} of `llava-hvp eval` nor *_results.json of "
+            "lmms-eval with --model llava_hvp"
+        )
+    if len(models) > 1:
+        raise EvaluationError(
+            f"{folder} has results of {len(models)} models, {', '.join(models)}: give --model "
+            f"{models[0]}, or the folder of one"
+        )
+    return found
+
+
+def _read(path: Path) -> list[Measured]:
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise EvaluationError(f"{path} is no results file: move it away")
+    try:
+        if content.get("kind") == KIND:
+            return [_ours(content, path)]
+        if content.get("config", {}).get("model") == "llava_hvp":
+            return _lmms(content, path)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise EvaluationError(
+            f"{path} is a damaged results file ({type(error).__name__}: {error}): move it away"
+        ) from error
+    return []
+
+
+def _ours(content: dict[str, Any], path: Path) -> Measured:
+    options = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in (content["options"] or {}).items()
+    }
+    pruned = content["options"] is not None
+    without_ocr = content["settings"]["without_ocr"]
+    return Measured(
+        content["benchmark"],
+        content["harness"],
+        content["model"],
+        get_method(content["method"], **options) if pruned else None,
+        content["metric"],
+        content["metrics"],
+        path,
+        content["kept_tokens"],
+        content["kept_of_stock"],
+        content["kept_of_patches"],
+        content["ttft_ms"],
+        content["tokens_per_second"],
+        NO_OCR if without_ocr else "",
+    )
+
+
+def _lmms(content: dict[str, Any], path: Path) -> list[Measured]:
+    pairs = dict(pair.split("=", 1) for pair in content["config"]["model_args"].split(","))
+    options = {key: value for key, value in pairs.items() if key not in (*OTHERS, "prune_method")}
+    method = method_of(pairs.get("prune_method"), {k: _number(v) for k, v in options.items()})
+    measured = content.get("throughput") or {}
+    alone = len(content["results"]) == 1
+    found = []
+    for task, values in content["results"].items():
+        metrics = {
+            # A task may filter answers in several ways; the last is what it reports.
+            name.partition(",")[0]: float(value)
+            for name, value in values.items()
+            if isinstance(value, (int, float)) and "stderr" not in name
+        }
+        prefix = "avg_" if alone else f"avg_{task}/"
+        found.append(
+            Measured(
+                TASKS.get(task, task),
+                LMMS_HARNESS,
+                model_name(pairs["pretrained"]),
+                method,
+                next(iter(metrics), ""),
+                metrics,
+                path,
+                measured.get(f"{prefix}kept_tokens"),
+                measured.get(f"{prefix}kept_of_stock"),
+                measured.get(f"{prefix}kept_of_patches"),
+                measured.get(f"{prefix}ttft_ms"),
+                measured.get(f"{prefix}tokens_per_second"),
+            )
+        )
+    return found
+
+
+def _number(text: str) -> Any:
+    try:
+        return int(text)
+    except ValueError:
+        try:
+            return float(text)
+        except ValueError:
+            return text
+
+
+def find(
+    results: Sequence[Measured], column: Column, method: Method | None
+) -> tuple[Measured, float] | None:
+    """The result for a column, and its number: of the column's harness if there is one."""
+    fitting = []
+    for result in results:
+        value = result.value(column)
+        if result.benchmark == column.benchmark and result.method == method and value is not None:
+            fitting.append((result.harness == column.harness, result, value))
+    if not fitting:
+        return None
+    best = [each for each in fitting if each[0]] or fitting
+    return best[-1][1], best[-1][2]

@@ -1,0 +1,101 @@
+"""Published tables: the figures of the papers, as data files with their source."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+from llava_hvp.errors import OptionError
+from llava_hvp.methods import get_method
+from llava_hvp.methods.base import Method
+
+_FOLDER = files("llava_hvp.evaluation") / "tables"
+TABLES = ("hivtp-1", "hivtp-2", "hivtp-3", "hiprune-1")
+
+
+@dataclass(frozen=True)
+class Column:
+    """A benchmark of a table, and the harness that its figures came from.
+
+    metric : of that harness; several joined by + are added
+    task : lmms-eval's name; None for LLaVA's scripts
+    percent : the harness gives a fraction, the paper percent
+    flags : for `llava-hvp eval`
+    """
+
+    benchmark: str
+    label: str
+    harness: str
+    metric: str
+    task: str | None = None
+    percent: bool = False
+    flags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting; figures that cannot be read in the paper are not among the values.
+
+    method : None for unpruned LLaVA
+    average : percent of unpruned, as the paper prints it
+    """
+
+    label: str
+    method: Method | None
+    values: dict[str, float]
+    kept_tokens: float | None = None
+    kept_of_patches: float | None = None
+    ttft_ms: float | None = None
+    tokens_per_second: float | None = None
+    average: float | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of a paper.
+
+    checkpoint : that its model was
+    """
+
+    name: str
+    title: str
+    source: str
+    model: str
+    checkpoint: str
+    notes: tuple[str, ...]
+    columns: tuple[Column, ...]
+    rows: tuple[Row, ...]
+
+    @property
+    def unpruned(self) -> Row | None:
+        """The row of LLaVA as it is, where the table has one."""
+        return next((row for row in self.rows if row.method is None), None)
+
+
+def get_table(name: str) -> Table:
+    """Raises OptionError, which names those that there are."""
+    if name not in TABLES:
+        raise OptionError(f"unknown table {name!r}: give one of {', '.join(TABLES)}")
+    content: dict[str, Any] = json.loads((_FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    columns = tuple(
+        Column(**{**each, "flags": tuple(each.get("flags", ()))}) for each in content["columns"]
+    )
+    rows = tuple(_row(each) for each in content["rows"])
+    return Table(**{**content, "notes": tuple(content["notes"]), "columns": columns, "rows": rows})
+
+
+def _row(content: dict[str, Any]) -> Row:
+    name, options = content["method"], content["options"] or {}
+    given = {key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}
+    rest = {key: value for key, value in content.items() if key != "options"}
+    return Row(**{**rest, "method": None if name is None else get_method(name, **given)})
+
+
+def average(values: dict[str, float], unpruned: dict[str, float]) -> float | None:
+    """HiPrune's average: mean over the benchmarks of pruned / unpruned, in percent."""
+    shared = [name for name in values if unpruned.get(name)]
+    if not shared:
+        return None
+    return 100 * sum(values[name] / unpruned[name] for name in shared) / len(shared)

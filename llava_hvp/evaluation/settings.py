@@ -1,0 +1,109 @@
+"""What a run was asked, in a form that the next start of it can be compared with."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import platform
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import llava_hvp
+from llava_hvp import config
+from llava_hvp.config import Request
+from llava_hvp.evaluation.benchmarks import Benchmark
+from llava_hvp.evaluation.questions import Questions
+from llava_hvp.methods.base import Method
+
+UNPRUNED = "unpruned"
+
+
+def settings_of(
+    benchmark: Benchmark,
+    request: Request,
+    *,
+    model_path: str,
+    model_base: str | None,
+    stock: Sequence[str],
+    questions: Questions,
+) -> dict[str, Any]:
+    """Everything that answers depend on; how many processes there are is not among it."""
+    method = request.method
+    return {
+        "benchmark": benchmark.name,
+        "model_path": model_path,
+        "model_base": model_base,
+        "checkpoint": fingerprint(model_path),
+        "method": None if method is None else method.name,
+        "options": None if method is None else plain(dataclasses.asdict(method)),
+        "given": config.to_flags(Request(method)),
+        "device": request.device or "cuda",
+        "arguments": list(stock),
+        "questions": questions.path.name,
+        "questions_sha256": questions.sha256,
+        "without_ocr": questions.changed,
+        "versions": versions(),
+    }
+
+
+def plain(value: Any) -> Any:
+    """As JSON gives it back: tuples are lists there."""
+    if isinstance(value, dict):
+        return {name: plain(each) for name, each in value.items()}
+    return [plain(each) for each in value] if isinstance(value, (tuple, list)) else value
+
+
+def versions() -> dict[str, str]:
+    """Of what takes part, without importing it."""
+    found = {"llava-hvp": llava_hvp.__version__, "python": platform.python_version()}
+    for name in ("torch", "transformers", "llava-torch", "llava"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def fingerprint(model_path: str) -> str | None:
+    """Of a checkpoint's config and its weights' names and sizes; None where it is no folder."""
+    folder = Path(model_path).expanduser()
+    if not folder.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.name in ("config.json", "generation_config.json"):
+            digest.update(path.read_bytes())
+        elif path.suffix in (".safetensors", ".bin"):
+            digest.update(f"{path.name} {path.stat().st_size}".encode())
+    return digest.hexdigest()[:16]
+
+
+def model_name(model_path: str) -> str:
+    """As LLaVA calls a model: the last part of its path, two parts for `…/NAME/checkpoint-N`."""
+    parts = model_path.strip("/").split("/")
+    return "_".join(parts[-2:]) if parts[-1].startswith("checkpoint-") else parts[-1]
+
+
+def method_name(method: Method | None) -> str:
+    """As a folder: `hivtp-r_max-0.5`."""
+    text = UNPRUNED if method is None else config.describe(method)
+    return re.sub(r"[^\w.+]+", "-", text).strip("-")
+
+
+def is_next(model_path: str) -> bool:
+    """Whether this is LLaVA-1.6 (NeXT), by its config where it lies here, else by its name."""
+    path = Path(model_path).expanduser() / "config.json"
+    if path.is_file():
+        return '"anyres' in path.read_text()
+    return bool(re.search(r"1\.6|next", model_name(model_path), re.IGNORECASE))
+
+
+def conv_mode(model_path: str) -> str:
+    """LLaVA's conversation template for a checkpoint."""
+    name = model_name(model_path).lower()
+    if "mistral" in name:
+        return "mistral_instruct"
+    return "chatml_direct" if is_next(model_path) and "34b" in name else "vicuna_v1"

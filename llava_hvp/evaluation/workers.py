@@ -1,0 +1,164 @@
+"""The stock scripts at work: a process for each GPU, and a bar that shows how far they are."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from llava_hvp import config
+from llava_hvp.config import Request
+from llava_hvp.errors import EvaluationError
+from llava_hvp.evaluation.files import CALLS, LOG, PART_ANSWERS, beside
+from llava_hvp.evaluation.questions import Questions
+
+POLL = 0.2
+
+
+def chunks(rows: Sequence[int], count: int) -> list[list[int]]:
+    """As the stock scripts cut: equal pieces in order, the last one shorter; none is empty."""
+    size = math.ceil(len(rows) / count)
+    return [list(rows[i : i + size]) for i in range(0, len(rows), size)]
+
+
+@dataclass
+class Worker:
+    """One stock process and its part."""
+
+    part: Path
+    process: subprocess.Popen[bytes]
+    log: BinaryIO
+    seen: int = 0
+    calls: list[dict[str, Any]] = field(default_factory=list)
+
+    def read_calls(self) -> list[dict[str, Any]]:
+        """The measurements that are new since the last time."""
+        path = beside(self.part, CALLS)
+        if not path.exists():
+            return []
+        with path.open("rb") as file:
+            file.seek(self.seen)
+            whole = file.read().rpartition(b"\n")[0]
+        self.seen += len(whole) + bool(whole)
+        return [json.loads(line) for line in whole.splitlines()]
+
+
+def answer(
+    module: str,
+    questions: Questions,
+    rows: Sequence[int],
+    folder: Path,
+    arguments: Sequence[str],
+    request: Request,
+    gpus: Sequence[str],
+    *,
+    done: int,
+) -> None:
+    """Let one process a GPU answer the rows, and wait for all of them.
+
+    done : answers that were there before, for the bar
+
+    Raises EvaluationError if one of them fails; what the others answer is kept.
+    """
+    workers: list[Worker] = []
+    with _stopping(workers):
+        for number, chunk in enumerate(chunks(rows, len(gpus))):
+            part = folder / str(number)
+            command = [
+                *(sys.executable, "-m", module, *arguments),
+                *("--question-file", str(questions.write_part(part, chunk))),
+                *("--answers-file", str(beside(part, PART_ANSWERS))),
+            ]
+            workers.append(_start(command, part, request, gpus[number]))
+        _watch(workers, done, done + len(rows))
+    failed = [worker for worker in workers if worker.process.returncode]
+    if failed:
+        raise EvaluationError(_reason(failed[0]))
+
+
+def _start(command: list[str], part: Path, request: Request, gpu: str) -> Worker:
+    flags = config.to_flags(
+        Request(request.method, device=request.device, part=str(part.absolute()))
+    )
+    environ = {**os.environ, config.VARIABLE: shlex.join(flags)}
+    environ.pop(config.DEVICE_VARIABLE, None)
+    if request.device != "cpu":
+        environ["CUDA_VISIBLE_DEVICES"] = gpu
+    log = beside(part, LOG).open("wb")
+    log.write(f"{shlex.join(command)}\n".encode())
+    log.flush()
+    process = subprocess.Popen(
+        command, env=environ, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+    )
+    return Worker(part, process, log)
+
+
+@contextlib.contextmanager
+def _stopping(workers: list[Worker]) -> Iterator[None]:
+    """However this ends, no worker is left behind."""
+
+    def on_signal(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, on_signal)
+    try:
+        yield
+    finally:
+        for worker in workers:
+            if worker.process.poll() is None:
+                worker.process.terminate()
+        for worker in workers:
+            try:
+                worker.process.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                worker.process.kill()
+                worker.process.wait()
+            worker.log.close()
+        signal.signal(signal.SIGTERM, before)
+
+
+def _watch(workers: Sequence[Worker], done: int, total: int) -> None:
+    from tqdm import tqdm
+
+    images, kept, begun = 0, 0, None
+    # In a file, a line every ten seconds.
+    often = 0.2 if sys.stderr.isatty() else 10
+    with tqdm(total=total, initial=done, unit="q", desc="llava-hvp", mininterval=often) as bar:
+        while True:
+            working = any(worker.process.poll() is None for worker in workers)
+            calls = [call for worker in workers for call in worker.read_calls()]
+            for call in calls:
+                images += call["images"]
+                kept += call["kept_tokens"]
+            if calls and images:
+                # The first images wait for the model to be loaded, which says nothing of speed.
+                begun = begun or (time.monotonic(), images)
+                seconds, since = time.monotonic() - begun[0], images - begun[1]
+                speed = f"{since / seconds:.2f} images/s, " if since else ""
+                bar.set_postfix_str(f"{speed}{kept / images:.0f} tokens kept", refresh=False)
+            if calls:
+                bar.update(len(calls))
+            if not working:
+                return
+            time.sleep(POLL)
+
+
+def _reason(worker: Worker) -> str:
+    path, code = beside(worker.part, LOG), worker.process.returncode
+    lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
+    ours = [line for line in lines if line.startswith("llava-hvp: error: ")]
+    last = (ours or lines[1:] or ["it said nothing"])[-1]
+    return (
+        f"the stock script ended with exit code {code}: {last.strip()} (all of it: {path}). "
+        "Answers that are there are kept: the same command goes on from them"
+    )

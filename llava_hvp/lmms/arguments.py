@@ -1,0 +1,47 @@
+"""`--model_args` of lmms-eval <-> one Method; lmms-eval itself is not needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from llava_hvp import config
+from llava_hvp.config import BUDGET, Request
+from llava_hvp.errors import OptionError
+from llava_hvp.methods import get_method, list_methods
+from llava_hvp.methods.base import Method
+
+# Arguments of the model that are no options of a method.
+OTHERS = (
+    *("pretrained", "model_base", "conv_template", "device", "device_map", "dtype"),
+    *("batch_size", "max_batch_size", "load_4bit", "load_8bit"),
+)
+
+
+def method_of(name: str | None, options: Mapping[str, Any]) -> Method | None:
+    """The method of `prune_method=NAME,r_max=0.5,layers=7+8+9`; raises OptionError."""
+    if name is None:
+        if options:
+            raise OptionError(
+                f"unknown argument {next(iter(options))!r}: options of a method go with "
+                f"prune_method, one of {', '.join(list_methods())}; others are {', '.join(OTHERS)}"
+            )
+        return None
+    given = {}
+    for key, value in options.items():
+        text = value.replace("+", ",") if isinstance(value, str) else str(value)
+        given[key] = value if key in BUDGET else config.read_option(name, f"{key}={text}")[1]
+    return get_method(name, **given)
+
+
+def model_args(pretrained: str, method: Method | None) -> str:
+    """What `method_of` reads back, for a command line."""
+    pairs = [("pretrained", pretrained)]
+    if method is not None:
+        flags = config.to_flags(Request(method))
+        pairs.append(("prune_method", flags[1]))
+        for flag, value in zip(flags[2::2], flags[3::2], strict=True):
+            key, _, text = value.partition("=") if flag == "--prune-opt" else (flag[2:], "", value)
+            text = text.strip("()").rstrip(",").replace(", ", "+")
+            pairs.append((key.replace("-", "_"), text))
+    return ",".join(f"{key}={value}" for key, value in pairs)

@@ -1,0 +1,208 @@
+"""The model `llava_hvp` of lmms-eval: found by its entry point, right in batches and processes.
+
+In an environment of its own (`make test-lmms`), since lmms-eval brings a hundred packages.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from benchdata import picture
+
+pytest.importorskip("lmms_eval")
+
+TASK = """
+task: things
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {data}
+test_split: test
+output_type: generate_until
+doc_to_visual: !function things_utils.visual
+doc_to_text: "question"
+doc_to_target: "answer"
+generation_kwargs:
+  max_new_tokens: 8
+  temperature: 0
+  do_sample: false
+metric_list:
+  - metric: exact_match
+    aggregation: mean
+    higher_is_better: true
+"""
+VISUAL = """
+from PIL import Image
+def visual(doc):
+    return [Image.open(name).convert("RGB") for name in doc["images"]]
+"""
+# Prompts of different lengths, one without a picture, and one picture of another shape.
+DOCS = [("What is this?", 1), ("What is this really, and why?", 1), ("Why?", 0), ("Who?", 1)]
+DOCS += [("What can be seen in the middle of this?", 1)]
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    """A folder with a task of our own."""
+    folder = tmp_path_factory.mktemp("tasks")
+    docs = []
+    for number, (question, images) in enumerate(DOCS):
+        path = folder / f"{number}.png"
+        picture(number).save(path)
+        docs.append({"question": question, "images": [str(path)] * images, "answer": "x"})
+    (folder / "things.json").write_text(json.dumps(docs))
+    (folder / "things.yaml").write_text(TASK.format(data=folder / "things.json"))
+    (folder / "things_utils.py").write_text(VISUAL)
+    return folder
+
+
+def lmms_eval(folder, out, model_args, *options, launch=()):
+    """Run the command; the process, and (answers, results) where there are some."""
+    command = [sys.executable, *launch, "-m", "lmms_eval", "--model", "llava_hvp"]
+    command += ["--model_args", model_args, "--tasks", "things", "--include_path", str(folder)]
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [*command, "--log_samples", "--output_path", str(out), *options],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **offline},
+        check=False,
+        timeout=300,
+        start_new_session=True,  # lmms-eval asks the terminal things
+    )
+    found = list(Path(out).rglob("*_results.json")) if Path(out).exists() else []
+    if not found:
+        return result, None, None
+    (samples,) = Path(out).rglob("*_samples_things.jsonl")
+    records = [json.loads(line) for line in samples.read_text().splitlines()]
+    records.sort(key=lambda record: record["doc_id"])
+    answers = [record["filtered_resps"][0] for record in records]
+    return result, answers, json.loads(found[0].read_text())
+
+
+@pytest.fixture(scope="module")
+def alone(tasks, checkpoints, tmp_path_factory):
+    """One process, one prompt at a time."""
+    out = tmp_path_factory.mktemp("alone")
+    path = checkpoints("llava-next-llama")
+    arguments = f"pretrained={path},prune_method=hivtp,r_max=0.5,dtype=float32"
+    result, answers, results = lmms_eval(tasks, out, arguments, "--device", "cpu")
+    assert results is not None, result.stderr
+    return arguments, answers, results, out
+
+
+def test_its_results_have_ttft_and_kept_tokens(alone):
+    _, answers, results, out = alone
+    assert len(set(answers)) > 2
+    assert all(answers)
+    measured = results["throughput"]
+    assert measured["avg_images"] == 4
+    assert 0 < measured["avg_kept_tokens"] < measured["avg_stock_tokens"]
+    assert 0.3 < measured["avg_kept_of_patches"] <= 0.5
+    assert measured["avg_ttft_ms"] > 0
+    assert measured["avg_tokens_per_second"] > 0
+
+    from llava_hvp.evaluation.measured import read_results
+    from llava_hvp.methods import get_method
+
+    (found,) = read_results(out)
+    assert (found.benchmark, found.harness) == ("things", "lmms-eval")
+    assert found.method == get_method("hivtp", r_max=0.5)
+    assert found.kept_tokens == measured["avg_kept_tokens"]
+
+
+def test_two_processes_in_batches_agree_with_one_alone(alone, tasks, tmp_path):
+    arguments, answers, results, _ = alone
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launch += ["--main_process_port", str(29500 + os.getpid() % 400)]
+    result, two, measured = lmms_eval(
+        tasks, tmp_path, arguments, "--batch_size", "3", launch=launch
+    )
+    assert two == answers, result.stderr
+    # Of both processes; where there is nothing left for one it repeats a document.
+    assert measured["throughput"]["avg_images"] in (4, 5)
+    kept = measured["throughput"]["avg_kept_of_patches"]
+    assert kept == pytest.approx(results["throughput"]["avg_kept_of_patches"], abs=0.02)
+
+
+def test_an_error_is_no_empty_answer(tasks, checkpoints, tmp_path):
+    path = checkpoints("llava-1.5-llama")
+    for options, words in (
+        ("prune_method=hivtp,r_max=2", "r_max=2"),
+        ("prune_method=hivtp,layers=99", "layer"),  # known only once the model is loaded
+    ):
+        arguments = f"pretrained={path},{options}"
+        result, _, results = lmms_eval(tasks, tmp_path, arguments, "--device", "cpu")
+        assert result.returncode == 1
+        assert results is None
+        (line,) = [x for x in result.stderr.splitlines() if x.startswith("llava-hvp: error: ")]
+        assert words in line
+
+
+# --- in this process ---
+
+
+def answers_of(path, batch, method=None, **more):
+    from llava_hvp.host.batch import Checkpoint
+
+    calls = []
+    checkpoint = Checkpoint(
+        str(path),
+        method=method,
+        device=torch.device("cpu"),
+        conv_mode="vicuna_v1",
+        dtype=torch.float32,
+    )
+    images = [[picture(i)] * count for i, (_, count) in enumerate(DOCS)]
+    texts = []
+    for start in range(0, len(DOCS), batch):
+        piece = slice(start, start + batch)
+        texts += checkpoint.answer(
+            [question for question, _ in DOCS[piece]],
+            images[piece],
+            calls.append,
+            max_new_tokens=8,
+            do_sample=False,
+            **more,
+        )
+    return texts, calls
+
+
+@pytest.mark.parametrize("name", ["llava-1.5-llama", "llava-next-llama"])
+@pytest.mark.parametrize("method", [None, "hivtp"])
+def test_a_batch_answers_as_its_prompts_alone(checkpoints, name, method):
+    from llava_hvp.methods import get_method
+
+    method = method and get_method(method, r_max=0.5)
+    alone, calls = answers_of(checkpoints(name), 1, method)
+    batched, in_batches = answers_of(checkpoints(name), 5, method)
+    assert batched == alone
+    assert len(set(alone)) > 2
+    for field in ("images", "prompts", "tokens", "kept_tokens", "stock_tokens"):
+        sums = [sum(getattr(c, field) for c in each) for each in (calls, in_batches)]
+        assert sums[0] == sums[1], field
+    assert sum(c.tokens for c in calls) == 5 * 8
+    if method is None and "1.5" in name:
+        assert sum(c.kept_tokens for c in calls) == 4 * 64
+
+
+def test_wrong_arguments_end_before_a_model_is_loaded(capsys):
+    from llava_hvp.lmms.model import LlavaHvp
+
+    for arguments, words in (
+        ({"prune_method": "hivtpp"}, "unknown method 'hivtpp'"),
+        ({"r_max": 0.5}, "unknown argument 'r_max'"),
+        ({"dtype": "half"}, "dtype=half: give one of float16"),
+        ({"batch_size": "auto"}, "batch_size=auto"),
+        ({"device": "cuda"}, "no CUDA on this machine"),
+        ({"load_4bit": True, "load_8bit": True}, "exclude each other"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            LlavaHvp(pretrained="nowhere", **arguments)
+        assert ended.value.code == 1
+        assert words in capsys.readouterr().err
