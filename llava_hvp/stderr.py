@@ -6,5 +6,10 @@ import sys
 
 
 def say(line: str) -> None:
-    """One line on stderr; stdout is the command's own."""
-    print(f"llava-hvp: {line}", file=sys.stderr, flush=True)
+    """One line on stderr; stdout is the command's own.
+
+    In one piece: unbuffered, `print` writes the end of a line by itself, and the lines of two
+    processes run into one.
+    """
+    sys.stderr.write(f"llava-hvp: {line}\n")
+    sys.stderr.flush()
