@@ -42,9 +42,14 @@ The numbers on the clock are 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 and 12.
 """
 
 
-def write_llama_tokenizer(folder: Path, *, model_max_length: int) -> None:
-    """Write a slow Llama tokenizer (``tokenizer.model`` and two JSON files) into ``folder``."""
-    (folder / "tokenizer.model").write_bytes(_llama_model())
+def write_llama_tokenizer(
+    folder: Path, *, model_max_length: int, text: str = _TEXT, vocab_size: int = LLAMA_VOCAB_SIZE
+) -> None:
+    """Write a slow Llama tokenizer (``tokenizer.model`` and two JSON files) into ``folder``.
+
+    Its pieces are learned from ``text``.
+    """
+    (folder / "tokenizer.model").write_bytes(_llama_model(text, vocab_size))
     specials = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     write_json(
         folder / "tokenizer_config.json",
@@ -76,14 +81,14 @@ def write_llama_tokenizer(folder: Path, *, model_max_length: int) -> None:
     write_json(folder / "special_tokens_map.json", {**specials, "pad_token": "<unk>"})
 
 
-def write_clip_tokenizer(folder: Path) -> int:
+def write_clip_tokenizer(folder: Path, *, text: str = _TEXT) -> int:
     """Write a CLIP tokenizer into ``folder``; return its vocabulary size (the end token's id + 1).
 
     The end token has the highest id: the text encoder's old rule (argmax of the ids) and its new
     one (first ``eos_token_id``) then pool the same position.
     """
     symbols = _byte_symbols()
-    merges = _word_merges()
+    merges = _word_merges(text)
     tokens = [*symbols, *(symbol + "</w>" for symbol in symbols)]
     tokens += ["".join(pair) for pair in merges]
     tokens += [CLIP_START, CLIP_END]
@@ -111,17 +116,17 @@ def write_clip_tokenizer(folder: Path) -> int:
     return len(tokens)
 
 
-@lru_cache(maxsize=1)
-def _llama_model() -> bytes:
+@lru_cache(maxsize=2)
+def _llama_model(text: str, vocab_size: int) -> bytes:
     from sentencepiece import SentencePieceTrainer
 
     model = io.BytesIO()
     # The options Llama's own tokenizer was trained with.
     SentencePieceTrainer.train(
-        sentence_iterator=iter(_TEXT.splitlines()),
+        sentence_iterator=iter(text.splitlines()),
         model_writer=model,
         model_type="bpe",
-        vocab_size=LLAMA_VOCAB_SIZE,
+        vocab_size=vocab_size,
         byte_fallback=True,
         split_digits=True,
         add_dummy_prefix=True,
@@ -141,10 +146,10 @@ def _byte_symbols() -> list[str]:
     return [chr(byte) for byte in printable] + [chr(256 + index) for index in range(len(others))]
 
 
-def _word_merges() -> list[tuple[str, str]]:
+def _word_merges(text: str) -> list[tuple[str, str]]:
     """Merges that build each word of the text from left to right."""
     merges: dict[tuple[str, str], None] = {}
-    for word in _TEXT.lower().split():
+    for word in text.lower().split():
         if not (word.isascii() and word.isalpha()):
             continue
         left = word[0]

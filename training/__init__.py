@@ -1,0 +1,1 @@
+"""How the shipped checkpoints were trained; not part of the wheel."""

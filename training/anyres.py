@@ -1,0 +1,165 @@
+"""Stage 3: the same language model on LLaVA-NeXT's layout, for pictures larger than one tile.
+
+Features of all tiles come from the frozen tower and are computed once. A picture is its base tile,
+then the sub-images as one mosaic without padding, an `image_newline` after each row: the indices
+are those that `llava_hvp.host.layout` gives for stock LLaVA.
+
+    python -m training.anyres TOWER_FOLDER LANGUAGE_FOLDER OUT --minutes 20
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import time
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from llava_hvp.host.layout import NEWLINE, Arrangement, layout
+from llava_hvp.shapes.drawing import draw
+from llava_hvp.shapes.exams import detail_recipe
+from llava_hvp.shapes.scenes import Recipe, Scene, make_scene, split_of
+from training.journal import Journal
+from training.language import LANGUAGE, Asker, answer_logits, load_tower, right_by_task
+from training.llama import Language
+from training.models import Masters, Vision, learning_rate
+from training.pool import GRID, PATCHES, SIDE, to_patches
+from training.prompts import VOCABULARY, Prompts
+from training.tower import WIDTH, normalise
+
+PINPOINTS = [[SIDE * w, SIDE * h] for w, h in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))]
+ARRANGEMENT = Arrangement("spatial_unpad", "anyres", str(PINPOINTS), (GRID, GRID), SIDE)
+# Width, height, and how often.
+SIZES = (
+    ((336, 168), 3),
+    ((168, 336), 3),
+    ((300, 160), 1),
+    ((150, 310), 1),
+    ((336, 336), 2),
+    ((300, 240), 1),
+    ((240, 320), 1),
+    ((168, 168), 2),
+)
+ROOMS = (PATCHES + 312, PATCHES + 600)  # tokens that a picture is filled up to
+
+
+def tiles_of(scene: Scene) -> np.ndarray:
+    """(tiles, 144, 588) uint8: what LLaVA's process_anyres_image gives, as patches."""
+    from llava.mm_utils import divide_to_patches, resize_and_pad_image, select_best_resolution
+
+    picture = draw(scene)
+    best = select_best_resolution(picture.size, [tuple(p) for p in PINPOINTS])
+    parts = divide_to_patches(resize_and_pad_image(picture, best), SIDE)
+    return np.stack([to_patches(part) for part in (picture.resize((SIDE, SIDE)), *parts)])
+
+
+def tokens_of(size: tuple[int, int], tiles: int) -> Tensor:
+    """(n,) int64: patches, `tile * 144 + patch`, and NEWLINE, in stock LLaVA's order."""
+    everything = torch.ones(tiles * PATCHES, dtype=torch.bool)
+    return layout(ARRANGEMENT, tiles, size, "stock").kept(everything, "all")
+
+
+class Album:
+    """Scenes with the features of their tiles, by the room that their tokens need."""
+
+    def __init__(self, tower: Vision, count: int, first: int) -> None:
+        self.scenes: list[Scene] = []
+        self.features: list[Tensor] = []  # (tiles * 144, width) float16
+        self.tokens: list[Tensor] = []
+        sizes = [size for size, weight in SIZES for _ in range(weight)]
+        seed = first
+        while len(self.scenes) < count:
+            size = Random(f"size {seed}").choice(sizes)
+            scene = make_scene(seed, Recipe() if size == (SIDE, SIDE) else detail_recipe(size))
+            seed += 1
+            if split_of(scene) != "train":
+                continue
+            tiles = tiles_of(scene)
+            with torch.no_grad():
+                features = tower.features(normalise(tiles)).flatten(0, 1)
+            picture_size = draw(scene).size
+            self.scenes.append(scene)
+            self.features.append(features.half())
+            self.tokens.append(tokens_of(picture_size, len(tiles)))
+        lengths = np.array([len(tokens) for tokens in self.tokens])
+        self.rooms = [
+            np.flatnonzero((lengths <= room) & (lengths > low))
+            for low, room in zip((0, *ROOMS), ROOMS, strict=False)
+        ]
+
+    def picture(self, model: Language, rows: np.ndarray, room: int) -> Tensor:
+        """(B, room, width) embeddings as LLaVA packs them, filled up with newlines."""
+        packed = []
+        for row in rows:
+            tokens = F.pad(self.tokens[row], (0, room - len(self.tokens[row])), value=NEWLINE)
+            # The newline stands behind the last patch, where index -1 finds it.
+            features = self.features[row].to(model.newline.dtype)
+            packed.append(F.pad(features, (0, 0, 0, 1))[tokens])
+        projected = model.picture(torch.stack(packed))
+        ends = torch.stack(
+            [F.pad(self.tokens[r], (0, room - len(self.tokens[r])), value=NEWLINE) for r in rows]
+        )
+        return torch.where((ends == NEWLINE)[..., None], model.newline, projected)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Fine-tune on LLaVA-NeXT's layout.")
+    parser.add_argument("tower", type=Path, help="what training.tower wrote")
+    parser.add_argument("language", type=Path, help="what training.language wrote")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--count", type=int, default=6000, help="pictures")
+    parser.add_argument("--first", type=int, default=800_000_000, help="first seed")
+    parser.add_argument("--minutes", type=float, default=20, help="of CPU time")
+    parser.add_argument("--batch", type=int, default=16, help="pictures; half of it for 4 tiles")
+    parser.add_argument("--room", type=int, default=176, help="tokens of conversations a picture")
+    parser.add_argument("--rate", type=float, default=6e-4)
+    parser.add_argument("--jitter", type=float, default=0.4, help="share of moved positions")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    torch.manual_seed(options.seed)
+    draw_rows = np.random.RandomState(options.seed + 2)
+    options.out.mkdir(parents=True, exist_ok=True)
+    shutil.copy(options.language / "tokenizer.model", options.out)
+    asker = Asker(Prompts(options.out), options.room, options.jitter, options.seed + 3)
+    model = Language(VOCABULARY, WIDTH, **LANGUAGE)
+    model.load_state_dict(torch.load(options.language / "language.pt"))
+    masters = Masters(model)
+    album = Album(load_tower(options.tower / "tower.pt"), options.count, options.first)
+    print(
+        f"{len(album.scenes)} pictures, by room: {[len(rows) for rows in album.rooms]}", flush=True
+    )
+    journal = Journal(options.out / "anyres.csv", options)
+    forward = torch.compile(model, dynamic=False)
+    shares = np.array([len(rows) for rows in album.rooms]) / len(album.scenes)
+    step, seen, begun = 0, 0, time.process_time()
+    saved = begun
+    while (done := (time.process_time() - begun) / 60 / options.minutes) < 1:
+        which = draw_rows.choice(len(ROOMS), p=shares)
+        size, room = options.batch >> which, ROOMS[which]
+        rows = draw_rows.choice(album.rooms[which], size, replace=False)
+        scenes = [album.scenes[row] for row in rows]
+        batch, turns = asker.batch(scenes, [len(album.tokens[row]) for row in rows], room)
+        picture = album.picture(model, rows, room)
+        logits, targets, wanted = answer_logits(model, batch, picture, forward)
+        loss = F.cross_entropy(logits.float(), targets)
+        loss.backward()
+        norm = masters.step(learning_rate(done, options.rate))
+        step += 1
+        seen += size
+        right = right_by_task(logits.argmax(-1) == targets, wanted, turns)
+        known = {task: value for task, value in right.items() if value == value}
+        journal.add(step, seen, {"loss": loss.item(), "norm": norm, **known})
+        if time.process_time() - saved > 120:
+            saved = time.process_time()
+            torch.save(masters.state(), options.out / "language.pt")
+    torch.save(masters.state(), options.out / "language.pt")
+    print("done", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""Stage 2: projector and language model on the frozen tower's features.
+
+    python -m training.language POOL TOWER_FOLDER OUT --minutes 30
+
+All questions on a picture share its prefix: one sequence holds the prefix once and the
+conversations behind it, each of which sees the prefix and itself only, at the positions it would
+have alone. Logits are those of the plain sequences (tests/test_shapes.py compares them).
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from llava_hvp.shapes.questions import TASKS
+from llava_hvp.shapes.scenes import Scene
+from llava_hvp.testing.tokenizers import write_llama_tokenizer
+from training.journal import Journal
+from training.llama import HIDDEN, Language
+from training.models import Masters, Vision, learning_rate
+from training.pool import GRID, PATCHES, open_pool, plan
+from training.prompts import VOCABULARY, Prompts, Segment, pack, tokenizer_text
+from training.tower import HEADS, INNER, LAYERS, WIDTH, normalise
+
+LANGUAGE = {"width": 192, "heads": 4, "inner": 512, "layers": 5}
+MAX_LENGTH = 2048
+Forward = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def load_tower(path: Path) -> Vision:
+    """The tower out of a state that `training.tower` saved, in bfloat16."""
+    tower = Vision(WIDTH, HEADS, INNER, LAYERS, GRID)
+    state = torch.load(path)
+    own = {k.removeprefix("vision."): v for k, v in state.items() if k.startswith("vision.")}
+    tower.load_state_dict(own)
+    return tower.bfloat16().requires_grad_(False)
+
+
+def masks(prefix: int, shown: Tensor, owners: Tensor) -> Tensor:
+    """(B, 1, room, L) bfloat16, what is added to scores of the conversations: 0 or HIDDEN.
+
+    Parameters
+    ----------
+    prefix : tokens before the picture
+    shown : (B, tokens) bool, False for what fills up a picture that has fewer
+    owners : (B, room) the conversation that a token belongs to
+    """
+    batch, room = owners.shape
+    own = (owners[:, :, None] == owners[:, None]) & torch.ones(room, room, dtype=torch.bool).tril()
+    before = torch.cat((torch.ones(batch, prefix, dtype=torch.bool), shown), 1)
+    seen = torch.cat((before[:, None].expand(-1, room, -1), own), 2)
+    return torch.where(seen, 0.0, HIDDEN).bfloat16()[:, None]
+
+
+def picture_positions(count: int, random: np.random.RandomState, share: float) -> np.ndarray:
+    """(count + 1,) positions of a picture's tokens from 0, and the one of what follows.
+
+    A share of them is compressed at random, so that no answer lives from where in the sequence a
+    patch's token is; which patches are seen does not change.
+    """
+    if random.rand() >= share:
+        return np.arange(count + 1)
+    span = random.randint(count // 10, count + 1)
+    inside = np.sort(random.randint(0, span, count))
+    return np.append(inside, span)
+
+
+def targets_of(segments: list[list[Segment]], room: int) -> list[tuple[str, int, int]]:
+    """(task, first, last) of every answer, in tokens of the flattened conversations."""
+    found = []
+    for row, mine in enumerate(segments):
+        at = row * room
+        for segment in mine:
+            found += [(task, at + first, at + last) for task, first, last in segment.turns]
+            at += len(segment.ids)
+    return found
+
+
+class Asker:
+    """Draws batches of conversations on scenes, as the tensors that `Language` takes."""
+
+    def __init__(self, prompts: Prompts, room: int, jitter: float, seed: int) -> None:
+        self.prompts, self.room, self.jitter = prompts, room, jitter
+        self.random, self.numbers = Random(seed), np.random.RandomState(seed)
+
+    def batch(
+        self, scenes: list[Scene], counts: list[int], tokens: int
+    ) -> tuple[dict[str, Tensor], list[tuple[str, int, int]]]:
+        """For pictures of so many tokens each (`counts`), filled up to `tokens`."""
+        segments = [self.prompts.segments(s, self.random, self.room) for s in scenes]
+        packed = [pack(mine, self.room) for mine in segments]
+        ids, targets, owners, steps = (np.stack(parts) for parts in zip(*packed, strict=True))
+        text = len(self.prompts.prefix)
+        start = text + tokens
+        positions = np.zeros((len(scenes), start + self.room), np.int64)
+        for row, count in enumerate(counts):
+            inside = picture_positions(count, self.numbers, self.jitter)
+            positions[row, :text] = np.arange(text)
+            positions[row, text : text + count] = text + inside[:-1]
+            positions[row, start:] = text + inside[-1] + steps[row]
+        batch = {
+            "prefix": torch.tensor(self.prompts.prefix),
+            "ids": torch.from_numpy(ids),
+            "targets": torch.from_numpy(targets),
+            "positions": torch.from_numpy(positions),
+            "owners": torch.from_numpy(owners),
+            "shown": torch.arange(tokens) < torch.tensor(counts)[:, None],
+        }
+        return batch, targets_of(segments, self.room)
+
+
+def answer_logits(
+    model: Language, batch: dict[str, Tensor], picture: Tensor, forward: Forward | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits where an answer is wanted, the right tokens, and where (flat index) that is.
+
+    picture : (B, tokens, width) embeddings
+    forward : `model`, compiled
+    """
+    prefix = model.token[batch["prefix"]].expand(len(picture), -1, -1)
+    x = torch.cat((prefix, picture, model.token[batch["ids"]]), 1)
+    targets = batch["targets"].flatten()
+    wanted = (targets != -100).nonzero()[:, 0]
+    mask = masks(prefix.shape[1], batch["shown"], batch["owners"]).to(x.dtype)
+    # A multiple of so many rows, so that a compiled forward is compiled once.
+    rows = F.pad(wanted, (0, -len(wanted) % 2048))
+    run = model if forward is None else forward
+    logits = run(x, model.rotary(batch["positions"]), mask, rows)[: len(wanted)]
+    return logits, targets[wanted], wanted
+
+
+def right_by_task(
+    hits: Tensor, wanted: Tensor, turns: list[tuple[str, int, int]]
+) -> dict[str, float]:
+    """Share of answers of which every token, </s> too, is the likeliest one."""
+    wrong = set(wanted[~hits].tolist())
+    totals: dict[str, list[int]] = {task: [] for task in TASKS}
+    for task, first, last in turns:
+        totals[task].append(not any(at in wrong for at in range(first, last + 1)))
+    return {task: sum(v) / len(v) if v else float("nan") for task, v in totals.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train projector and language model.")
+    parser.add_argument("pool", type=Path)
+    parser.add_argument("tower", type=Path, help="what training.tower wrote")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--minutes", type=float, default=30, help="of CPU time")
+    parser.add_argument("--batch", type=int, default=32, help="pictures")
+    parser.add_argument("--room", type=int, default=176, help="tokens of conversations a picture")
+    parser.add_argument("--rate", type=float, default=1.5e-3)
+    parser.add_argument("--jitter", type=float, default=0.4, help="share of moved positions")
+    parser.add_argument("--start", type=Path, help="a state to go on from")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    torch.manual_seed(options.seed)
+    draw = np.random.RandomState(options.seed + 1)
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_llama_tokenizer(
+        options.out, model_max_length=MAX_LENGTH, text=tokenizer_text(), vocab_size=VOCABULARY
+    )
+    asker = Asker(Prompts(options.out), options.room, options.jitter, options.seed)
+    tower = load_tower(options.tower / "tower.pt")
+    model = Language(VOCABULARY, WIDTH, **LANGUAGE)
+    if options.start:
+        model.load_state_dict(torch.load(options.start))
+    masters = Masters(model)
+    journal = Journal(options.out / "language.csv", options)
+    forward = torch.compile(model, dynamic=False)
+    see = torch.compile(tower.features, dynamic=False)
+    pool = open_pool(options.pool)
+    whole = np.flatnonzero(pool["whole"])
+    rows_left: list[np.ndarray] = []
+    step, begun = 0, time.process_time()
+    saved = begun
+    while (done := (time.process_time() - begun) / 60 / options.minutes) < 1:
+        if not rows_left:
+            order = draw.permutation(whole)
+            rows_left = np.split(
+                order[: len(order) // options.batch * options.batch], len(order) // options.batch
+            )
+        rows = np.sort(rows_left.pop())
+        with torch.no_grad():
+            features = see(normalise(pool["pixels"][rows]))
+        scenes = [plan(int(seed))[0] for seed in pool["seed"][rows]]
+        batch, turns = asker.batch(scenes, [PATCHES] * len(scenes), PATCHES)
+        picture = model.picture(features)
+        logits, targets, wanted = answer_logits(model, batch, picture, forward)
+        loss = F.cross_entropy(logits.float(), targets)
+        loss.backward()
+        norm = masters.step(learning_rate(done, options.rate))
+        step += 1
+        right = right_by_task(logits.argmax(-1) == targets, wanted, turns)
+        known = {task: value for task, value in right.items() if value == value}
+        journal.add(step, step * options.batch, {"loss": loss.item(), "norm": norm, **known})
+        if time.process_time() - saved > 120:
+            saved = time.process_time()
+            torch.save(masters.state(), options.out / "language.pt")
+    torch.save(masters.state(), options.out / "language.pt")
+    print("done", flush=True)
+
+
+if __name__ == "__main__":
+    main()
