@@ -28,7 +28,7 @@ test-lmms: $(VENVS)/lmms/ready
 lint: $(VENVS)/$(NEW)/ready
 	$(VENVS)/$(NEW)/bin/ruff check .
 	$(VENVS)/$(NEW)/bin/ruff format --check .
-	$(VENVS)/$(NEW)/bin/mypy llava_hvp startup examples eval_scripts
+	$(VENVS)/$(NEW)/bin/mypy llava_hvp startup examples eval_scripts training
 
 bench: $(VENVS)/$(NEW)/ready
 	$(VENVS)/$(NEW)/bin/llava-hvp bench --geometry llava-1.5-160m --r-max 0.5,0.25 --rounds 5 \

@@ -1,9 +1,9 @@
-"""The main job, end to end: stock loader, a real photo, every method at five budgets.
+"""The main job, end to end: stock loader, a picture, questions, every method at five budgets.
 
-Makes a tiny LLaVA-1.5 and a tiny LLaVA-NeXT checkpoint (random weights: the answers mean nothing,
-the counts and the plumbing are real), loads both through LLaVA's own builder, prunes, generates,
-prints what was kept and how long the first token took, and draws the kept patches over the photo.
-Then types two of LLaVA's own commands with our flags: an eval script and a chat.
+First the trained `llava-shapes` that comes along: its answers unpruned and pruned, what was kept,
+how long the first token took, and the kept patches drawn over the picture. Then LLaVA-NeXT on a
+real photo, with random weights: those answers mean nothing, the counts and the plumbing are real.
+Then two of LLaVA's own commands with our flags: an eval script and a chat.
 """
 
 from __future__ import annotations
@@ -22,110 +22,121 @@ import skimage
 from PIL import Image
 
 from llava_hvp import Method, get_method, list_methods, prune
-from llava_hvp.host import compat
 from llava_hvp.report import ImageReport
+from llava_hvp.shapes import checkpoint
 from llava_hvp.testing import make_checkpoint
 
 PHOTO = Path(skimage.__file__).parent / "data" / "coffee.png"
+SHAPES = Path(__file__).parent.parent / "docs" / "shapes.png"
 BUDGETS = (0.75, 0.5, 0.4, 0.25, 0.11)
-QUESTION = "What is in the picture?"
-PROMPT = f"A chat between a user and an assistant. USER: <image>\n{QUESTION} ASSISTANT:"
+# Questions about the shapes with what is right.
+ASKED = {
+    "What colour is the square?": "Orange",
+    "Where is the green triangle?": "Top",
+    "What is to the left of the green triangle?": "Orange square",
+    "Which digits are written?": "612",
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--photo", type=Path, default=PHOTO)
+    parser.add_argument("--photo", type=Path, default=PHOTO, help="for LLaVA-NeXT")
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder of the pictures")
     parser.add_argument("--rounds", type=int, default=2, help="timed runs of each row")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    photo = Image.open(arguments.photo).convert("RGB")
-    print(f"photo: {arguments.photo.name}, {photo.width} x {photo.height}")
-    compat.bridge()  # so that unpruned LLaVA, the first row, runs on any supported transformers
     with tempfile.TemporaryDirectory() as folder:
-        for version, name in (("1.5", "llava-1.5-tiny"), ("next", "llava-next-tiny")):
-            # A language model large enough for its share of the time to show.
-            checkpoint = make_checkpoint(
-                Path(folder) / name, version=version, layers=6, hidden_size=256
-            )
-            run(checkpoint, photo, arguments.out, arguments.rounds)
-        type_commands(Path(folder) / "llava-1.5-tiny", arguments.photo)
+        shapes = checkpoint(folder)
+        run(shapes, SHAPES, ASKED, arguments.out, arguments.rounds)
+        # A language model large enough for its share of the time to show.
+        tiny = make_checkpoint(
+            Path(folder) / "llava-next-tiny", version="next", layers=6, hidden_size=256
+        )
+        run(tiny, arguments.photo, {"What is it?": ""}, arguments.out, arguments.rounds)
+        type_commands(shapes, SHAPES)
 
 
-def run(checkpoint: Path, photo: Image.Image, out: Path, rounds: int) -> None:
+def run(path: Path, picture: Path, asked: dict[str, str], out: Path, rounds: int) -> None:
     """Load one checkpoint as LLaVA does, and go through all methods and budgets."""
-    from llava.mm_utils import process_images, tokenizer_image_token
-    from llava.model.builder import load_pretrained_model
+    from llava.mm_utils import process_images
 
-    tokenizer, model, processor, _ = load_pretrained_model(
-        str(checkpoint), None, checkpoint.name, device="cpu", device_map="cpu"
-    )
-    model.float()
-    images = process_images([photo], processor, model.config).float()
-    ids = tokenizer_image_token(PROMPT, tokenizer, return_tensors="pt")[None]
+    from llava_hvp.host.opening import open_checkpoint
 
-    def generate(tokens: int) -> Any:
-        return model.generate(
+    opened = open_checkpoint(str(path), "cpu")
+    model, photo = opened.model, Image.open(picture).convert("RGB")
+    images = process_images([photo], opened.processor, model.config).float()
+    prompts = [opened.prompt(question)[None] for question in asked]
+
+    def generate(ids: Any, tokens: int) -> str:
+        output = model.generate(
             ids,
             images=images,
             image_sizes=[photo.size],
             do_sample=False,
             max_new_tokens=tokens,
         )
+        return str(opened.tokenizer.decode(output[0], skip_special_tokens=True)).strip()
 
     def first_token() -> float:
         started = time.perf_counter()
-        generate(1)
+        generate(prompts[0], 1)
         return time.perf_counter() - started
 
+    def answers() -> str:
+        said = [generate(ids, 8) for ids in prompts]
+        # What is wrong stands in brackets.
+        return " | ".join(
+            a if not right or a == right else f"({a})"
+            for a, right in zip(said, asked.values(), strict=True)
+        )
+
     def beside_stock(method: Method) -> tuple[float, float, str, ImageReport]:
-        """TTFT in seconds, its ratio to stock's of the same round, the answer, the report."""
+        """TTFT in seconds, its ratio to stock's of the same round, the answers, the report."""
         times, ratios = [], []
         for _ in range(rounds):
             stock = first_token()
-            with prune(model, method):
+            with prune(model, method, tokenizer=opened.tokenizer) as pruned:
+                pruned.reuse = False
                 times.append(first_token())
                 ratios.append(times[-1] / stock)
-        with prune(model, method) as pruned:
-            answer = tokenizer.decode(generate(8)[0], skip_special_tokens=True)
-        return statistics.median(times), statistics.median(ratios), answer, pruned.last[0]
+        with prune(model, method, tokenizer=opened.tokenizer) as pruned:
+            said = answers()
+            return statistics.median(times), statistics.median(ratios), said, pruned.last[0]
 
     first_token()  # warm-up
     stock = statistics.median(first_token() for _ in range(rounds))
-    answer = tokenizer.decode(generate(8)[0], skip_special_tokens=True)
-    print(f"\n{checkpoint.name}: {tuple(images.shape)} pixels")
+    print(f"\n{path.name}, {picture.name}: {photo.width} x {photo.height} pixels")
+    print(f"asked: {' | '.join(asked)}")
     header = f"{'method':<10} {'r_max':>5} {'kept':>5} {'of':>5} {'tokens':>7} {'patches':>8}"
-    print(f"{header} {'TTFT':>8} {'ratio':>6}  answer")
-    print(
-        f"{'none':<10} {'':>5} {'':>5} {'':>5} {'':>7} {'':>8} {stock:>6.3f} s {1:>6.2f}  {answer}"
-    )
+    print(f"{header} {'TTFT':>8} {'ratio':>6}  answers, wrong ones in brackets")
+    blank = f"{'none':<10} {'':>5} {'':>5} {'':>5} {'':>7} {'':>8}"
+    print(f"{blank} {stock:>6.3f} s {1:>6.2f}  {answers()}")
     for name in list_methods():
         for r_max in BUDGETS:
-            seconds, ratio, answer, report = beside_stock(get_method(name, r_max=r_max))
+            seconds, ratio, said, report = beside_stock(get_method(name, r_max=r_max))
             print(
                 f"{name:<10} {r_max:>5} {report.kept_tokens:>5} {report.stock_tokens:>5} "
                 f"{report.kept_of_stock:>7.1%} {report.kept_of_patches:>8.1%} {seconds:>6.3f} s "
-                f"{ratio:>6.2f}  {answer}"
+                f"{ratio:>6.2f}  {said}"
             )
             if r_max == 0.25:
-                path = out / f"{checkpoint.name}-{name.replace('+', 'p')}.png"
-                report.overlay(photo).save(path)
-    print(f"kept patches at r_max 0.25, by role: {out / checkpoint.name}-*.png")
+                report.overlay(photo).save(out / f"{path.name}-{name.replace('+', 'p')}.png")
+    print(f"kept patches at r_max 0.25, by role: {out / path.name}-*.png")
 
 
-def type_commands(checkpoint: Path, photo: Path) -> None:
+def type_commands(path: Path, photo: Path) -> None:
     """What a user types, with what comes back of it."""
-    model = f"--model-path {checkpoint} --image-file {photo} --temperature 0"
-    question = f'--query "{QUESTION}" --max_new_tokens 8 --device cpu'
+    model = f"--model-path {path} --image-file {photo} --temperature 0"
+    question = '--query "Where is the green triangle?" --max_new_tokens 8 --device cpu'
     chat = "--max-new-tokens 8 --device cpu"
     for command in (
         f"python -m llava.eval.run_llava {model} {question} --prune-method hivtp --r-max 0.5",
-        f"printf 'What is it?\\nAnd what else?\\n\\n' | python -m llava.serve.cli {model} {chat} "
-        "--prune-method hiprune --r-max 0.33",
+        "printf 'Is there a purple triangle?\\nHow many triangles are there?\\n\\n' | "
+        f"python -m llava.serve.cli {model} {chat} --prune-method hiprune --r-max 0.33",
     ):
         print(f"\n$ {command}", flush=True)
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-        environ = {**os.environ, "PATH": path, "PYTHONWARNINGS": "ignore"}
+        places = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        environ = {**os.environ, "PATH": places, "PYTHONWARNINGS": "ignore"}
         shell = subprocess.run(
             ["bash", "-c", command], env=environ, stderr=subprocess.PIPE, text=True
         )

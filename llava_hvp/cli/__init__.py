@@ -7,7 +7,17 @@ import sys
 from collections.abc import Sequence
 
 import llava_hvp
-from llava_hvp.cli import bench, doctor, evaluate, methods, reproduce, run, show, table
+from llava_hvp.cli import (
+    accuracy,
+    bench,
+    doctor,
+    evaluate,
+    methods,
+    reproduce,
+    run,
+    show,
+    table,
+)
 from llava_hvp.errors import LlavaHvpError
 from llava_hvp.stderr import say
 
@@ -17,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="llava-hvp", description=llava_hvp.__doc__)
     parser.add_argument("--version", action="version", version=llava_hvp.__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (run, show, evaluate, table, reproduce, bench, methods, doctor):
+    for command in (run, show, evaluate, table, reproduce, accuracy, bench, methods, doctor):
         command.add(commands)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     end = arguments.index("--") if "--" in arguments else len(arguments)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import importlib.util
 import io
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -24,13 +21,21 @@ from llava_hvp.bench.results import Row, rows_of
 from llava_hvp.bench.tables import MARKDOWN, TERMINAL, render
 from llava_hvp.bench.variants import Variant, variants
 from llava_hvp.bench.workload import make_workload, pattern
+from llava_hvp.cli.arguments import (
+    add_budgets,
+    budgets,
+    check_folder,
+    device_of,
+    listed,
+    need,
+    progress,
+    whole,
+    write_results,
+)
 from llava_hvp.errors import OptionError
 from llava_hvp.methods import list_methods
-from llava_hvp.record import write_whole
-from llava_hvp.stderr import say
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-Value = TypeVar("Value")
 
 
 def add(commands: Any) -> None:
@@ -65,8 +70,7 @@ def add(commands: Any) -> None:
         default="none,hivtp,hiprune,random",
         help=f"of none, {', '.join(list_methods())}; none is always measured",
     )
-    how.add_argument("--r-max", metavar="R,R", help="budgets, 0.75,0.5,0.4,0.25 by default")
-    how.add_argument("--num-tokens", metavar="N,N", help="instead: patches of one image in total")
+    add_budgets(how, "0.75,0.5,0.4,0.25")
     how.add_argument(
         "--prune-opt",
         action="append",
@@ -103,8 +107,8 @@ def add(commands: Any) -> None:
 def main(found: argparse.Namespace) -> int:
     """Measure and print; the exit code."""
     _check(found)
-    batches = _listed(found.batch, _whole, "--batch")
-    chosen = variants(found.methods.split(","), _budgets(found), found.prune_opt or ())
+    batches = listed(found.batch, whole, "--batch")
+    chosen = variants(found.methods.split(","), budgets(found), found.prune_opt or ())
     if found.all_attentions:
         released = [Variant(v.method, all_attentions=True) for v in chosen if v.method is not None]
         chosen += [v for v in released if v.name.split(",")[0] not in ("random", "uniform")]
@@ -133,8 +137,9 @@ def main(found: argparse.Namespace) -> int:
             clip_text=what.clip_text,
         )
         share = found.max_seconds / len(batches)
-        with _progress(turns(chosen, found.rounds, what.geometry.vision), batch) as tick:
-            measured = measure(bench, chosen, found.rounds, tick=tick, most_seconds=share)
+        total = turns(chosen, found.rounds, what.geometry.vision)
+        with progress(total, f"batch {batch}", "turn") as bar:
+            measured = measure(bench, chosen, found.rounds, tick=bar.named, most_seconds=share)
         rows += rows_of(measured, work, what.geometry)
     facts = about(
         device,
@@ -161,8 +166,6 @@ def _check(found: argparse.Namespace) -> None:
         raise OptionError("--tower-dtype goes with --geometry: a checkpoint's tower is as loaded")
     if found.load_4bit and found.load_8bit:
         raise OptionError("--load-4bit and --load-8bit exclude each other: give one of them")
-    if found.r_max and found.num_tokens:
-        raise OptionError("--r-max and --num-tokens exclude each other: give one of them")
     if found.image_file and found.image_size:
         raise OptionError("--image-file and --image-size exclude each other: give one of them")
     for name, least in (("rounds", FEWEST), ("new_tokens", 1), ("text_tokens", 2)):
@@ -171,17 +174,9 @@ def _check(found: argparse.Namespace) -> None:
             raise OptionError(f"--{flag} {getattr(found, name)}: give at least {least}")
     if not found.max_seconds > 0:
         raise OptionError(f"--max-seconds {found.max_seconds}: give a time above 0")
-    if found.out and found.out.exists() and not found.out.is_dir():
-        raise OptionError(f"--out {found.out}: that is a file, give a folder")
-    for module in ("tabulate", *(["matplotlib"] if found.out else [])):
-        if importlib.util.find_spec(module) is None:
-            raise OptionError(f"{module} is missing: pip install 'llava-hvp[bench]'")
-    found.device = found.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=found.device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise OptionError(f"--device {found.device}: {reason}; give cuda or cpu") from error
+    check_folder(found.out)
+    need("bench", "tabulate", *(["matplotlib"] if found.out else []))
+    found.device = device_of(found.device)
     found.bits = 4 if found.load_4bit else 8 if found.load_8bit else None
     half = found.bits is not None or torch.device(found.device).type == "cuda"
     found.dtype = DTYPES[found.dtype or ("float16" if half else "float32")]
@@ -210,25 +205,6 @@ def _subject(found: argparse.Namespace) -> subject.Subject:
     )
 
 
-def _budgets(found: argparse.Namespace) -> list[dict[str, float | int]]:
-    if found.num_tokens:
-        return [{"num_tokens": n} for n in _listed(found.num_tokens, _whole, "--num-tokens")]
-    return [{"r_max": r} for r in _listed(found.r_max or "0.75,0.5,0.4,0.25", float, "--r-max")]
-
-
-def _listed(text: str, kind: Callable[[str], Value], flag: str) -> list[Value]:
-    try:
-        return list(dict.fromkeys(kind(part) for part in text.split(",")))
-    except ValueError:
-        raise OptionError(f"{flag} {text}: give numbers separated by commas") from None
-
-
-def _whole(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
-
-
 def _pictures(found: argparse.Namespace, count: int) -> list[Any]:
     if found.image_file:
         from PIL import Image
@@ -239,37 +215,21 @@ def _pictures(found: argparse.Namespace, count: int) -> list[Any]:
             raise OptionError(f"--image-file {found.image_file}: {error}") from error
     text = found.image_size or "640x480"
     try:
-        width, height = (_whole(part) for part in text.lower().split("x"))
+        width, height = (whole(part) for part in text.lower().split("x"))
     except ValueError:
         raise OptionError(f"--image-size {text}: give WIDTHxHEIGHT, as 672x672") from None
     return [pattern((width, height), found.seed + number) for number in range(count)]
-
-
-@contextlib.contextmanager
-def _progress(total: int, batch: int) -> Iterator[Callable[[str], None]]:
-    """A bar of turns on stderr."""
-    from tqdm import tqdm
-
-    with tqdm(total=total, desc=f"batch {batch}", unit="turn", leave=False) as bar:
-
-        def tick(what: str) -> None:
-            bar.set_postfix_str(what, refresh=False)
-            bar.update()
-
-        yield tick
 
 
 def _write(folder: Path, name: str, about: dict[str, str], rows: Sequence[Row]) -> None:
     """The JSON file, the Markdown table and the plot, each whole or not at all."""
     from llava_hvp.bench.plot import plot
 
-    folder.mkdir(parents=True, exist_ok=True)
     picture = io.BytesIO()
     plot(f"{about['model']} {about['machine']}", rows, picture)
-    for suffix, content in (
-        ("json", json.dumps({**about, "rows": [asdict(row) for row in rows]}, indent=1).encode()),
-        ("md", render(about, rows, MARKDOWN).encode()),
-        ("png", picture.getvalue()),
-    ):
-        write_whole(folder / f"{name}.{suffix}", content)
-    say(f"wrote {folder / name}.json, .md and .png")
+    write_results(
+        folder / name,
+        {**about, "rows": [asdict(row) for row in rows]},
+        render(about, rows, MARKDOWN),
+        picture.getvalue(),
+    )

@@ -1,0 +1,1 @@
+"""What pruning does to the answers of a model that was trained."""

@@ -1,0 +1,163 @@
+"""Questions put to LLaVA in batches, each variant in turn on every batch."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from llava_hvp.bench.variants import Variant
+from llava_hvp.shapes.drawing import draw
+from llava_hvp.shapes.questions import Question, is_right
+from llava_hvp.shapes.scenes import Scene
+
+LONGEST = 10  # tokens of an answer; the longest right one has five
+
+
+@dataclass
+class Marks:
+    """What one variant came to.
+
+    right, asked : task -> number of answers
+    kept, stock : visual tokens of all images
+    kept_of_patches : sum over images of kept patches / (N x tiles)
+    seconds : of all its batches, from images and prompts to answers
+    """
+
+    variant: Variant
+    right: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    asked: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    kept: int = 0
+    stock: int = 0
+    kept_of_patches: float = 0.0
+    seconds: float = 0.0
+    answers: list[str] = field(default_factory=list)
+
+    @property
+    def images(self) -> int:
+        """As many as questions: each comes with its own."""
+        return sum(self.asked.values())
+
+
+@dataclass(frozen=True)
+class _Sheet:
+    """Questions that make a batch without padding, on pictures of one size."""
+
+    ids: torch.Tensor
+    pictures: list[Any]
+    questions: list[Question]
+
+
+def examine(
+    opened: Any,
+    asked: Iterable[tuple[Scene, Question]],
+    variants: Sequence[Variant],
+    *,
+    batch: int,
+    tick: Callable[[int], None] = lambda questions: None,
+) -> list[Marks]:
+    """Ask every question of every variant, through LLaVA's own `generate`, greedily.
+
+    Parameters
+    ----------
+    opened : the checkpoint, of `llava_hvp.host.opening`
+    batch : questions at a time, at most; those of a batch have prompts of one length and pictures
+        of one size, since stock LLaVA cannot generate from padded rows
+    tick : called with the number of answers after every batch of every variant
+    """
+    marks = [Marks(variant) for variant in variants]
+    text, first_time = _text_of(opened.model, variants), True
+    for sheet in _sheets(opened, list(asked), batch):
+        images = _processed(opened, sheet.pictures)
+        for mark in marks:
+            if first_time:  # the first call of a process is slow
+                _answer(opened, text, sheet, images, Marks(mark.variant))
+            answers = _answer(opened, text, sheet, images, mark)
+            for said, question in zip(answers, sheet.questions, strict=True):
+                mark.asked[question.task] += 1
+                mark.right[question.task] += is_right(said, question)
+            mark.answers += answers
+            tick(len(answers))
+        first_time = False
+    return marks
+
+
+def _answer(
+    opened: Any,
+    text: Any,
+    sheet: _Sheet,
+    images: Any,
+    mark: Marks,
+) -> list[str]:
+    with _applied(mark.variant, opened, text) as pruning, torch.inference_mode():
+        started = time.perf_counter()
+        output = opened.model.generate(
+            sheet.ids,
+            images=images,
+            image_sizes=[picture.size for picture in sheet.pictures],
+            do_sample=False,
+            max_new_tokens=LONGEST,
+            use_cache=True,
+        )
+        mark.seconds += time.perf_counter() - started
+        for report in [] if pruning is None else pruning.last:
+            mark.kept += report.kept_tokens
+            mark.stock += report.stock_tokens
+            mark.kept_of_patches += report.kept_of_patches
+    return [
+        text.strip() for text in opened.tokenizer.batch_decode(output, skip_special_tokens=True)
+    ]
+
+
+@contextlib.contextmanager
+def _applied(variant: Variant, opened: Any, text: Any) -> Iterator[Any]:
+    """The pruning, or None; every image is encoded, though it came before."""
+    from llava_hvp.host.pruning import attach
+
+    if variant.method is None:
+        yield None
+        return
+    with attach(
+        opened.model, variant.method, tokenizer=opened.tokenizer, clip_text=text
+    ) as pruning:
+        pruning.reuse = False
+        yield pruning
+
+
+def _text_of(model: Any, variants: Sequence[Variant]) -> Any:
+    """The text encoder for prompt-aware methods, loaded once; None where no method reads it."""
+    from llava_hvp.encoder.text import ClipText
+
+    tower = model.get_vision_tower()
+    depth = tower.config.num_hidden_layers
+    methods = [variant.method for variant in variants if variant.method is not None]
+    if any(m.needs(depth, depth + 1 + tower.select_layer).relevance == "clip" for m in methods):
+        return ClipText.load(tower.vision_tower_name)
+    return None
+
+
+def _sheets(opened: Any, asked: list[tuple[Scene, Question]], batch: int) -> Iterator[_Sheet]:
+    """Batches of equal prompt length and picture size; every question is in one."""
+    groups: dict[Any, list[tuple[torch.Tensor, Any, Question]]] = defaultdict(list)
+    for scene, question in asked:
+        ids, picture = opened.prompt(question.text, "vicuna_v1"), draw(scene)
+        groups[len(ids), picture.size].append((ids, picture, question))
+    for group in groups.values():
+        for start in range(0, len(group), batch):
+            part = group[start : start + batch]
+            ids = torch.stack([ids for ids, _, _ in part])
+            yield _Sheet(ids, [picture for _, picture, _ in part], [q for _, _, q in part])
+
+
+def _processed(opened: Any, pictures: list[Any]) -> Any:
+    from llava.mm_utils import process_images
+
+    images = process_images(pictures, opened.processor, opened.model.config)
+    if isinstance(images, list):
+        return [image.to(opened.model.device, opened.dtype) for image in images]
+    return images.to(opened.model.device, opened.dtype)

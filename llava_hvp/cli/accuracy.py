@@ -1,0 +1,101 @@
+"""`llava-hvp accuracy`: what pruning does to the answers of the shipped checkpoints."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llava_hvp.accuracy.exam import examine
+from llava_hvp.accuracy.tables import plot, render, scores_of
+from llava_hvp.bench.machine import about
+from llava_hvp.bench.tables import MARKDOWN, TERMINAL
+from llava_hvp.bench.variants import variants
+from llava_hvp.cli.arguments import (
+    add_budgets,
+    budgets,
+    check_folder,
+    device_of,
+    need,
+    progress,
+    write_results,
+)
+from llava_hvp.errors import OptionError
+from llava_hvp.methods import list_methods
+from llava_hvp.shapes import checkpoint, list_checkpoints
+from llava_hvp.shapes.exams import EXAMS, exam
+
+
+def add(commands: Any) -> None:
+    """Add the subcommand."""
+    parser = commands.add_parser(
+        "accuracy",
+        help="measure what pruning does to answers, on a trained LLaVA that is shipped",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", choices=list_checkpoints(), default="llava-shapes")
+    parser.add_argument("--model-path", type=Path, help="instead: one that you have trained")
+    parser.add_argument(
+        "--methods",
+        default=",".join(list_methods()),
+        help="separated by commas, all by default; unpruned is always measured",
+    )
+    parser.add_argument(
+        "--pictures",
+        choices=EXAMS,
+        help="plain: of one tile; detail: larger, with things that vanish when shrunk to one; by "
+        "default what the model is for",
+    )
+    add_budgets(parser, "0.75,0.5,0.4,0.25,0.11")
+    parser.add_argument("--prune-opt", action="append", metavar="KEY=VALUE")
+    parser.add_argument("--questions", type=int, default=2000, help="held-out, 2000 by default")
+    parser.add_argument("--batch", type=int, default=16, help="questions at a time, 16 by default")
+    parser.add_argument("--device", help="cuda where there is one, else cpu")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for JSON, Markdown and a plot")
+    parser.set_defaults(main=main)
+
+
+def main(found: argparse.Namespace) -> int:
+    """Ask, mark, print; the exit code."""
+    for name in ("questions", "batch"):
+        if getattr(found, name) < 1:
+            raise OptionError(f"--{name} {getattr(found, name)}: give at least 1")
+    if found.model_path is not None and not found.model_path.is_dir():
+        raise OptionError(f"--model-path {found.model_path}: no such folder")
+    check_folder(found.out)
+    need("bench", "tabulate", *(["matplotlib"] if found.out else []))
+    device = device_of(found.device)
+    chosen = variants(found.methods.split(","), budgets(found), found.prune_opt or ())
+    name = found.model if found.model_path is None else found.model_path.name
+    pictures = found.pictures or ("detail" if "next" in name else "plain")
+    asked = list(exam(pictures, found.questions))
+    # LLaVA comes only now: whatever was typed wrong has been said.
+    from llava_hvp.host.opening import open_checkpoint
+
+    with tempfile.TemporaryDirectory(prefix="llava-hvp-") as folder:
+        path = found.model_path or checkpoint(folder, name)
+        opened = open_checkpoint(str(path.resolve()), device, dtype=torch.float32)
+        with progress(len(asked) * len(chosen), name, "answer") as bar:
+            marks = examine(opened, asked, chosen, batch=found.batch, tick=bar.more)
+    scores = scores_of(marks)
+    facts = about(
+        torch.device(device),
+        f"{name}, float32, {len(asked)} held-out questions on {pictures} pictures, up to "
+        f"{found.batch} at a time.",
+    )
+    print(render(facts, scores, TERMINAL))
+    if found.out:
+        picture = io.BytesIO()
+        plot(f"{facts['model']} {facts['machine']}", scores, picture)
+        write_results(
+            found.out / (name if found.pictures is None else f"{name}-{pictures}"),
+            {**facts, "rows": [asdict(score) for score in scores]},
+            render(facts, scores, MARKDOWN),
+            picture.getvalue(),
+        )
+    return 0

@@ -1,0 +1,111 @@
+"""What the measuring subcommands share: lists of budgets, a bar, results in a folder."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from llava_hvp.errors import OptionError
+from llava_hvp.record import write_whole
+from llava_hvp.stderr import say
+
+Value = TypeVar("Value")
+
+
+def add_budgets(parser: Any, default: str) -> None:
+    """Add --r-max and --num-tokens as lists; `default` is of r_max."""
+    parser.add_argument("--r-max", metavar="R,R", help=f"budgets, {default} by default")
+    parser.add_argument("--num-tokens", metavar="N,N", help="instead: patches of an image in total")
+    parser.set_defaults(default_r_max=default)
+
+
+def budgets(found: argparse.Namespace) -> list[dict[str, float | int]]:
+    """One keyword for each budget that was asked for; raises OptionError."""
+    if found.r_max and found.num_tokens:
+        raise OptionError("--r-max and --num-tokens exclude each other: give one of them")
+    if found.num_tokens:
+        return [{"num_tokens": n} for n in listed(found.num_tokens, whole, "--num-tokens")]
+    return [{"r_max": r} for r in listed(found.r_max or found.default_r_max, float, "--r-max")]
+
+
+def listed(text: str, kind: Callable[[str], Value], flag: str) -> list[Value]:
+    """The parts of a list separated by commas, each once; raises OptionError."""
+    try:
+        return list(dict.fromkeys(kind(part) for part in text.split(",")))
+    except ValueError:
+        raise OptionError(f"{flag} {text}: give numbers separated by commas") from None
+
+
+def whole(text: str) -> int:
+    """A whole number of at least 1; raises ValueError."""
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
+
+
+def device_of(text: str | None) -> str:
+    """The device asked for, or CUDA where there is one; raises OptionError if it cannot be had."""
+    device = text or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise OptionError(f"--device {device}: {reason}; give cuda or cpu") from error
+    return device
+
+
+def need(extra: str, *modules: str) -> None:
+    """Raise OptionError with the extra to install, unless the modules are there."""
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise OptionError(f"{module} is missing: pip install 'llava-hvp[{extra}]'")
+
+
+def check_folder(path: Path | None) -> None:
+    """Raise OptionError where results cannot go into a folder of this name."""
+    if path is not None and path.exists() and not path.is_dir():
+        raise OptionError(f"--out {path}: that is a file, give a folder")
+
+
+class Bar:
+    """A progress bar on stderr."""
+
+    def __init__(self, bar: Any) -> None:
+        self._bar = bar
+
+    def named(self, what: str) -> None:
+        """One more is done, and this is what it was."""
+        self._bar.set_postfix_str(what, refresh=False)
+        self._bar.update()
+
+    def more(self, count: int) -> None:
+        """So many more are done."""
+        self._bar.update(count)
+
+
+@contextlib.contextmanager
+def progress(total: int, name: str, unit: str) -> Iterator[Bar]:
+    """A bar for the block; it goes away at the end."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=name, unit=unit, leave=False) as bar:
+        yield Bar(bar)
+
+
+def write_results(base: Path, content: dict[str, Any], table: str, picture: bytes) -> None:
+    """Write `base`.json, .md and .png, each whole or not at all."""
+    base.parent.mkdir(parents=True, exist_ok=True)
+    for suffix, data in (
+        ("json", (json.dumps(content, indent=1) + "\n").encode()),
+        ("md", table.encode()),
+        ("png", picture),
+    ):
+        write_whole(base.with_name(f"{base.name}.{suffix}"), data)
+    say(f"wrote {base}.json, .md and .png")
