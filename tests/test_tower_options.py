@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import load
 from torch.nn import functional
 
 from llava_hvp import HIVTP, prune
@@ -26,9 +27,12 @@ def fused_calls(monkeypatch):
 
 
 @pytest.fixture
-def eager(own, photos):
-    """A LLaVA whose tower has eager attention, as under transformers 4.37, and its pixels."""
-    bundle = own("llava-1.5-llama")
+def eager(checkpoints, photos):
+    """A LLaVA whose tower has eager attention, as under transformers 4.37, and its pixels.
+
+    Loaded anew: transformers 5 leaves hooks on the layers of a tower that gave hidden states.
+    """
+    bundle = load(checkpoints("llava-1.5-llama"))
     tower = bundle.model.get_vision_tower()
     tower.vision_tower.config._attn_implementation = "eager"
     for layer in vit.layers_of(tower.vision_tower):
@@ -48,7 +52,6 @@ def test_eager_attention_is_replaced_by_the_fused_one(eager, fused_calls):
     bundle, pixels = eager
     features, keep = encoded(bundle, pixels)
     assert len(fused_calls) == 2 * 23  # all layers up to the selected one, in both calls
-    # After, since transformers 5 leaves hooks on the layers of a tower that gave hidden states.
     stock = bundle.model.get_vision_tower()(pixels)
     torch.testing.assert_close(features, stock, rtol=1e-4, atol=1e-5)
     fused_calls.clear()
