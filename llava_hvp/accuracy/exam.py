@@ -24,7 +24,7 @@ class Marks:
     """What one variant came to.
 
     right, asked : task -> number of answers
-    kept, stock : visual tokens of all images
+    kept : visual tokens of all images
     kept_of_patches : sum over images of kept patches / (N x tiles)
     seconds : of all its batches, from images and prompts to answers
     """
@@ -33,10 +33,8 @@ class Marks:
     right: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     asked: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     kept: int = 0
-    stock: int = 0
     kept_of_patches: float = 0.0
     seconds: float = 0.0
-    answers: list[str] = field(default_factory=list)
 
     @property
     def images(self) -> int:
@@ -81,7 +79,6 @@ def examine(
             for said, question in zip(answers, sheet.questions, strict=True):
                 mark.asked[question.task] += 1
                 mark.right[question.task] += is_right(said, question)
-            mark.answers += answers
             tick(len(answers))
         first_time = False
     return marks
@@ -107,7 +104,6 @@ def _answer(
         mark.seconds += time.perf_counter() - started
         for report in [] if pruning is None else pruning.last:
             mark.kept += report.kept_tokens
-            mark.stock += report.stock_tokens
             mark.kept_of_patches += report.kept_of_patches
     return [
         text.strip() for text in opened.tokenizer.batch_decode(output, skip_special_tokens=True)

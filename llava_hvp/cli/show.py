@@ -8,8 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from llava_hvp.cli.arguments import device_of, listed
 from llava_hvp.config import describe
 from llava_hvp.errors import OptionError
 from llava_hvp.methods import list_methods, method_class
@@ -121,27 +120,23 @@ def _check(found: argparse.Namespace) -> tuple[list[list[Method]], tuple[int, ..
             "-o draws one thing: give --prune-method or --methods for what is kept, or --layers "
             "for heat maps (--html shows both)"
         )
-    found.device = found.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=found.device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise OptionError(f"--device {found.device}: {reason}; give cuda or cpu") from error
-    layers = None if found.layers in (None, "all") else _numbers(found.layers, int, "--layers")
-    return _methods(found), layers
+    found.device = device_of(found.device)
+    layers = None if found.layers in (None, "all") else listed(found.layers, int, "--layers")
+    return _methods(found), None if layers is None else tuple(layers)
 
 
 def _methods(found: argparse.Namespace) -> list[list[Method]]:
     """For each method its budgets."""
     from llava_hvp.bench.variants import variants
 
+    budgets: list[dict[str, float | int]]
     names = [found.prune_method] if found.prune_method else (found.methods or "").split(",")
     if not any(names):
         names = ["hivtp", "hiprune", *(["hiprune++"] if found.prompt else [])]
     if found.num_tokens:
-        budgets = [{"num_tokens": n} for n in _numbers(found.num_tokens, int, "--num-tokens")]
+        budgets = [{"num_tokens": n} for n in listed(found.num_tokens, int, "--num-tokens")]
     elif found.r_max or found.html:
-        budgets = [{"r_max": r} for r in _numbers(found.r_max or BUDGETS, float, "--r-max")]
+        budgets = [{"r_max": r} for r in listed(found.r_max or BUDGETS, float, "--r-max")]
     else:
         budgets = [{}]
     try:
@@ -160,13 +155,6 @@ def _methods(found: argparse.Namespace) -> list[list[Method]]:
 def _exclude(one: str, other: str) -> None:
     first, second = (f"--{name.replace('_', '-')}" for name in (one, other))
     raise OptionError(f"{first} and {second} exclude each other: give one of them")
-
-
-def _numbers(text: str, kind: type, flag: str) -> Any:
-    try:
-        return tuple(dict.fromkeys(kind(part) for part in text.split(",")))
-    except ValueError:
-        raise OptionError(f"{flag} {text}: give numbers separated by commas") from None
 
 
 def _png(picture: Any) -> bytes:
