@@ -81,15 +81,12 @@ class Vision(nn.Module):
         first = (self.cls + self.position[0]).expand(len(pixels), 1, -1)
         return self.before(torch.cat((first, self.patch(pixels) + position), 1))
 
-    def forward(
-        self, pixels: Tensor, keep: Tensor | None = None, middle: int = 5
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Outputs of layer `middle`, the last but one and the last, (B, 1 + n, width) each."""
-        x = between = self.embed(pixels, keep)
-        for number, block in enumerate(list(self.blocks)[:-1], start=1):
+    def forward(self, pixels: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Outputs of the last layer but one and of the last, (B, 1 + n, width) each."""
+        x = self.embed(pixels, keep)
+        for block in list(self.blocks)[:-1]:
             x = block(x)
-            between = x if number == middle else between
-        return between, x, self.blocks[-1](x)
+        return x, self.blocks[-1](x)
 
     def features(self, pixels: Tensor) -> Tensor:
         """(B, n, width), what LLaVA gives to the projector."""

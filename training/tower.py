@@ -24,8 +24,6 @@ from training.pool import GRID, IGNORE, MAX_DIGITS, NAMES, PATCHES, TEXT, open_p
 WIDTH, HEADS, INNER, LAYERS = 128, 4, 512, 12
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).repeat_interleave(196) * 255
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).repeat_interleave(196) * 255
-_PLACES = torch.stack((torch.arange(PATCHES) // GRID, torch.arange(PATCHES) % GRID), 1).float()
-DISTANCES = torch.cdist(_PLACES, _PLACES)  # between patches
 # Columns of the patch head.
 HEAD = {
     "cover": len(NAMES) + 2,
@@ -54,18 +52,16 @@ class Supervised(nn.Module):
         self.patch_norm, self.cls_norm = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
         self.patch_head = nn.Linear(WIDTH, sum(HEAD.values()))
         self.cls_head = nn.Linear(WIDTH, len(NAMES) + 4 * 5)
-        self.middle_norm, self.middle_head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, len(NAMES))
 
     def image(self, pixels: Tensor, keep: Tensor | None) -> tuple[Tensor, ...]:
-        """Logits of patches and CLS, embeddings of patches and picture, middle logits."""
-        middle, deep, last = self.vision(pixels, keep)
+        """Logits of patches and of CLS, embeddings of patches and of the picture."""
+        deep, last = self.vision(pixels, keep)
         vision = self.vision
         return (
             self.patch_head(self.patch_norm(deep[:, 1:])),
             self.cls_head(self.cls_norm(last[:, 0])),
             vision.project(vision.after(deep[:, 1:])),
             vision.project(vision.after(last[:, 0])),
-            self.middle_head(self.middle_norm(middle[:, 1:])),
         )
 
 
@@ -77,13 +73,6 @@ def choose(cover: Tensor, share: float) -> Tensor | None:
     return chance.topk(round(share * PATCHES), 1).indices.sort(1).values
 
 
-def nearest(cover: Tensor) -> Tensor:
-    """(B, 144) the thing whose patch is nearest to each patch, 0 in a picture without things."""
-    things = (cover > 0) & (cover < TEXT)
-    closest = (DISTANCES + 1e3 * ~things[:, None]).argmin(-1)
-    return torch.where(things.any(1, keepdim=True), cover.gather(1, closest), 0)
-
-
 def losses(
     model: Supervised,
     batch: dict[str, Tensor],
@@ -91,7 +80,7 @@ def losses(
     texts: tuple[Tensor, ...],
 ) -> tuple[Tensor, dict[str, float]]:
     """The sum of all terms, and measures to report."""
-    patch, cls, patch_embedding, image_embedding, middle = outputs
+    patch, cls, patch_embedding, image_embedding = outputs
     part = dict(zip(HEAD, patch.float().flatten(0, 1).split(list(HEAD.values()), 1), strict=True))
     cover = batch["cover"].flatten()
     seen = (cover != IGNORE).nonzero()[:, 0]
@@ -125,12 +114,6 @@ def losses(
     offset = batch["offset"].flatten(0, 1)[on_thing] / 14
     terms["offset"] = F.smooth_l1_loss(part["offset"][on_thing], offset) * 0.5
 
-    # Background that must know the nearest thing looks at things: in the middle layers, where
-    # HIVTP and HiPrune read what attention a patch receives.
-    truth = batch["nearest"].flatten()
-    rows = ((cover == 0) & (truth > 0)).nonzero()[:, 0]
-    terms["nearest"] = F.cross_entropy(middle.flatten(0, 1)[rows].float(), truth[rows] - 1) * 0.3
-
     present = batch["present"]
     cls = cls.float()
     terms["present"] = (
@@ -162,11 +145,10 @@ def read(pool: dict[str, np.ndarray], rows: np.ndarray, share: float) -> dict[st
         for name in ("cover", "glyph", "left", "offset", "digits", "present")
     }
     pixels = normalise(pool["pixels"][rows])
-    batch["nearest"] = nearest(batch["cover"])
     batch["index"] = torch.arange(PATCHES).expand(len(rows), -1)
     keep = choose(batch["cover"], share)
     if keep is not None:
-        for name in ("cover", "glyph", "left", "index", "nearest"):
+        for name in ("cover", "glyph", "left", "index"):
             batch[name] = batch[name].gather(1, keep)
         for name in ("offset", "digits"):
             wide = keep[..., None].expand(-1, -1, batch[name].shape[-1])
