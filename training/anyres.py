@@ -4,14 +4,14 @@ Features of all tiles come from the frozen tower and are computed once. A pictur
 then the sub-images as one mosaic without padding, an `image_newline` after each row: the indices
 are those that `llava_hvp.host.layout` gives for stock LLaVA.
 
-    python -m training.anyres TOWER_FOLDER LANGUAGE_FOLDER OUT --minutes 20
+    python -m training.anyres TOWER_FOLDER LANGUAGE_FOLDER OUT
 """
 
 from __future__ import annotations
 
 import argparse
 import shutil
-import time
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 
@@ -24,10 +24,10 @@ from llava_hvp.host.layout import NEWLINE, Arrangement, layout
 from llava_hvp.shapes.drawing import draw
 from llava_hvp.shapes.exams import detail_recipe
 from llava_hvp.shapes.scenes import Recipe, Scene, make_scene, split_of
-from training.journal import Journal
-from training.language import LANGUAGE, Asker, answer_logits, load_tower, right_by_task
+from training.language import LANGUAGE, STATE, Asker, add_asker_options, answer_loss, load_tower
 from training.llama import Language
-from training.models import Masters, Vision, learning_rate
+from training.loop import add_options, train
+from training.models import Masters, Vision
 from training.pool import GRID, PATCHES, SIDE, to_patches
 from training.prompts import VOCABULARY, Prompts
 from training.tower import WIDTH, normalise
@@ -107,58 +107,40 @@ class Album:
         return torch.where((ends == NEWLINE)[..., None], model.newline, projected)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Fine-tune on LLaVA-NeXT's layout.")
     parser.add_argument("tower", type=Path, help="what training.tower wrote")
     parser.add_argument("language", type=Path, help="what training.language wrote")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--count", type=int, default=6000, help="pictures")
+    parser.add_argument("--count", type=int, default=5000, help="pictures")
     parser.add_argument("--first", type=int, default=800_000_000, help="first seed")
-    parser.add_argument("--minutes", type=float, default=20, help="of CPU time")
-    parser.add_argument("--batch", type=int, default=16, help="pictures; half of it for 4 tiles")
-    parser.add_argument("--room", type=int, default=176, help="tokens of conversations a picture")
-    parser.add_argument("--rate", type=float, default=6e-4)
-    parser.add_argument("--jitter", type=float, default=0.4, help="share of moved positions")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    add_asker_options(parser)
+    add_options(parser, minutes=16, batch=16, rate=6e-4)
+    options = parser.parse_args(arguments)
     torch.manual_seed(options.seed)
     draw_rows = np.random.RandomState(options.seed + 2)
     options.out.mkdir(parents=True, exist_ok=True)
     shutil.copy(options.language / "tokenizer.model", options.out)
     asker = Asker(Prompts(options.out), options.room, options.jitter, options.seed + 3)
     model = Language(VOCABULARY, WIDTH, **LANGUAGE)
-    model.load_state_dict(torch.load(options.language / "language.pt"))
+    model.load_state_dict(torch.load(options.language / STATE))
     masters = Masters(model)
-    album = Album(load_tower(options.tower / "tower.pt"), options.count, options.first)
-    print(
-        f"{len(album.scenes)} pictures, by room: {[len(rows) for rows in album.rooms]}", flush=True
-    )
-    journal = Journal(options.out / "anyres.csv", options)
+    album = Album(load_tower(options.tower), options.count, options.first)
+    by_room = [len(rows) for rows in album.rooms]
+    print(f"{len(album.scenes)} pictures, by room: {by_room}", flush=True)
     forward = torch.compile(model, dynamic=False)
-    shares = np.array([len(rows) for rows in album.rooms]) / len(album.scenes)
-    step, seen, begun = 0, 0, time.process_time()
-    saved = begun
-    while (done := (time.process_time() - begun) / 60 / options.minutes) < 1:
-        which = draw_rows.choice(len(ROOMS), p=shares)
-        size, room = options.batch >> which, ROOMS[which]
-        rows = draw_rows.choice(album.rooms[which], size, replace=False)
+
+    def step(done: float) -> tuple[Tensor, int, dict[str, float]]:
+        which = draw_rows.choice(len(ROOMS), p=np.array(by_room) / len(album.scenes))
+        # Four tiles and more take half a batch.
+        rows = draw_rows.choice(album.rooms[which], options.batch >> which, replace=False)
         scenes = [album.scenes[row] for row in rows]
-        batch, turns = asker.batch(scenes, [len(album.tokens[row]) for row in rows], room)
-        picture = album.picture(model, rows, room)
-        logits, targets, wanted = answer_logits(model, batch, picture, forward)
-        loss = F.cross_entropy(logits.float(), targets)
-        loss.backward()
-        norm = masters.step(learning_rate(done, options.rate))
-        step += 1
-        seen += size
-        right = right_by_task(logits.argmax(-1) == targets, wanted, turns)
-        known = {task: value for task, value in right.items() if value == value}
-        journal.add(step, seen, {"loss": loss.item(), "norm": norm, **known})
-        if time.process_time() - saved > 120:
-            saved = time.process_time()
-            torch.save(masters.state(), options.out / "language.pt")
-    torch.save(masters.state(), options.out / "language.pt")
-    print("done", flush=True)
+        batch, turns = asker.batch(scenes, [len(album.tokens[r]) for r in rows], ROOMS[which])
+        picture = album.picture(model, rows, ROOMS[which])
+        loss, right = answer_loss(model, batch, turns, picture, forward)
+        return loss, len(rows), right
+
+    train(options, "anyres.csv", STATE, masters, step)
 
 
 if __name__ == "__main__":

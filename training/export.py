@@ -9,23 +9,24 @@ import argparse
 import json
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
-import llava_hvp.shapes.weights
-from llava_hvp.shapes.weights import CHECKPOINTS, TOWER
+from llava_hvp.shapes.weights import CHECKPOINTS, SHIPPED, TOWER
 from llava_hvp.testing import make_checkpoint, make_clip
 from llava_hvp.testing.tokenizers import write_clip_tokenizer, write_llama_tokenizer
 from llava_hvp.testing.weights import save_weights, write_json
 from training.captions import word_list
-from training.language import LANGUAGE, MAX_LENGTH
+from training.language import LANGUAGE, MAX_LENGTH, STATE
 from training.llama import Language
 from training.models import State
 from training.pool import SIDE
 from training.prompts import VOCABULARY, tokenizer_text
 from training.tower import HEADS, INNER, LAYERS, WIDTH, Supervised
+from training.tower import STATE as TOWER_STATE
 
 TEXT_LAYERS = 2
 
@@ -92,17 +93,17 @@ def _save(folder: Path, weights: State) -> None:
     save_weights(folder, exact)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Write the checkpoints' files.")
     parser.add_argument("tower", type=Path, help="what training.tower wrote")
     parser.add_argument("language", type=Path, help="what training.language wrote")
     parser.add_argument("--name", choices=CHECKPOINTS, default=CHECKPOINTS[0])
-    parser.add_argument("--to", type=Path, default=Path(llava_hvp.shapes.weights.__file__).parent)
-    options = parser.parse_args()
+    parser.add_argument("--to", type=Path, default=SHIPPED)
+    options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as scratch:
-        tower = export_tower(torch.load(options.tower / "tower.pt"), Path(scratch) / TOWER)
+        tower = export_tower(torch.load(options.tower / TOWER_STATE), Path(scratch) / TOWER)
         version = "next" if options.name.endswith("next") else "1.5"
-        state = torch.load(options.language / "language.pt")
+        state = torch.load(options.language / STATE)
         folder = export_language(state, Path(scratch) / options.name, tower, version)
         options.to.mkdir(parents=True, exist_ok=True)
         for made in (tower, folder):

@@ -1,6 +1,6 @@
 """Stage 2: projector and language model on the frozen tower's features.
 
-    python -m training.language POOL TOWER_FOLDER OUT --minutes 30
+    python -m training.language POOL TOWER_FOLDER OUT
 
 All questions on a picture share its prefix: one sequence holds the prefix once and the
 conversations behind it, each of which sees the prefix and itself only, at the positions it would
@@ -10,8 +10,7 @@ have alone. Logits are those of the plain sequences (tests/test_shapes.py compar
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 
@@ -23,22 +22,24 @@ from torch.nn import functional as F  # noqa: N812
 from llava_hvp.shapes.questions import TASKS
 from llava_hvp.shapes.scenes import Scene
 from llava_hvp.testing.tokenizers import write_llama_tokenizer
-from training.journal import Journal
 from training.llama import HIDDEN, Language
-from training.models import Masters, Vision, learning_rate
+from training.loop import add_options, batches, train
+from training.models import Masters, Vision
 from training.pool import GRID, PATCHES, open_pool, plan
 from training.prompts import VOCABULARY, Prompts, Segment, pack, tokenizer_text
 from training.tower import HEADS, INNER, LAYERS, WIDTH, normalise
+from training.tower import STATE as TOWER_STATE
 
 LANGUAGE = {"width": 192, "heads": 4, "inner": 512, "layers": 5}
 MAX_LENGTH = 2048
+STATE = "language.pt"
 Forward = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def load_tower(path: Path) -> Vision:
-    """The tower out of a state that `training.tower` saved, in bfloat16."""
+def load_tower(folder: Path) -> Vision:
+    """The tower that `training.tower` saved there, in bfloat16."""
     tower = Vision(WIDTH, HEADS, INNER, LAYERS, GRID)
-    state = torch.load(path)
+    state = torch.load(folder / TOWER_STATE)
     own = {k.removeprefix("vision."): v for k, v in state.items() if k.startswith("vision.")}
     tower.load_state_dict(own)
     return tower.bfloat16().requires_grad_(False)
@@ -137,10 +138,23 @@ def answer_logits(
     return logits, targets[wanted], wanted
 
 
+def answer_loss(
+    model: Language,
+    batch: dict[str, Tensor],
+    turns: list[tuple[str, int, int]],
+    picture: Tensor,
+    forward: Forward,
+) -> tuple[Tensor, dict[str, float]]:
+    """The loss, and by task the share of right answers; of what `Asker.batch` gave."""
+    logits, targets, wanted = answer_logits(model, batch, picture, forward)
+    loss = F.cross_entropy(logits.float(), targets)
+    return loss, right_by_task(logits.argmax(-1) == targets, wanted, turns)
+
+
 def right_by_task(
     hits: Tensor, wanted: Tensor, turns: list[tuple[str, int, int]]
 ) -> dict[str, float]:
-    """Share of answers of which every token, </s> too, is the likeliest one."""
+    """Share of answers of which every token, </s> too, is the likeliest; NaN for none."""
     wrong = set(wanted[~hits].tolist())
     totals: dict[str, list[int]] = {task: [] for task in TASKS}
     for task, first, last in turns:
@@ -148,64 +162,45 @@ def right_by_task(
     return {task: sum(v) / len(v) if v else float("nan") for task, v in totals.items()}
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Train projector and language model.")
     parser.add_argument("pool", type=Path)
     parser.add_argument("tower", type=Path, help="what training.tower wrote")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--minutes", type=float, default=30, help="of CPU time")
-    parser.add_argument("--batch", type=int, default=16, help="pictures")
-    parser.add_argument("--room", type=int, default=176, help="tokens of conversations a picture")
-    parser.add_argument("--rate", type=float, default=1.2e-3)
-    parser.add_argument("--jitter", type=float, default=0.4, help="share of moved positions")
-    parser.add_argument("--start", type=Path, help="a state to go on from")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    add_asker_options(parser)
+    add_options(parser, minutes=36, batch=16, rate=1.2e-3)
+    options = parser.parse_args(arguments)
     torch.manual_seed(options.seed)
-    draw = np.random.RandomState(options.seed + 1)
     options.out.mkdir(parents=True, exist_ok=True)
     write_llama_tokenizer(
         options.out, model_max_length=MAX_LENGTH, text=tokenizer_text(), vocab_size=VOCABULARY
     )
     asker = Asker(Prompts(options.out), options.room, options.jitter, options.seed)
-    tower = load_tower(options.tower / "tower.pt")
+    tower = load_tower(options.tower)
     model = Language(VOCABULARY, WIDTH, **LANGUAGE)
-    if options.start:
-        model.load_state_dict(torch.load(options.start))
     masters = Masters(model)
-    journal = Journal(options.out / "language.csv", options)
     forward = torch.compile(model, dynamic=False)
     see = torch.compile(tower.features, dynamic=False)
     pool = open_pool(options.pool)
-    whole = np.flatnonzero(pool["whole"])
-    rows_left: list[np.ndarray] = []
-    step, begun = 0, time.process_time()
-    saved = begun
-    while (done := (time.process_time() - begun) / 60 / options.minutes) < 1:
-        if not rows_left:
-            order = draw.permutation(whole)
-            rows_left = np.split(
-                order[: len(order) // options.batch * options.batch], len(order) // options.batch
-            )
-        rows = np.sort(rows_left.pop())
+    drawn = batches(
+        np.flatnonzero(pool["whole"]), options.batch, np.random.RandomState(options.seed + 1)
+    )
+
+    def step(done: float) -> tuple[Tensor, int, dict[str, float]]:
+        rows = next(drawn)
         with torch.no_grad():
             features = see(normalise(pool["pixels"][rows]))
         scenes = [plan(int(seed))[0] for seed in pool["seed"][rows]]
         batch, turns = asker.batch(scenes, [PATCHES] * len(scenes), PATCHES)
-        picture = model.picture(features)
-        logits, targets, wanted = answer_logits(model, batch, picture, forward)
-        loss = F.cross_entropy(logits.float(), targets)
-        loss.backward()
-        norm = masters.step(learning_rate(done, options.rate))
-        step += 1
-        right = right_by_task(logits.argmax(-1) == targets, wanted, turns)
-        known = {task: value for task, value in right.items() if value == value}
-        journal.add(step, step * options.batch, {"loss": loss.item(), "norm": norm, **known})
-        if time.process_time() - saved > 120:
-            saved = time.process_time()
-            torch.save(masters.state(), options.out / "language.pt")
-    torch.save(masters.state(), options.out / "language.pt")
-    print("done", flush=True)
+        loss, right = answer_loss(model, batch, turns, model.picture(features), forward)
+        return loss, len(rows), right
+
+    train(options, "language.csv", STATE, masters, step)
+
+
+def add_asker_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--room", type=int, default=176, help="tokens of conversations a picture")
+    parser.add_argument("--jitter", type=float, default=0.4, help="share of moved positions")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """Stage 1: the vision tower and its text encoder, on what covers each patch and on captions.
 
-python -m training.tower POOL OUT --minutes 30 --easy EASY_POOL
+python -m training.tower POOL OUT --easy EASY_POOL --text TEXT_POOL
 """
 
 from __future__ import annotations
 
 import argparse
-import time
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 
@@ -17,11 +18,12 @@ from torch.nn import functional as F  # noqa: N812
 
 from llava_hvp.testing.tokenizers import write_clip_tokenizer
 from training.captions import Vocabulary, caption, class_prompts, word_list
-from training.journal import Journal
-from training.models import Masters, Text, Vision, learning_rate
+from training.loop import add_options, batches, train
+from training.models import Masters, Text, Vision
 from training.pool import GRID, IGNORE, MAX_DIGITS, NAMES, PATCHES, TEXT, open_pool
 
 WIDTH, HEADS, INNER, LAYERS = 128, 4, 512, 12
+STATE = "tower.pt"
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).repeat_interleave(196) * 255
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).repeat_interleave(196) * 255
 # Columns of the patch head.
@@ -168,78 +170,47 @@ def scene_captions(pool: dict[str, np.ndarray], rows: np.ndarray, random: Random
     return texts
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Train the vision tower.")
     parser.add_argument("pool", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--easy", type=Path, help="a pool to begin with")
-    parser.add_argument("--text", type=Path, help="a pool for a quarter of each batch")
+    parser.add_argument("--easy", type=Path, required=True, help="a pool to begin with")
+    parser.add_argument("--text", type=Path, required=True, help="a pool for a quarter of a batch")
     parser.add_argument("--easy-steps", type=int, default=250)
-    parser.add_argument("--minutes", type=float, default=30, help="of CPU time")
-    parser.add_argument("--batch", type=int, default=96)
-    parser.add_argument("--rate", type=float, default=1.5e-3)
     parser.add_argument("--share", type=float, default=0.65, help="of the patches, at first")
     parser.add_argument("--all-patches", type=float, default=0.7, help="from this share of time")
-    parser.add_argument("--start", type=Path, help="a state to go on from")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    add_options(parser, minutes=40, batch=96, rate=1.5e-3)
+    options = parser.parse_args(arguments)
     torch.manual_seed(options.seed)
     random, draw = Random(options.seed), np.random.RandomState(options.seed)
     options.out.mkdir(parents=True, exist_ok=True)
     size = write_clip_tokenizer(options.out, text=word_list())
     vocabulary = Vocabulary(options.out)
     model = Supervised(size)
-    if options.start:
-        model.load_state_dict(torch.load(options.start), strict=False)
     masters = Masters(model)
-    journal = Journal(options.out / "tower.csv", options)
     image = torch.compile(model.image, dynamic=False)
-    hard = open_pool(options.pool)
-    easy = open_pool(options.easy) if options.easy else hard
-    written = open_pool(options.text) if options.text else None
-    rows_left: list[np.ndarray] = []
-    step, begun = 0, time.process_time()
-    saved = begun
-    while (done := (time.process_time() - begun) / 60 / options.minutes) < 1:
-        pool = easy if step < options.easy_steps and options.easy else hard
-        if pool is easy:
-            rows = np.sort(draw.choice(len(pool["seed"]), options.batch, replace=False))
-        else:
-            if not rows_left:
-                # Rows that are not drawn yet have no label; see `filled`.
-                order = draw.permutation(filled(pool))
-                rows_left = np.array_split(order, len(order) // options.batch)
-            rows = np.sort(rows_left.pop()[: options.batch])
-            if len(rows) < options.batch:
-                continue
+    sizes = {"easy": options.batch, "pool": options.batch, "text": options.batch // 3}
+    pools = {name: open_pool(vars(options)[name]) for name in sizes}
+    drawn = {
+        name: batches(np.arange(len(pools[name]["seed"])), size, draw)
+        for name, size in sizes.items()
+    }
+    numbers = itertools.count()
+
+    def step(done: float) -> tuple[Tensor, int, dict[str, float]]:
         share = options.share if done < options.all_patches else 1.0
-        batch = read(pool, rows, share)
-        texts = scene_captions(pool, rows, random)
-        if written:
-            more = np.sort(draw.choice(len(written["seed"]), options.batch // 3, replace=False))
-            other = read(written, more, share)
-            batch = {name: torch.cat((value, other[name])) for name, value in batch.items()}
-            texts += scene_captions(written, more, random)
+        now = ("easy" if next(numbers) < options.easy_steps else "pool", "text")
+        parts = [(pools[name], next(drawn[name])) for name in now]
+        tensors = [read(pool, rows, share) for pool, rows in parts]
+        batch = {name: torch.cat([part[name] for part in tensors]) for name in tensors[0]}
+        texts = [text for pool, rows in parts for text in scene_captions(pool, rows, random)]
         captions = model.text(*vocabulary.encode(texts))
         prompts = model.text(*vocabulary.encode(class_prompts(random)))
         outputs = image(batch["pixels"], batch.get("keep"))
         loss, measures = losses(model, batch, outputs, (captions, prompts))
-        loss.backward()
-        norm = masters.step(learning_rate(done, options.rate))
-        step += 1
-        journal.add(step, step * options.batch, {"loss": loss.item(), "norm": norm, **measures})
-        if time.process_time() - saved > 120:
-            saved = time.process_time()
-            torch.save(masters.state(), options.out / "tower.pt")
-    torch.save(masters.state(), options.out / "tower.pt")
-    print("done", flush=True)
+        return loss, len(texts), measures
 
-
-def filled(pool: dict[str, np.ndarray]) -> int:
-    """How many rows are drawn: the drawing may still be under way."""
-    seeds = pool["seed"]
-    empty = np.flatnonzero(np.asarray(seeds[1:]) == 0)
-    return int(empty[0]) + 1 if len(empty) else len(seeds)
+    train(options, "tower.csv", STATE, masters, step)
 
 
 if __name__ == "__main__":

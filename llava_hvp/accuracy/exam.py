@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from llava_hvp.bench.applied import applied
 from llava_hvp.bench.variants import Variant
 from llava_hvp.shapes.drawing import draw
 from llava_hvp.shapes.questions import Question, is_right
@@ -91,7 +91,10 @@ def _answer(
     images: Any,
     mark: Marks,
 ) -> list[str]:
-    with _applied(mark.variant, opened, text) as pruning, torch.inference_mode():
+    put_on = applied(
+        mark.variant, opened.model, opened.dtype, tokenizer=opened.tokenizer, clip_text=text
+    )
+    with put_on as pruning, torch.inference_mode():
         started = time.perf_counter()
         output = opened.model.generate(
             sheet.ids,
@@ -108,21 +111,6 @@ def _answer(
     return [
         text.strip() for text in opened.tokenizer.batch_decode(output, skip_special_tokens=True)
     ]
-
-
-@contextlib.contextmanager
-def _applied(variant: Variant, opened: Any, text: Any) -> Iterator[Any]:
-    """The pruning, or None; every image is encoded, though it came before."""
-    from llava_hvp.host.pruning import attach
-
-    if variant.method is None:
-        yield None
-        return
-    with attach(
-        opened.model, variant.method, tokenizer=opened.tokenizer, clip_text=text
-    ) as pruning:
-        pruning.reuse = False
-        yield pruning
 
 
 def _text_of(model: Any, variants: Sequence[Variant]) -> Any:

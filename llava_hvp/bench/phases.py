@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from llava_hvp.bench.attentions import all_attentions
+from llava_hvp.bench.applied import applied
 from llava_hvp.bench.clock import Clock
 from llava_hvp.bench.geometry import Vision
 from llava_hvp.bench.variants import Variant
@@ -39,23 +39,15 @@ class Bench:
         self.model, self.vision, self.work, self.clock = model, vision, work, clock
         self.tokenizer, self.clip_text = tokenizer, clip_text
 
-    @contextlib.contextmanager
-    def applied(self, variant: Variant) -> Iterator[Any]:
-        """The pruning, or None for stock. Every image is encoded, though it came before."""
-        if variant.method is None:
-            yield None
-            return
-        from llava_hvp.host.pruning import attach
-
-        with attach(
-            self.model, variant.method, tokenizer=self.tokenizer, clip_text=self.clip_text
-        ) as pruning:
-            pruning.reuse = False
-            tower = self.model.get_vision_tower()
-            if variant.method.tower_dtype == "model":
-                tower.take_dtype(self.work.dtype)  # once a model, so not a part of any phase
-            with all_attentions(tower) if variant.all_attentions else contextlib.nullcontext():
-                yield pruning
+    def applied(self, variant: Variant) -> contextlib.AbstractContextManager[Any]:
+        """The pruning, or None for stock."""
+        return applied(
+            variant,
+            self.model,
+            self.work.dtype,
+            tokenizer=self.tokenizer,
+            clip_text=self.clip_text,
+        )
 
     @torch.inference_mode()
     def prepare(self) -> dict[str, Any]:

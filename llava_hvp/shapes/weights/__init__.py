@@ -10,14 +10,17 @@ from llava_hvp.errors import OptionError
 
 CHECKPOINTS = ("llava-shapes", "llava-shapes-next")
 TOWER = "vision-tower"  # one CLIP for all of them
+SHIPPED = Path(__file__).parent
 
 
-def list_checkpoints() -> list[str]:
-    """Names of the checkpoints that are here."""
-    return [name for name in CHECKPOINTS if (Path(__file__).parent / name).is_dir()]
+def list_checkpoints(source: str | Path = SHIPPED) -> list[str]:
+    """Names of the checkpoints that are there."""
+    return [name for name in CHECKPOINTS if (Path(source) / name).is_dir()]
 
 
-def checkpoint(folder: str | Path, name: str = CHECKPOINTS[0]) -> Path:
+def checkpoint(
+    folder: str | Path, name: str = CHECKPOINTS[0], source: str | Path = SHIPPED
+) -> Path:
     """Write a checkpoint to `folder`/`name`, its vision tower inside; return that path.
 
     LLaVA's config names the vision tower by its absolute path, so the copy must not be moved: call
@@ -27,18 +30,21 @@ def checkpoint(folder: str | Path, name: str = CHECKPOINTS[0]) -> Path:
     ----------
     name
         ``"llava-shapes"`` (LLaVA-1.5) or ``"llava-shapes-next"`` (AnyRes).
+    source
+        Where `python -m training OUT --to SOURCE` wrote them; those of this package without.
 
     Raises
     ------
     OptionError
         If there is no checkpoint of that name.
     """
-    source = Path(__file__).parent
-    if name not in list_checkpoints():
-        raise OptionError(f"no checkpoint {name!r}: give one of {', '.join(list_checkpoints())}")
+    if name not in (known := list_checkpoints(source)):
+        raise OptionError(
+            f"no checkpoint {name!r} in {source}: there is {', '.join(known) or None}"
+        )
     target = Path(folder).resolve() / name
-    shutil.copytree(source / name, target, dirs_exist_ok=True)
-    shutil.copytree(source / TOWER, target / TOWER, dirs_exist_ok=True)
+    shutil.copytree(Path(source) / name, target, dirs_exist_ok=True)
+    shutil.copytree(Path(source) / TOWER, target / TOWER, dirs_exist_ok=True)
     path = target / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config["mm_vision_tower"] = str(target / TOWER)
