@@ -217,10 +217,11 @@ def test_packed_questions_give_the_logits_of_plain_ones(tmp_path):
     picture = model.picture(torch.randn(2, 144, language.WIDTH))
     packed, wanted, _ = language.answer_logits(model, batch, picture)
     asker.random.setstate(state)
+    template = asker.template()
     done = 0
     for row, scene in enumerate(scenes):
         shown = picture[row, : (144, 100)[row]]
-        for segment in asker.prompts.segments(scene, asker.random, 170):
+        for segment in asker.prompts.segments(scene, asker.random, 170, template):
             prefix = model.token[batch["prefix"]]
             x = torch.cat((prefix, shown, model.token[torch.tensor(segment.ids)]))[None]
             length = x.shape[1]

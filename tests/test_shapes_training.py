@@ -9,10 +9,12 @@ import torch
 from llava_hvp.host.opening import open_checkpoint
 from llava_hvp.shapes import CHECKPOINTS, checkpoint
 from llava_hvp.shapes.drawing import draw
+from llava_hvp.shapes.questions import held_out
+from llava_hvp.shapes.scenes import make_scene
 
 loop = pytest.importorskip("training.loop", reason="only in a checkout")
 
-from training import anyres, export, language, pool, tower  # noqa: E402
+from training import anyres, export, language, pool, prompts, tower  # noqa: E402
 
 POOLS = {
     "easy": {"first": 500_000_000, "easy": True},
@@ -127,3 +129,34 @@ def test_llava_computes_the_logits_of_training(exported):
 def test_fewer_pictures_than_a_batch_are_refused(trained):
     with pytest.raises(SystemExit, match="48 pictures"):
         next(loop.batches(np.arange(48), 64, np.random.RandomState(0)))
+
+
+@pytest.mark.parametrize("mode", prompts.TEMPLATES)
+def test_a_conversation_is_tokenised_as_llava_does(trained, tmp_path, mode):
+    from llava.conversation import conv_templates
+    from llava.mm_utils import tokenizer_image_token
+
+    opened = open_checkpoint(str(checkpoint(tmp_path, source=trained / "weights")), "cpu")
+    template, _ = prompts.TEMPLATES[mode]
+    maker = prompts.Prompts(trained / "language")
+    questions = [question for _, question in held_out(8)]
+    for asked in (questions[:1], questions[1:3], questions[3:6]):
+        conversation = conv_templates[mode].copy()
+        for number, question in enumerate(asked):
+            mark = "" if number else "<image>\n"
+            conversation.append_message(conversation.roles[0], mark + question.text)
+            # As the chat keeps it: with what the model said at its end, where nothing else says so.
+            end = "" if conversation.sep2 else "</s>"
+            said = None if question is asked[-1] else question.answer + end
+            conversation.append_message(conversation.roles[1], said)
+        ids = tokenizer_image_token(conversation.get_prompt(), opened.tokenizer)
+        mine = maker.segment(asked, template).ids
+        answer = len(maker.turn(asked[-1], True, template)[1])
+        assert [*maker.prefix(template), -200, *mine[:-answer]] == ids
+
+
+def test_every_template_is_asked_in(trained):
+    asker = language.Asker(prompts.Prompts(trained / "language"), 170, 0.0, 0)
+    batches = [asker.batch([make_scene(1)], [4], 4)[0] for _ in range(40)]
+    starts = {tuple(batch["prefix"].tolist()) for batch in batches}
+    assert len(starts) == len(prompts.TEMPLATES)

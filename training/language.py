@@ -26,7 +26,15 @@ from training.llama import HIDDEN, Language
 from training.loop import add_options, batches, train
 from training.models import Masters, Vision
 from training.pool import GRID, PATCHES, open_pool, plan
-from training.prompts import VOCABULARY, Prompts, Segment, pack, tokenizer_text
+from training.prompts import (
+    TEMPLATES,
+    VOCABULARY,
+    Prompts,
+    Segment,
+    Template,
+    pack,
+    tokenizer_text,
+)
 from training.tower import HEADS, INNER, LAYERS, WIDTH, normalise
 from training.tower import STATE as TOWER_STATE
 
@@ -92,14 +100,22 @@ class Asker:
         self.prompts, self.room, self.jitter = prompts, room, jitter
         self.random, self.numbers = Random(seed), np.random.RandomState(seed)
 
+    def template(self) -> Template:
+        """Drawn for a batch."""
+        templates, weights = zip(*TEMPLATES.values(), strict=True)
+        drawn: Template = self.random.choices(templates, weights)[0]
+        return drawn
+
     def batch(
         self, scenes: list[Scene], counts: list[int], tokens: int
     ) -> tuple[dict[str, Tensor], list[tuple[str, int, int]]]:
-        """For pictures of so many tokens each (`counts`), filled up to `tokens`."""
-        segments = [self.prompts.segments(s, self.random, self.room) for s in scenes]
+        """For pictures of so many tokens each (`counts`), filled up to `tokens`; one template."""
+        template = self.template()
+        prefix = self.prompts.prefix(template)
+        segments = [self.prompts.segments(s, self.random, self.room, template) for s in scenes]
         packed = [pack(mine, self.room) for mine in segments]
         ids, targets, owners, steps = (np.stack(parts) for parts in zip(*packed, strict=True))
-        text = len(self.prompts.prefix)
+        text = len(prefix)
         start = text + tokens
         positions = np.zeros((len(scenes), start + self.room), np.int64)
         for row, count in enumerate(counts):
@@ -108,7 +124,7 @@ class Asker:
             positions[row, text : text + count] = text + inside[:-1]
             positions[row, start:] = text + inside[-1] + steps[row]
         batch = {
-            "prefix": torch.tensor(self.prompts.prefix),
+            "prefix": torch.tensor(prefix),
             "ids": torch.from_numpy(ids),
             "targets": torch.from_numpy(targets),
             "positions": torch.from_numpy(positions),

@@ -1,4 +1,4 @@
-"""Questions as token ids in LLaVA's `vicuna_v1` conversation, packed behind one picture."""
+"""Questions as token ids in LLaVA's conversation templates, packed behind one picture."""
 
 from __future__ import annotations
 
@@ -13,9 +13,31 @@ from llava_hvp.shapes.questions import SUFFIX, TASKS, WORDINGS, Question, questi
 from llava_hvp.shapes.scenes import COLOURS, PLACES, SHAPES, Scene
 
 SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+    "A chat between a curious {person} and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the {person}'s questions."
 )
+
+
+@dataclass(frozen=True)
+class Template:
+    """One of LLaVA's: what comes before the picture, before a later question, after a question."""
+
+    start: str
+    later: str
+    answer: str
+
+
+def _template(person: str, asks: str, answers: str) -> Template:
+    return Template(SYSTEM.format(person=person) + asks, asks.lstrip(), answers)
+
+
+# With how many of ten batches use it. vicuna_v1 is what we evaluate with; llava_v1 is what LLaVA's
+# eval modules take by default, llava_v0 what its chat takes for a name without "v1" in it.
+TEMPLATES = {
+    "vicuna_v1": (_template("user", " USER: ", " ASSISTANT:"), 6),
+    "llava_v1": (_template("human", " USER: ", " ASSISTANT:"), 2),
+    "llava_v0": (_template("human", "###Human: ", "###Assistant:"), 2),
+}
 BOS, EOS = 1, 2
 # How many questions of a task a picture is asked at most.
 MOST = {"existence": 4, "count": 2, "colour": 1, "place": 2, "left": 3, "digits": 1}
@@ -24,14 +46,17 @@ VOCABULARY = 640
 
 def tokenizer_text() -> str:
     """What the pieces are learned from: system text, roles, all questions and answers."""
-    lines = [SYSTEM, "USER: ASSISTANT: Yes ASSISTANT: No", SUFFIX.strip()] * 4
+    lines = [template.start for template, _ in TEMPLATES.values()] * 3
+    lines += ["USER: ASSISTANT: Yes ASSISTANT: No", SUFFIX.strip()] * 4
     names = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
     for number, name in enumerate(names):
         for wordings in WORDINGS.values():
             for wording in wordings:
                 what = name if "{what}s" not in wording else name.split()[1]
-                lines.append(f"USER: {wording.format(a='a', what=what)} ASSISTANT:")
+                asked = wording.format(a="a", what=what)
+                lines.append(f"USER: {asked} ASSISTANT:")
                 lines.append(lines[-1].lower())
+                lines.append(f"###Human: {asked}###Assistant:")
         article = "an" if name[0] == "o" else "a"
         lines.append(
             f"{article} {name} {name.capitalize()} {name.split()[0].capitalize()} {number}"
@@ -55,31 +80,38 @@ class Segment:
 
 
 class Prompts:
-    """prefix : what comes before the picture"""
+    """Token ids by the tokenizer in a folder."""
 
     def __init__(self, folder: Path) -> None:
         self.pieces = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-        self.prefix = [BOS, *self.pieces.encode(f"{SYSTEM} USER: ")]
         self.cache: dict[str, list[int]] = {}
 
-    def turn(self, question: Question, first: bool) -> tuple[list[int], list[int]]:
+    def prefix(self, template: Template) -> list[int]:
+        """What comes before the picture."""
+        return [BOS, *self._encode(template.start)]
+
+    def turn(
+        self, question: Question, first: bool, template: Template
+    ) -> tuple[list[int], list[int]]:
         """Ids of the question, ids of the answer with its </s>."""
-        start = "\n" if first else "USER: "
-        asked = self._encode(f"{start}{question.text} ASSISTANT:")
+        start = "\n" if first else template.later
+        asked = self._encode(f"{start}{question.text}{template.answer}")
         answer = self._encode(question.answer)
         return asked, [*answer, EOS]
 
-    def segment(self, questions: list[Question]) -> Segment:
+    def segment(self, questions: list[Question], template: Template) -> Segment:
         segment = Segment([], [], [])
         for number, question in enumerate(questions):
-            asked, answer = self.turn(question, number == 0)
+            asked, answer = self.turn(question, number == 0, template)
             segment.ids += asked + answer
             segment.targets += [-100] * (len(asked) - 1) + answer + [-100]
             end = len(segment.targets) - 2
             segment.turns.append((question.task, end - len(answer) + 1, end))
         return segment
 
-    def segments(self, scene: Scene, random: Random, room: int) -> list[Segment]:
+    def segments(
+        self, scene: Scene, random: Random, room: int, template: Template
+    ) -> list[Segment]:
         """Segments of at most `room` tokens in all, one in five of two or three turns."""
         asked = [
             reword(question, random)
@@ -90,7 +122,7 @@ class Prompts:
         segments: list[Segment] = []
         while asked:
             turns = random.choice((2, 3)) if random.random() < 0.15 else 1
-            segment = self.segment(asked[:turns])
+            segment = self.segment(asked[:turns], template)
             asked = asked[turns:]
             if len(segment.ids) <= room:
                 segments.append(segment)

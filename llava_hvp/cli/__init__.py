@@ -15,6 +15,7 @@ from llava_hvp.cli import (
     methods,
     reproduce,
     run,
+    shapes,
     show,
     table,
 )
@@ -27,7 +28,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="llava-hvp", description=llava_hvp.__doc__)
     parser.add_argument("--version", action="version", version=llava_hvp.__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (run, show, evaluate, table, reproduce, accuracy, bench, methods, doctor):
+    for command in (
+        run,
+        show,
+        evaluate,
+        table,
+        reproduce,
+        shapes,
+        accuracy,
+        bench,
+        methods,
+        doctor,
+    ):
         command.add(commands)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     end = arguments.index("--") if "--" in arguments else len(arguments)

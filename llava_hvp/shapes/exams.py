@@ -22,6 +22,11 @@ EXAMS = {
 }
 
 
+def exam_for(checkpoint: str) -> str:
+    """The exam that a checkpoint of this name was trained for."""
+    return "detail" if "next" in checkpoint else "plain"
+
+
 def exam(name: str, count: int) -> Iterator[tuple[Scene, Question]]:
     """`count` held-out questions, shared evenly by the exam's kinds of picture.
 

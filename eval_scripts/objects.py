@@ -1,0 +1,156 @@
+"""What the methods keep of things, digits and background, and what the tower attends to.
+
+    python eval_scripts/objects.py [--pictures 300] [--out FILE.md]
+
+On held-out pictures of llava-shapes, where it is known what covers each patch: the why behind
+`llava-hvp accuracy`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from tabulate import tabulate
+from torch import Tensor
+
+from llava_hvp import get_method, list_methods
+from llava_hvp.bench.machine import versions
+from llava_hvp.host.viewer import Viewer
+from llava_hvp.methods.base import Method
+from llava_hvp.shapes import checkpoint
+from llava_hvp.shapes.drawing import draw
+from llava_hvp.shapes.questions import held_out
+from llava_hvp.shapes.scenes import Scene
+from training.pool import IGNORE, PATCHES, TEXT, View, labels
+
+BUDGETS = (0.5, 0.25, 0.11)
+ENOUGH = 0.25  # of a thing's patches
+
+
+def scenes_of(count: int) -> Iterator[tuple[Scene, str]]:
+    """Different held-out scenes, each with a question on it."""
+    seen: set[Scene] = set()
+    for scene, question in held_out(3 * count):
+        if scene not in seen and len(seen) < count:
+            seen.add(scene)
+            yield scene, question.text
+
+
+def patches_of(scene: Scene) -> tuple[Tensor, list[Tensor]]:
+    """(N,) 0 for background, 1 for a thing, 2 for digits, IGNORE; and (N,) bool for each thing."""
+    view = View(scene, draw(scene), (1, 1), (0, 0), True)
+    cover = torch.from_numpy(labels(view)["cover"].astype(np.int64))
+    kinds = torch.where(cover == TEXT, 2, (cover > 0).long())
+    kinds[cover == IGNORE] = IGNORE
+    things = []
+    for thing in scene.things:
+        alone = View(
+            Scene(scene.width, scene.height, (thing,), None, 0), view.picture, (1, 1), (0, 0), True
+        )
+        mine = torch.from_numpy(labels(alone)["cover"].astype(np.int64))
+        things.append((mine > 0) & (mine != IGNORE))
+    return kinds, things
+
+
+def above(scores: Tensor, mine: Tensor, other: Tensor) -> float:
+    """How often a patch of `mine` scores higher than one of `other`, in percent."""
+    return 100 * float((scores[mine][:, None] > scores[other]).float().mean())
+
+
+def by_layer(viewer: Viewer, scenes: list[Scene]) -> list[dict[str, str]]:
+    """For each layer: how often things and digits receive more attention than background."""
+    sums: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for scene in scenes:
+        kinds, things = patches_of(scene)
+        for layer, received in viewer.received(draw(scene)).items():
+            for name, kind in (("things", 1), ("digits", 2)):
+                if (kinds == kind).any():
+                    sums[layer][name].append(above(received[0], kinds == kind, kinds == 0))
+            best = torch.zeros(PATCHES, dtype=torch.bool)
+            best[received[0].topk(PATCHES // 4).indices] = True
+            sums[layer]["found"] += [100.0 * enough(best, thing) for thing in things if thing.any()]
+    return [
+        {
+            "layer": str(layer),
+            "things above background, %": f"{np.mean(values['things']):.1f}",
+            "digits above background, %": f"{np.mean(values['digits']):.1f}",
+            "things found by the best quarter, %": f"{np.mean(values['found']):.1f}",
+        }
+        for layer, values in sorted(sums.items())
+    ]
+
+
+def enough(kept: Tensor, thing: Tensor) -> bool:
+    return float(kept[thing].float().mean()) >= ENOUGH
+
+
+def by_method(viewer: Viewer, asked: list[tuple[Scene, str]], method: Method) -> dict[str, str]:
+    """What one method keeps of each kind of patch, and whose work that was."""
+    kept: dict[str, list[float]] = defaultdict(list)
+    roles: dict[str, Tensor] = defaultdict(lambda: torch.zeros(3))
+    for scene, text in asked:
+        kinds, things = patches_of(scene)
+        report = viewer.look(method, draw(scene), viewer.prompt(text))
+        keep = report.selection.keep[0].cpu()
+        for name, kind in (("background", 0), ("things", 1), ("digits", 2)):
+            if (kinds == kind).any():
+                kept[name].append(100 * float(keep[kinds == kind].float().mean()))
+        kept["found"] += [100.0 * enough(keep, thing) for thing in things if thing.any()]
+        for role, mask in report.selection.roles.items():
+            roles[role] += torch.stack([(kinds[mask[0].cpu()] == kind).sum() for kind in range(3)])
+    return {
+        "method": method.name,
+        "r_max": f"{method.r_max}",
+        "things found, %": f"{np.mean(kept['found']):.1f}",
+        "of thing patches, %": f"{np.mean(kept['things']):.1f}",
+        "of digit patches, %": f"{np.mean(kept['digits']):.1f}",
+        "of background, %": f"{np.mean(kept['background']):.1f}",
+        "by role: on background / things / digits, a picture": "; ".join(
+            f"{role} " + " / ".join(f"{n / len(asked):.1f}" for n in counts.tolist())
+            for role, counts in roles.items()
+        ),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pictures", type=int, default=300)
+    parser.add_argument("--out", type=Path, help="Markdown, as well as the terminal")
+    found = parser.parse_args()
+    asked = list(scenes_of(found.pictures))
+    with tempfile.TemporaryDirectory(prefix="llava-hvp-") as folder:
+        viewer = Viewer.load(str(checkpoint(folder)), None, "cpu", bits=None)
+        layers = by_layer(viewer, [scene for scene, _ in asked])
+        methods = [
+            by_method(viewer, asked, get_method(name, r_max=r_max))
+            for name in list_methods()
+            for r_max in BUDGETS
+        ]
+    command = shlex.join(["python", "eval_scripts/objects.py", *sys.argv[1:]])
+    text = "\n\n".join(
+        (
+            f"    {command}",
+            f"{versions()}; llava-shapes, {len(asked)} held-out pictures.",
+            "Received attention, layer by layer: how often a patch of a thing, or of the number, "
+            "receives more than a patch of the background of its picture (50 would be chance), and "
+            f"of how many things the best quarter of all patches holds at least {ENOUGH:.0%}.",
+            tabulate(layers, headers="keys", tablefmt="github", disable_numparse=True),
+            f"What is kept. A thing is found if at least {ENOUGH:.0%} of its patches are kept.",
+            tabulate(methods, headers="keys", tablefmt="github", disable_numparse=True),
+        )
+    )
+    print(text)
+    if found.out:
+        found.out.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

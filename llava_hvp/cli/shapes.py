@@ -1,0 +1,78 @@
+"""`llava-hvp shapes`: the trained checkpoints that come along, with pictures and questions."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from llava_hvp.cli.arguments import need
+from llava_hvp.errors import OptionError
+from llava_hvp.record import write_whole
+from llava_hvp.shapes import checkpoint, list_checkpoints
+from llava_hvp.shapes.exams import exam, exam_for
+from llava_hvp.shapes.questions import Question
+from llava_hvp.shapes.scenes import Scene
+from llava_hvp.stderr import say
+
+
+def add(commands: Any) -> None:
+    """Add the subcommand."""
+    parser = commands.add_parser(
+        "shapes",
+        help="write a small trained LLaVA that is shipped, with pictures and questions",
+        allow_abbrev=False,
+    )
+    parser.add_argument("folder", type=Path, help="where to; one that may be there already")
+    parser.add_argument(
+        "--model", choices=list_checkpoints(), action="append", help="all of them by default"
+    )
+    parser.add_argument("--questions", type=int, default=24, help="for each model, 24 by default")
+    parser.set_defaults(main=main)
+
+
+def main(found: argparse.Namespace) -> int:
+    """Write, and say what to type next; the exit code."""
+    need("testing", "PIL", "numpy")
+    if found.questions < 1:
+        raise OptionError(f"--questions {found.questions}: give at least 1")
+    for name in found.model or list_checkpoints():
+        try:
+            path = checkpoint(found.folder, name)
+            pictures = write_exam(path, exam(exam_for(name), found.questions))
+        except OSError as error:
+            raise OptionError(f"{found.folder}: cannot be written: {error}") from error
+        say(
+            f"wrote {path} with {pictures} pictures; to try it:\n"
+            f"  python -m llava.serve.cli --model-path {path} "
+            f"--image-file {path}/pictures/1.png --device cpu --prune-method hivtp"
+        )
+    return 0
+
+
+def write_exam(folder: Path, asked: Iterable[tuple[Scene, Question]]) -> int:
+    """Write pictures and questions.jsonl as LLaVA's eval modules read them; how many pictures.
+
+    The field `answer` has what is right.
+    """
+    from llava_hvp.shapes.drawing import draw
+
+    (folder / "pictures").mkdir(exist_ok=True)
+    names: dict[Scene, str] = {}
+    lines = []
+    for number, (scene, question) in enumerate(asked, start=1):
+        if scene not in names:
+            names[scene] = f"{len(names) + 1}.png"
+            draw(scene).save(folder / "pictures" / names[scene])
+        line = {
+            "question_id": number,
+            "image": names[scene],
+            "text": question.text,
+            "category": question.task,
+            "answer": question.answer,
+        }
+        lines.append(json.dumps(line) + "\n")
+    write_whole(folder / "questions.jsonl", "".join(lines).encode())
+    return len(names)
