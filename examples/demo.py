@@ -1,9 +1,9 @@
 """The main job, end to end: stock loader, a picture, questions, every method at five budgets.
 
-First the trained `llava-shapes` that comes along: its answers unpruned and pruned, what was kept,
-how long the first token took, and the kept patches drawn over the picture. Then LLaVA-NeXT on a
-real photo, with random weights: those answers mean nothing, the counts and the plumbing are real.
-Then two of LLaVA's own commands with our flags: an eval script and a chat.
+With the trained LLaVAs that come along, `llava-shapes` (LLaVA-1.5) and `llava-shapes-next`
+(LLaVA-NeXT): their answers unpruned and pruned, what was kept, how long the first token took, and
+the kept patches drawn over the picture. Then two of LLaVA's own commands with our flags: an eval
+script and a chat.
 """
 
 from __future__ import annotations
@@ -18,53 +18,53 @@ import time
 from pathlib import Path
 from typing import Any
 
-import skimage
 from PIL import Image
 
 from llava_hvp import Method, get_method, list_methods, prune
 from llava_hvp.report import ImageReport
 from llava_hvp.shapes import checkpoint
-from llava_hvp.testing import make_checkpoint
 
-PHOTO = Path(skimage.__file__).parent / "data" / "coffee.png"
-SHAPES = Path(__file__).parent.parent / "docs" / "shapes.png"
+DOCS = Path(__file__).parent.parent / "docs"
 BUDGETS = (0.75, 0.5, 0.4, 0.25, 0.11)
-# Questions about the shapes with what is right.
-ASKED = {
-    "What colour is the square?": "Orange",
-    "Where is the green triangle?": "Top",
-    "What is to the left of the green triangle?": "Orange square",
-    "Which digits are written?": "612",
+# For each checkpoint a picture, and questions about it with what is right.
+SHOWN = {
+    "llava-shapes": (
+        DOCS / "shapes.png",
+        {
+            "What colour is the square?": "Orange",
+            "Where is the green triangle?": "Top",
+            "What is to the left of the green triangle?": "Orange square",
+            "Which digits are written?": "612",
+        },
+    ),
+    "llava-shapes-next": (
+        DOCS / "details.png",
+        {
+            "What colour is the square?": "Orange",
+        },
+    ),
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--photo", type=Path, default=PHOTO, help="for LLaVA-NeXT")
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder of the pictures")
     parser.add_argument("--rounds", type=int, default=2, help="timed runs of each row")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        shapes = checkpoint(folder)
-        run(shapes, SHAPES, ASKED, arguments.out, arguments.rounds)
-        # A language model large enough for its share of the time to show.
-        tiny = make_checkpoint(
-            Path(folder) / "llava-next-tiny", version="next", layers=6, hidden_size=256
-        )
-        run(tiny, arguments.photo, {"What is it?": ""}, arguments.out, arguments.rounds)
-        type_commands(shapes, SHAPES)
+        for name, (picture, asked) in SHOWN.items():
+            run(checkpoint(folder, name), picture, asked, arguments.out, arguments.rounds)
+        type_commands(Path(folder) / "llava-shapes", SHOWN["llava-shapes"][0])
 
 
 def run(path: Path, picture: Path, asked: dict[str, str], out: Path, rounds: int) -> None:
     """Load one checkpoint as LLaVA does, and go through all methods and budgets."""
-    from llava.mm_utils import process_images
-
     from llava_hvp.host.opening import open_checkpoint
 
     opened = open_checkpoint(str(path), "cpu")
     model, photo = opened.model, Image.open(picture).convert("RGB")
-    images = process_images([photo], opened.processor, model.config).float()
+    images = opened.images([photo])
     prompts = [opened.prompt(question)[None] for question in asked]
 
     def generate(ids: Any, tokens: int) -> str:
@@ -86,8 +86,7 @@ def run(path: Path, picture: Path, asked: dict[str, str], out: Path, rounds: int
         said = [generate(ids, 8) for ids in prompts]
         # What is wrong stands in brackets.
         return " | ".join(
-            a if not right or a == right else f"({a})"
-            for a, right in zip(said, asked.values(), strict=True)
+            a if a == right else f"({a})" for a, right in zip(said, asked.values(), strict=True)
         )
 
     def beside_stock(method: Method) -> tuple[float, float, str, ImageReport]:

@@ -1,6 +1,10 @@
 """`llava-hvp accuracy`: marks that are right, and answers that pruning has not spoiled."""
 
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,14 +39,10 @@ def loaded(request, tmp_path_factory):
 
 def alone(loaded, picture, text):
     """The answer to one question by itself, as a chat would ask it."""
-    from llava.mm_utils import process_images
-
-    images = process_images([picture], loaded.processor, loaded.model.config)
-    images = [x.float() for x in images] if isinstance(images, list) else images.float()
     with torch.inference_mode():
         output = loaded.model.generate(
             loaded.prompt(text)[None],
-            images=images,
+            images=loaded.images([picture]),
             image_sizes=[picture.size],
             do_sample=False,
             max_new_tokens=10,
@@ -72,27 +72,63 @@ def test_a_batch_answers_as_one_at_a_time(loaded):
     assert "llava_hvp" not in vars(model.model)
 
 
-def test_pictures_by_another_hand_are_answered(tmp_path):
-    """Plain PIL calls, none of the generator's code."""
-    model = open_checkpoint(str(checkpoint(tmp_path, "llava-shapes")), "cpu")
+def by_another_hand(side):
+    """Plain PIL calls, none of the generator's code; things of 70 x 70 pixels."""
     picture = Image.new("RGB", (336, 336), (225, 222, 210))
     pen = ImageDraw.Draw(picture)
     pen.ellipse((30, 40, 100, 110), fill="red")
     pen.rectangle((220, 45, 290, 115), fill="blue")
     pen.polygon(((160, 220), (120, 295), (200, 295)), fill="green")
-    asked = {
-        "Is there a red circle?": "yes",
-        "Is there a red square?": "no",
-        "Is there a blue square?": "yes",
-        "What colour is the triangle?": "green",
-        "Where is the red circle?": "top left",
-        "Where is the green triangle?": "bottom",
-        "What is to the left of the blue square?": "red circle",
-        "How many circles are there?": "1",
-    }
-    answers = {text: alone(model, picture, text).lower() for text in asked}
-    wrong = {text: answer for text, answer in answers.items() if answer != asked[text]}
-    assert len(wrong) <= 1, wrong
+    return picture.resize((side, side))
+
+
+ASKED = {
+    "Is there a red circle?": "yes",
+    "Is there a red square?": "no",
+    "Is there a blue square?": "yes",
+    "What colour is the triangle?": "green",
+    "Where is the red circle?": "top left",
+    "Where is the green triangle?": "bottom",
+    "What is to the left of the blue square?": "red circle",
+    "How many circles are there?": "1",
+}
+
+
+def wrong_of(answers):
+    """Questions that are not answered rightly."""
+    assert list(answers) == list(ASKED)
+    return {text: said for text, said in answers.items() if said.lower() != ASKED[text]}
+
+
+@pytest.mark.parametrize("side", [168, 336])
+def test_pictures_by_another_hand_are_answered(loaded, side):
+    _, model = loaded
+    answers = {text: alone(model, by_another_hand(side), text) for text in ASKED}
+    assert len(wrong_of(answers)) <= 1, wrong_of(answers)
+
+
+@pytest.mark.parametrize("flags", ["", "--prune-method hivtp --r-max 0.5"])
+@pytest.mark.parametrize("name", list_checkpoints())
+def test_the_chat_answers_in_the_template_that_it_takes_by_itself(name, flags, tmp_path):
+    """LLaVA's chat goes by the checkpoint's name, and takes llava_v0 for these."""
+    by_another_hand(336).save(tmp_path / "picture.png")
+    shell = subprocess.run(
+        [
+            *(sys.executable, "-m", "llava.serve.cli", "--temperature", "0"),
+            *("--model-path", checkpoint(tmp_path, name)),
+            *("--image-file", tmp_path / "picture.png"),
+            *("--device", "cpu", "--max-new-tokens", "10", *flags.split()),
+        ],
+        input="\n".join((*ASKED, "")),
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "LLAVA_HVP_DEVICE": "cpu", "OMP_NUM_THREADS": "1"},
+    )
+    said = re.findall(r"^Human: Assistant: (.*)$", shell.stdout, re.MULTILINE)
+    answers = dict(zip(ASKED, said, strict=True))
+    assert len(wrong_of(answers)) <= 1, wrong_of(answers)
+    assert ("llava-hvp: 1 image" in shell.stderr) == bool(flags)
 
 
 def test_every_question_is_asked_once():

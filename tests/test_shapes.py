@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 from dataclasses import replace
 from random import Random
 
 import pytest
 import torch
+from PIL import Image
 
+from llava_hvp.cli import main
 from llava_hvp.errors import OptionError
-from llava_hvp.shapes import checkpoint
+from llava_hvp.shapes import checkpoint, list_checkpoints
 from llava_hvp.shapes.drawing import draw
+from llava_hvp.shapes.exams import exam, exam_for
 from llava_hvp.shapes.questions import (
     TASKS,
     Question,
@@ -196,6 +201,41 @@ def test_answers_are_compared_without_case_and_full_stop():
 def test_an_unknown_checkpoint_is_refused(tmp_path):
     with pytest.raises(OptionError, match="llava-shapes"):
         checkpoint(tmp_path, "llava-dogs")
+    with pytest.raises(OptionError, match="there is none"):
+        checkpoint(tmp_path, source=tmp_path)
+
+
+def test_the_command_writes_checkpoints_pictures_and_questions(tmp_path, capsys):
+    assert main(["shapes", str(tmp_path / "new"), "--questions", "13"]) == 0
+    told = capsys.readouterr().err
+    for name in list_checkpoints():
+        folder = tmp_path / "new" / name
+        assert f"--model-path {folder} " in told
+        lines = (folder / "questions.jsonl").read_text().splitlines()
+        asked = [json.loads(line) for line in lines]
+        pairs = list(exam(exam_for(name), 13))
+        assert [line["answer"] for line in asked] == [q.answer for _, q in pairs]
+        for line, (scene, question) in zip(asked, pairs, strict=True):
+            assert line["text"] == question.text
+            with Image.open(folder / "pictures" / line["image"]) as picture:
+                assert picture.tobytes() == draw(scene).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [("--questions 0", "--questions 0"), ("--model llava-dogs", "llava-dogs")],
+)
+def test_what_cannot_be_written_is_said(tmp_path, flags, message, capsys):
+    with contextlib.suppress(SystemExit):
+        assert main(["shapes", str(tmp_path / "new"), *flags.split()]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_file_in_the_way_is_said(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["shapes", str(tmp_path / "file")]) == 2
+    assert f"{tmp_path / 'file'}: cannot be written" in capsys.readouterr().err
 
 
 def test_packed_questions_give_the_logits_of_plain_ones(tmp_path):

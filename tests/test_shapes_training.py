@@ -79,13 +79,10 @@ def exported(request, trained, tmp_path_factory):
 
 def picture_tokens(opened, picture):
     """(n, width) what stock LLaVA hands to its language model for one picture."""
-    from llava.mm_utils import process_images
-
-    images = process_images([picture], opened.processor, opened.model.config)
     packed = opened.model.prepare_inputs_labels_for_multimodal(
         torch.tensor([[1, -200, 5]]),
         *(None, None, None, None),
-        [image.float() for image in images],
+        opened.images([picture]),
         [picture.size],
     )[4]
     return packed[0, 1:-1]

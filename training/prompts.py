@@ -112,7 +112,7 @@ class Prompts:
     def segments(
         self, scene: Scene, random: Random, room: int, template: Template
     ) -> list[Segment]:
-        """Segments of at most `room` tokens in all, one in five of two or three turns."""
+        """Segments of at most `room` tokens in all, one in five of several turns."""
         asked = [
             reword(question, random)
             for task in TASKS
@@ -121,7 +121,7 @@ class Prompts:
         random.shuffle(asked)
         segments: list[Segment] = []
         while asked:
-            turns = random.choice((2, 3)) if random.random() < 0.15 else 1
+            turns = random.choice((2, 3, 5)) if random.random() < 0.2 else 1
             segment = self.segment(asked[:turns], template)
             asked = asked[turns:]
             if len(segment.ids) <= room:

@@ -71,7 +71,7 @@ def examine(
     marks = [Marks(variant) for variant in variants]
     text, first_time = _text_of(opened.model, variants), True
     for sheet in _sheets(opened, list(asked), batch):
-        images = _processed(opened, sheet.pictures)
+        images = opened.images(sheet.pictures)
         for mark in marks:
             if first_time:  # the first call of a process is slow
                 _answer(opened, text, sheet, images, Marks(mark.variant))
@@ -136,12 +136,3 @@ def _sheets(opened: Any, asked: list[tuple[Scene, Question]], batch: int) -> Ite
             part = group[start : start + batch]
             ids = torch.stack([ids for ids, _, _ in part])
             yield _Sheet(ids, [picture for _, picture, _ in part], [q for _, _, q in part])
-
-
-def _processed(opened: Any, pictures: list[Any]) -> Any:
-    from llava.mm_utils import process_images
-
-    images = process_images(pictures, opened.processor, opened.model.config)
-    if isinstance(images, list):
-        return [image.to(opened.model.device, opened.dtype) for image in images]
-    return images.to(opened.model.device, opened.dtype)

@@ -66,13 +66,9 @@ def make_workload(
 
     prompt : (L,) int64, with one image token
     """
-    from llava.mm_utils import process_images
+    from llava_hvp.host.pictures import send
 
-    images = process_images(list(pictures), model.get_vision_tower().image_processor, model.config)
-    if isinstance(images, list):
-        images = [image.to(device, dtype) for image in images]
-    else:
-        images = images.to(device, dtype)
+    images = send(pictures, model.get_vision_tower().image_processor, model, dtype)
     ids = prompt.to(device).expand(len(pictures), -1)
     return Workload(ids, images, [picture.size for picture in pictures], new_tokens)
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.conversation import conv_templates
-from llava.mm_utils import get_model_name_from_path, process_images, tokenizer_image_token
+from llava.mm_utils import get_model_name_from_path, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 
 from llava_hvp.errors import OptionError
 from llava_hvp.host import compat
 from llava_hvp.host.measure import Call, measured
+from llava_hvp.host.pictures import send
 from llava_hvp.host.pruning import attach
 from llava_hvp.methods.base import Method
 
@@ -111,11 +111,7 @@ class Checkpoint:
             for question, own in zip(questions, images, strict=True)
         ]
         flat = [image.convert("RGB") for own in images for image in own]
-        pixels: Any = None
-        if flat:
-            pixels = process_images(flat, self.processor, self.model.config)
-            put = functools.partial(torch.Tensor.to, device=self.device, dtype=self.model.dtype)
-            pixels = [put(p) for p in pixels] if isinstance(pixels, list) else put(pixels)
+        pixels = send(flat, self.processor, self.model, self.model.dtype) if flat else None
         inputs, mask = self._pad(ids)
         generate = measured(type(self.model).generate, on_call)
         with torch.inference_mode():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from llava_hvp.errors import LlavaHvpError, OptionError
 from llava_hvp.host import compat
+from llava_hvp.host.pictures import send
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,10 @@ class Opened:
     model: Any
     processor: Any
     dtype: torch.dtype
+
+    def images(self, pictures: Sequence[Any]) -> Tensor | list[Tensor]:
+        """PIL pictures on the model's device, as `host.pictures.send` gives them."""
+        return send(pictures, self.processor, self.model, self.dtype)
 
     def prompt(self, question: str, mode: str | None = None) -> Tensor:
         """(L,) token ids of a question about one image.

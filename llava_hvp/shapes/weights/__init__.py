@@ -40,7 +40,7 @@ def checkpoint(
     """
     if name not in (known := list_checkpoints(source)):
         raise OptionError(
-            f"no checkpoint {name!r} in {source}: there is {', '.join(known) or None}"
+            f"no checkpoint {name!r} in {source}: there is {', '.join(known) or 'none'}"
         )
     target = Path(folder).resolve() / name
     shutil.copytree(Path(source) / name, target, dirs_exist_ok=True)
