@@ -108,8 +108,8 @@ def test_llava_packs_a_picture_as_training_did(exported, trained):
         assert stock.shape == mine.shape
         # The tower ran in bfloat16 there, with an image processor of another resampling here.
         alike = torch.cosine_similarity(stock, mine, dim=-1)
-        assert alike.min() > 0.9, (picture.size, alike.min())
-        assert alike.mean() > 0.99
+        assert alike.min() > 0.999, (picture.size, alike.min())
+        assert alike.mean() > 0.9999
 
 
 @torch.inference_mode()
