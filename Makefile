@@ -1,4 +1,4 @@
-# make demo: set up, and prune a real photo with every method.  make test: all tests, on three
+# make demo: set up, and ask two trained LLaVAs, unpruned and pruned with every method.  make test: all tests, on three
 # releases of transformers, and in lmms-eval.  Set PYTHON to choose the interpreter (3.10 or newer).
 PYTHON ?= python3
 TORCH ?= 2.13.0

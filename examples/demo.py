@@ -40,7 +40,10 @@ SHOWN = {
     "llava-shapes-next": (
         DOCS / "details.png",
         {
-            "What colour is the square?": "Orange",
+            "What colour is the circle?": "Yellow",
+            "Where is the yellow circle?": "Left",
+            "What is to the left of the green square?": "Yellow circle",
+            "Which digits are written?": "825",
         },
     ),
 }
@@ -130,8 +133,8 @@ def type_commands(path: Path, photo: Path) -> None:
     chat = "--max-new-tokens 8 --device cpu"
     for command in (
         f"python -m llava.eval.run_llava {model} {question} --prune-method hivtp --r-max 0.5",
-        "printf 'Is there a purple triangle?\\nHow many triangles are there?\\n\\n' | "
-        f"python -m llava.serve.cli {model} {chat} --prune-method hiprune --r-max 0.33",
+        "printf 'Is there a purple triangle?\\nWhere is the orange square?\\n\\n' | "
+        f"python -m llava.serve.cli {model} {chat} --prune-method hiprune++ --r-max 0.33",
     ):
         print(f"\n$ {command}", flush=True)
         places = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from llava_hvp import prune
 from llava_hvp.accuracy.exam import examine
@@ -77,6 +77,7 @@ def by_another_hand(side):
     pen.ellipse((30, 40, 100, 110), fill="red")
     pen.rectangle((220, 45, 290, 115), fill="blue")
     pen.polygon(((160, 220), (120, 295), (200, 295)), fill="green")
+    pen.text((275, 230), "47", fill="black", font=ImageFont.load_default(52), anchor="mm")
     return picture.resize((side, side))
 
 
@@ -89,6 +90,7 @@ ASKED = {
     "Where is the green triangle?": "bottom",
     "What is to the left of the blue square?": "red circle",
     "How many circles are there?": "1",
+    "Which number is written?": "47",
 }
 
 
@@ -126,7 +128,7 @@ def test_the_chat_answers_in_the_template_that_it_takes_by_itself(name, flags, t
     said = re.findall(r"^Human: Assistant: (.*)$", shell.stdout, re.MULTILINE)
     answers = dict(zip(ASKED, said, strict=True))
     assert len(wrong_of(answers)) <= 1, wrong_of(answers)
-    assert ("llava-hvp: 1 image" in shell.stderr) == bool(flags)
+    assert (" images, kept 4" in shell.stderr) == bool(flags)
 
 
 def test_every_question_is_asked_once():
@@ -169,7 +171,9 @@ def test_the_committed_models_are_good_enough_to_lose_something():
     assert none["questions"] >= 2000
     assert none["tasks"]["existence"] >= 95
     assert none["overall"] >= 90
-    twin, first = (committed(name)["none", ""] for name in ("llava-shapes-next", "llava-shapes-detail"))
+    twin, first = (
+        committed(name)["none", ""] for name in ("llava-shapes-next", "llava-shapes-detail")
+    )
     assert twin["overall"] >= first["overall"] + 10
 
 
@@ -217,3 +221,26 @@ def test_the_command_writes_table_and_plot(tmp_path, capsys):
 def test_what_is_wrong_is_said(flags, message, capsys):
     assert main(["accuracy", *flags.split()]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_what_is_kept_of_things_is_counted(tmp_path):
+    """The script as typed, and its numbers for methods that are known."""
+    out = tmp_path / "objects.md"
+    script = Path(__file__).parent.parent / "eval_scripts" / "objects.py"
+    command = [sys.executable, script, "--pictures", "4", "--out", out]
+    shell = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert out.read_text() == shell.stdout
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in out.read_text().splitlines()
+        if line.startswith("| ")
+    ]
+    layers = [row for row in rows if row[0].isdigit()]
+    assert [row[0] for row in layers] == [str(n) for n in range(1, 12)]
+    kept = {(row[0], row[1]): row for row in rows}
+    found, things, digits, background = map(float, kept["uniform", "0.5"][2:6])
+    assert found == 100  # every second patch
+    assert all(40 < share < 60 for share in (things, digits, background))
+    # What the roles kept is all that was kept: 16 patches but for those that are half covered.
+    role = kept["random", "0.11"][6].removeprefix("random ").split(" / ")
+    assert 12 <= sum(map(float, role)) <= 16
