@@ -208,6 +208,11 @@ def test_the_command_writes_table_and_plot(tmp_path, capsys):
     assert "existence" in printed
 
 
+def test_there_is_no_plot_of_nothing_pruned(tmp_path):
+    assert main(["accuracy", "--questions", "6", "--methods", "none", "--out", str(tmp_path)]) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["llava-shapes.json", "llava-shapes.md"]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -91,11 +91,13 @@ def main(found: argparse.Namespace) -> int:
     print(render(facts, scores, TERMINAL))
     if found.out:
         picture = io.BytesIO()
-        plot(f"{facts['model']} {facts['machine']}", scores, picture)
+        pruned = len(scores) > 1
+        if pruned:
+            plot(f"{facts['model']} {facts['machine']}", scores, picture)
         write_results(
             found.out / (name if found.pictures is None else f"{name}-{pictures}"),
             {**facts, "rows": [asdict(score) for score in scores]},
             render(facts, scores, MARKDOWN),
-            picture.getvalue(),
+            picture.getvalue() if pruned else None,
         )
     return 0

@@ -99,13 +99,12 @@ def progress(total: int, name: str, unit: str) -> Iterator[Bar]:
         yield Bar(bar)
 
 
-def write_results(base: Path, content: dict[str, Any], table: str, picture: bytes) -> None:
-    """Write `base`.json, .md and .png, each whole or not at all."""
+def write_results(base: Path, content: dict[str, Any], table: str, picture: bytes | None) -> None:
+    """Write `base`.json, .md and, where there is a picture, .png, each whole or not at all."""
     base.parent.mkdir(parents=True, exist_ok=True)
-    for suffix, data in (
-        ("json", (json.dumps(content, indent=1) + "\n").encode()),
-        ("md", table.encode()),
-        ("png", picture),
-    ):
+    files = {"json": (json.dumps(content, indent=1) + "\n").encode(), "md": table.encode()}
+    if picture is not None:
+        files["png"] = picture
+    for suffix, data in files.items():
         write_whole(base.with_name(f"{base.name}.{suffix}"), data)
-    say(f"wrote {base}.json, .md and .png")
+    say(f"wrote {base}: {', '.join(f'.{suffix}' for suffix in files)}")
