@@ -9,12 +9,14 @@ On held-out pictures of llava-shapes, where it is known what covers each patch: 
 from __future__ import annotations
 
 import argparse
+import itertools
 import shlex
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,29 +37,40 @@ BUDGETS = (0.5, 0.25, 0.11)
 ENOUGH = 0.25  # of a thing's patches
 
 
-def scenes_of(count: int) -> Iterator[tuple[Scene, str]]:
-    """Different held-out scenes, each with a question on it."""
-    seen: set[Scene] = set()
+@dataclass(frozen=True)
+class Known:
+    """A held-out picture with a question on it, and what covers each patch.
+
+    kinds : (N,) 0 for background, 1 for a thing, 2 for digits, IGNORE
+    things : (N,) bool for each thing that covers a patch
+    """
+
+    picture: Any
+    text: str
+    kinds: Tensor
+    things: list[Tensor]
+
+    @classmethod
+    def of(cls, scene: Scene, text: str) -> Known:
+        picture = draw(scene)
+
+        def cover(shown: Scene) -> Tensor:
+            found = labels(View(shown, picture, (1, 1), (0, 0), True))["cover"]
+            return torch.from_numpy(found.astype(np.int64))
+
+        kinds = cover(scene)
+        kinds = torch.where((kinds > 0) & (kinds < TEXT), 1, torch.where(kinds == TEXT, 2, kinds))
+        alone = [cover(replace(scene, things=(thing,), number=None)) for thing in scene.things]
+        things = [(mine > 0) & (mine != IGNORE) for mine in alone]
+        return cls(picture, text, kinds, [thing for thing in things if thing.any()])
+
+
+def held_out_pictures(count: int) -> list[Known]:
+    """Different ones."""
+    texts: dict[Scene, str] = {}
     for scene, question in held_out(3 * count):
-        if scene not in seen and len(seen) < count:
-            seen.add(scene)
-            yield scene, question.text
-
-
-def patches_of(scene: Scene) -> tuple[Tensor, list[Tensor]]:
-    """(N,) 0 for background, 1 for a thing, 2 for digits, IGNORE; and (N,) bool for each thing."""
-    view = View(scene, draw(scene), (1, 1), (0, 0), True)
-    cover = torch.from_numpy(labels(view)["cover"].astype(np.int64))
-    kinds = torch.where(cover == TEXT, 2, (cover > 0).long())
-    kinds[cover == IGNORE] = IGNORE
-    things = []
-    for thing in scene.things:
-        alone = View(
-            Scene(scene.width, scene.height, (thing,), None, 0), view.picture, (1, 1), (0, 0), True
-        )
-        mine = torch.from_numpy(labels(alone)["cover"].astype(np.int64))
-        things.append((mine > 0) & (mine != IGNORE))
-    return kinds, things
+        texts.setdefault(scene, question.text)
+    return [Known.of(*item) for item in itertools.islice(texts.items(), count)]
 
 
 def above(scores: Tensor, mine: Tensor, other: Tensor) -> float:
@@ -65,18 +78,17 @@ def above(scores: Tensor, mine: Tensor, other: Tensor) -> float:
     return 100 * float((scores[mine][:, None] > scores[other]).float().mean())
 
 
-def by_layer(viewer: Viewer, scenes: list[Scene]) -> list[dict[str, str]]:
+def by_layer(viewer: Viewer, known: list[Known]) -> list[dict[str, str]]:
     """For each layer: how often things and digits receive more attention than background."""
     sums: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for scene in scenes:
-        kinds, things = patches_of(scene)
-        for layer, received in viewer.received(draw(scene)).items():
+    for one in known:
+        for layer, received in viewer.received(one.picture).items():
             for name, kind in (("things", 1), ("digits", 2)):
-                if (kinds == kind).any():
-                    sums[layer][name].append(above(received[0], kinds == kind, kinds == 0))
+                if (one.kinds == kind).any():
+                    sums[layer][name].append(above(received[0], one.kinds == kind, one.kinds == 0))
             best = torch.zeros(PATCHES, dtype=torch.bool)
             best[received[0].topk(PATCHES // 4).indices] = True
-            sums[layer]["found"] += [100.0 * enough(best, thing) for thing in things if thing.any()]
+            sums[layer]["found"] += [100.0 * enough(best, thing) for thing in one.things]
     return [
         {
             "layer": str(layer),
@@ -92,20 +104,20 @@ def enough(kept: Tensor, thing: Tensor) -> bool:
     return float(kept[thing].float().mean()) >= ENOUGH
 
 
-def by_method(viewer: Viewer, asked: list[tuple[Scene, str]], method: Method) -> dict[str, str]:
+def by_method(viewer: Viewer, known: list[Known], method: Method) -> dict[str, str]:
     """What one method keeps of each kind of patch, and whose work that was."""
     kept: dict[str, list[float]] = defaultdict(list)
     roles: dict[str, Tensor] = defaultdict(lambda: torch.zeros(3))
-    for scene, text in asked:
-        kinds, things = patches_of(scene)
-        report = viewer.look(method, draw(scene), viewer.prompt(text))
-        keep = report.selection.keep[0].cpu()
+    for one in known:
+        kinds = one.kinds
+        report = viewer.look(method, one.picture, viewer.prompt(one.text))
+        keep = report.selection.keep[0]
         for name, kind in (("background", 0), ("things", 1), ("digits", 2)):
             if (kinds == kind).any():
                 kept[name].append(100 * float(keep[kinds == kind].float().mean()))
-        kept["found"] += [100.0 * enough(keep, thing) for thing in things if thing.any()]
+        kept["found"] += [100.0 * enough(keep, thing) for thing in one.things]
         for role, mask in report.selection.roles.items():
-            roles[role] += torch.stack([(kinds[mask[0].cpu()] == kind).sum() for kind in range(3)])
+            roles[role] += torch.stack([(kinds[mask[0]] == kind).sum() for kind in range(3)])
     return {
         "method": method.name,
         "r_max": f"{method.r_max}",
@@ -114,7 +126,7 @@ def by_method(viewer: Viewer, asked: list[tuple[Scene, str]], method: Method) ->
         "of digit patches, %": f"{np.mean(kept['digits']):.1f}",
         "of background, %": f"{np.mean(kept['background']):.1f}",
         "by role: on background / things / digits, a picture": "; ".join(
-            f"{role} " + " / ".join(f"{n / len(asked):.1f}" for n in counts.tolist())
+            f"{role} " + " / ".join(f"{n / len(known):.1f}" for n in counts.tolist())
             for role, counts in roles.items()
         ),
     }
@@ -125,12 +137,12 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=300)
     parser.add_argument("--out", type=Path, help="Markdown, as well as the terminal")
     found = parser.parse_args()
-    asked = list(scenes_of(found.pictures))
+    known = held_out_pictures(found.pictures)
     with tempfile.TemporaryDirectory(prefix="llava-hvp-") as folder:
         viewer = Viewer.load(str(checkpoint(folder)), None, "cpu", bits=None)
-        layers = by_layer(viewer, [scene for scene, _ in asked])
+        layers = by_layer(viewer, known)
         methods = [
-            by_method(viewer, asked, get_method(name, r_max=r_max))
+            by_method(viewer, known, get_method(name, r_max=r_max))
             for name in list_methods()
             for r_max in BUDGETS
         ]
@@ -138,7 +150,7 @@ def main() -> None:
     text = "\n\n".join(
         (
             f"    {command}",
-            f"{versions()}; llava-shapes, {len(asked)} held-out pictures.",
+            f"{versions()}; llava-shapes, {len(known)} held-out pictures.",
             "Received attention, layer by layer: how often a patch of a thing, or of the number, "
             "receives more than a patch of the background of its picture (50 would be chance), and "
             f"of how many things the best quarter of all patches holds at least {ENOUGH:.0%}.",

@@ -17,6 +17,7 @@ from random import Random
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
@@ -48,11 +49,10 @@ SIZES = (
 ROOMS = (PATCHES + 312, PATCHES + 600)  # tokens that a picture is filled up to
 
 
-def tiles_of(scene: Scene) -> np.ndarray:
+def tiles_of(picture: Image.Image) -> np.ndarray:
     """(tiles, 144, 588) uint8: what LLaVA's process_anyres_image gives, as patches."""
     from llava.mm_utils import divide_to_patches, resize_and_pad_image, select_best_resolution
 
-    picture = draw(scene)
     best = select_best_resolution(picture.size, [tuple(p) for p in PINPOINTS])
     parts = divide_to_patches(resize_and_pad_image(picture, best), SIDE)
     return np.stack([to_patches(part) for part in (picture.resize((SIDE, SIDE)), *parts)])
@@ -79,13 +79,13 @@ class Album:
             seed += 1
             if split_of(scene) != "train":
                 continue
-            tiles = tiles_of(scene)
+            picture = draw(scene)
+            tiles = tiles_of(picture)
             with torch.no_grad():
                 features = tower.features(normalise(tiles)).flatten(0, 1)
-            picture_size = draw(scene).size
             self.scenes.append(scene)
             self.features.append(features.half())
-            self.tokens.append(tokens_of(picture_size, len(tiles)))
+            self.tokens.append(tokens_of(picture.size, len(tiles)))
         lengths = np.array([len(tokens) for tokens in self.tokens])
         self.rooms = [
             np.flatnonzero((lengths <= room) & (lengths > low))
@@ -94,17 +94,14 @@ class Album:
 
     def picture(self, model: Language, rows: np.ndarray, room: int) -> Tensor:
         """(B, room, width) embeddings as LLaVA packs them, filled up with newlines."""
-        packed = []
-        for row in rows:
-            tokens = F.pad(self.tokens[row], (0, room - len(self.tokens[row])), value=NEWLINE)
-            # The newline stands behind the last patch, where index -1 finds it.
-            features = self.features[row].to(model.newline.dtype)
-            packed.append(F.pad(features, (0, 0, 0, 1))[tokens])
-        projected = model.picture(torch.stack(packed))
-        ends = torch.stack(
-            [F.pad(self.tokens[r], (0, room - len(self.tokens[r])), value=NEWLINE) for r in rows]
-        )
-        return torch.where((ends == NEWLINE)[..., None], model.newline, projected)
+        tokens = [
+            F.pad(self.tokens[r], (0, room - len(self.tokens[r])), value=NEWLINE) for r in rows
+        ]
+        # The newline stands behind the last patch, where index -1 finds it.
+        features = [F.pad(self.features[r].to(model.newline.dtype), (0, 0, 0, 1)) for r in rows]
+        packed = torch.stack([own[at] for own, at in zip(features, tokens, strict=True)])
+        is_newline = (torch.stack(tokens) == NEWLINE)[..., None]
+        return torch.where(is_newline, model.newline, model.picture(packed))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

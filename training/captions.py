@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from llava_hvp.shapes.questions import WORDINGS
-from llava_hvp.shapes.scenes import COLOURS, PLACES, SHAPES
+from llava_hvp.shapes.questions import WORDINGS, article
+from llava_hvp.shapes.scenes import COLOURS, NAMES, PLACES, SHAPES
 from llava_hvp.testing.tokenizers import CLIP_MAX_LENGTH
-from training.pool import NAMES
 
 PROMPTS = (
     "{a} {what}",
@@ -75,7 +74,7 @@ class Vocabulary:
 
 def caption(things: list[str], number: str, random: Random) -> str:
     """a red circle, a blue star and the digits 47"""
-    parts = [f"{_article(name)} {name}" for name in things]
+    parts = [f"{article(name)} {name}" for name in things]
     random.shuffle(parts)
     if number:
         parts.append(f"the digits {number}")
@@ -85,10 +84,6 @@ def caption(things: list[str], number: str, random: Random) -> str:
 def class_prompts(random: Random) -> list[str]:
     """25 prompts in one random wording: for each of NAMES, and for digits."""
     wording = random.choice(PROMPTS)
-    return [wording.format(a=_article(name), what=name) for name in NAMES] + [
+    return [wording.format(a=article(name), what=name) for name in NAMES] + [
         random.choice(TEXT_PROMPTS)
     ]
-
-
-def _article(what: str) -> str:
-    return "an" if what[0] == "o" else "a"

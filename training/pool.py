@@ -20,12 +20,11 @@ from PIL import Image, ImageDraw
 
 from llava_hvp.shapes.drawing import draw, number_boxes, outline, write_number
 from llava_hvp.shapes.questions import left_of
-from llava_hvp.shapes.scenes import COLOURS, SHAPES, Recipe, Scene, Thing, make_scene, split_of
+from llava_hvp.shapes.scenes import NAMES, Recipe, Scene, Thing, make_scene, split_of
 
 SIDE, PATCH = 168, 14
 GRID = SIDE // PATCH
 PATCHES = GRID * GRID
-NAMES = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
 BACKGROUND, TEXT, IGNORE = 0, len(NAMES) + 1, 255  # 1 to 24: NAMES
 MAX_DIGITS, NO_DIGIT = 3, 10
 FIELDS: dict[str, tuple[tuple[int, ...], Any]] = {

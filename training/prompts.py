@@ -9,8 +9,16 @@ from random import Random
 import numpy as np
 from sentencepiece import SentencePieceProcessor
 
-from llava_hvp.shapes.questions import SUFFIX, TASKS, WORDINGS, Question, questions_of, reword
-from llava_hvp.shapes.scenes import COLOURS, PLACES, SHAPES, Scene
+from llava_hvp.shapes.questions import (
+    SUFFIX,
+    TASKS,
+    WORDINGS,
+    Question,
+    article,
+    questions_of,
+    reword,
+)
+from llava_hvp.shapes.scenes import NAMES, PLACES, Scene
 
 SYSTEM = (
     "A chat between a curious {person} and an artificial intelligence assistant. "
@@ -48,8 +56,7 @@ def tokenizer_text() -> str:
     """What the pieces are learned from: system text, roles, all questions and answers."""
     lines = [template.start for template, _ in TEMPLATES.values()] * 3
     lines += ["USER: ASSISTANT: Yes ASSISTANT: No", SUFFIX.strip()] * 4
-    names = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
-    for number, name in enumerate(names):
+    for number, name in enumerate(NAMES):
         for wordings in WORDINGS.values():
             for wording in wordings:
                 what = name if "{what}s" not in wording else name.split()[1]
@@ -57,9 +64,8 @@ def tokenizer_text() -> str:
                 lines.append(f"USER: {asked} ASSISTANT:")
                 lines.append(lines[-1].lower())
                 lines.append(f"###Human: {asked}###Assistant:")
-        article = "an" if name[0] == "o" else "a"
         lines.append(
-            f"{article} {name} {name.capitalize()} {name.split()[0].capitalize()} {number}"
+            f"{article(name)} {name} {name.capitalize()} {name.split()[0].capitalize()} {number}"
         )
     lines += [f"{place} {place.capitalize()}" for row in PLACES for place in row] * 6
     lines += ["Yes No yes no 0 1 2 3 4 5 6 7 8 9"] * 20

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from llava_hvp.shapes.scenes import NAMES
 from llava_hvp.testing.tokenizers import write_clip_tokenizer
 from training.captions import Vocabulary, caption, class_prompts, word_list
 from training.loop import add_options, batches, train
 from training.models import Masters, Text, Vision
-from training.pool import GRID, IGNORE, MAX_DIGITS, NAMES, PATCHES, TEXT, open_pool
+from training.pool import GRID, IGNORE, MAX_DIGITS, PATCHES, TEXT, open_pool
 
 WIDTH, HEADS, INNER, LAYERS = 128, 4, 512, 12
 STATE = "tower.pt"

@@ -69,13 +69,13 @@ def examine(
     tick : called with the number of answers after every batch of every variant
     """
     marks = [Marks(variant) for variant in variants]
-    text, first_time = _text_of(opened.model, variants), True
+    room, first_time = _Room(opened), True
     for sheet in _sheets(opened, list(asked), batch):
         images = opened.images(sheet.pictures)
         for mark in marks:
             if first_time:  # the first call of a process is slow
-                _answer(opened, text, sheet, images, Marks(mark.variant))
-            answers = _answer(opened, text, sheet, images, mark)
+                room.answer(sheet, images, Marks(mark.variant))
+            answers = room.answer(sheet, images, mark)
             for said, question in zip(answers, sheet.questions, strict=True):
                 mark.asked[question.task] += 1
                 mark.right[question.task] += is_right(said, question)
@@ -84,45 +84,34 @@ def examine(
     return marks
 
 
-def _answer(
-    opened: Any,
-    text: Any,
-    sheet: _Sheet,
-    images: Any,
-    mark: Marks,
-) -> list[str]:
-    put_on = applied(
-        mark.variant, opened.model, opened.dtype, tokenizer=opened.tokenizer, clip_text=text
-    )
-    with put_on as pruning, torch.inference_mode():
-        started = time.perf_counter()
-        output = opened.model.generate(
-            sheet.ids,
-            images=images,
-            image_sizes=[picture.size for picture in sheet.pictures],
-            do_sample=False,
-            max_new_tokens=LONGEST,
-            use_cache=True,
+@dataclass
+class _Room:
+    """Where a sheet is answered; the first prompt-aware method brings the text encoder."""
+
+    opened: Any
+    clip_text: Any = None
+
+    def answer(self, sheet: _Sheet, images: Any, mark: Marks) -> list[str]:
+        model, tokenizer = self.opened.model, self.opened.tokenizer
+        put_on = applied(
+            mark.variant, model, self.opened.dtype, tokenizer=tokenizer, clip_text=self.clip_text
         )
-        mark.seconds += time.perf_counter() - started
-        for report in [] if pruning is None else pruning.last:
-            mark.kept += report.kept_tokens
-            mark.kept_of_patches += report.kept_of_patches
-    return [
-        text.strip() for text in opened.tokenizer.batch_decode(output, skip_special_tokens=True)
-    ]
-
-
-def _text_of(model: Any, variants: Sequence[Variant]) -> Any:
-    """The text encoder for prompt-aware methods, loaded once; None where no method reads it."""
-    from llava_hvp.encoder.text import ClipText
-
-    tower = model.get_vision_tower()
-    depth = tower.config.num_hidden_layers
-    methods = [variant.method for variant in variants if variant.method is not None]
-    if any(m.needs(depth, depth + 1 + tower.select_layer).relevance == "clip" for m in methods):
-        return ClipText.load(tower.vision_tower_name)
-    return None
+        with put_on as pruning, torch.inference_mode():
+            started = time.perf_counter()
+            output = model.generate(
+                sheet.ids,
+                images=images,
+                image_sizes=[picture.size for picture in sheet.pictures],
+                do_sample=False,
+                max_new_tokens=LONGEST,
+                use_cache=True,
+            )
+            mark.seconds += time.perf_counter() - started
+            if pruning is not None:
+                self.clip_text = pruning.clip_text
+                mark.kept += sum(report.kept_tokens for report in pruning.last)
+                mark.kept_of_patches += sum(report.kept_of_patches for report in pruning.last)
+        return [text.strip() for text in tokenizer.batch_decode(output, skip_special_tokens=True)]
 
 
 def _sheets(opened: Any, asked: list[tuple[Scene, Question]], batch: int) -> Iterator[_Sheet]:

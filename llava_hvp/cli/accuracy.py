@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import io
 import tempfile
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from llava_hvp.bench.tables import MARKDOWN, TERMINAL
 from llava_hvp.bench.variants import variants
 from llava_hvp.cli.arguments import (
     add_budgets,
+    at_least,
     budgets,
     check_folder,
     device_of,
@@ -63,8 +64,7 @@ def add(commands: Any) -> None:
 def main(found: argparse.Namespace) -> int:
     """Ask, mark, print; the exit code."""
     for name in ("questions", "batch"):
-        if getattr(found, name) < 1:
-            raise OptionError(f"--{name} {getattr(found, name)}: give at least 1")
+        at_least(found, name, 1)
     if found.model_path is not None and not found.model_path.is_dir():
         raise OptionError(f"--model-path {found.model_path}: no such folder")
     check_folder(found.out)
@@ -90,14 +90,11 @@ def main(found: argparse.Namespace) -> int:
     )
     print(render(facts, scores, TERMINAL))
     if found.out:
-        picture = io.BytesIO()
-        pruned = len(scores) > 1
-        if pruned:
-            plot(f"{facts['model']} {facts['machine']}", scores, picture)
+        title = f"{facts['model']} {facts['machine']}"
         write_results(
             found.out / (name if found.pictures is None else f"{name}-{pictures}"),
             {**facts, "rows": [asdict(score) for score in scores]},
             render(facts, scores, MARKDOWN),
-            picture.getvalue() if pruned else None,
+            partial(plot, title, scores) if len(scores) > 1 else None,
         )
     return 0

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 
@@ -17,6 +18,28 @@ from llava_hvp.record import write_whole
 from llava_hvp.stderr import say
 
 Value = TypeVar("Value")
+
+
+def exclude(found: argparse.Namespace, one: str, other: str) -> None:
+    """Raise OptionError where both are given; names as attributes, of flags."""
+    if getattr(found, one) and getattr(found, other):
+        raise OptionError(f"{_flag(one)} and {_flag(other)} exclude each other: give one of them")
+
+
+def at_least(found: argparse.Namespace, name: str, least: int) -> None:
+    """Raise OptionError for a number below the least that makes sense."""
+    if getattr(found, name) < least:
+        raise OptionError(f"{_flag(name)} {getattr(found, name)}: give at least {least}")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def bits_of(found: argparse.Namespace) -> int | None:
+    """Of --load-4bit and --load-8bit; raises OptionError for both."""
+    exclude(found, "load_4bit", "load_8bit")
+    return 4 if found.load_4bit else 8 if found.load_8bit else None
 
 
 def add_budgets(parser: Any, default: str) -> None:
@@ -28,8 +51,7 @@ def add_budgets(parser: Any, default: str) -> None:
 
 def budgets(found: argparse.Namespace) -> list[dict[str, float | int]]:
     """One keyword for each budget that was asked for; raises OptionError."""
-    if found.r_max and found.num_tokens:
-        raise OptionError("--r-max and --num-tokens exclude each other: give one of them")
+    exclude(found, "r_max", "num_tokens")
     if found.num_tokens:
         return [{"num_tokens": n} for n in listed(found.num_tokens, whole, "--num-tokens")]
     return [{"r_max": r} for r in listed(found.r_max or found.default_r_max, float, "--r-max")]
@@ -99,12 +121,19 @@ def progress(total: int, name: str, unit: str) -> Iterator[Bar]:
         yield Bar(bar)
 
 
-def write_results(base: Path, content: dict[str, Any], table: str, picture: bytes | None) -> None:
-    """Write `base`.json, .md and, where there is a picture, .png, each whole or not at all."""
-    base.parent.mkdir(parents=True, exist_ok=True)
+def write_results(
+    base: Path,
+    content: dict[str, Any],
+    table: str,
+    draw: Callable[[BinaryIO], None] | None,
+) -> None:
+    """Write `base`.json, .md and, where there is something to draw, .png, each as a whole."""
     files = {"json": (json.dumps(content, indent=1) + "\n").encode(), "md": table.encode()}
-    if picture is not None:
-        files["png"] = picture
+    if draw is not None:
+        picture = io.BytesIO()
+        draw(picture)
+        files["png"] = picture.getvalue()
+    base.parent.mkdir(parents=True, exist_ok=True)
     for suffix, data in files.items():
         write_whole(base.with_name(f"{base.name}.{suffix}"), data)
     say(f"wrote {base}: {', '.join(f'.{suffix}' for suffix in files)}")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import io
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,12 @@ from llava_hvp.bench.variants import Variant, variants
 from llava_hvp.bench.workload import make_workload, pattern
 from llava_hvp.cli.arguments import (
     add_budgets,
+    at_least,
+    bits_of,
     budgets,
     check_folder,
     device_of,
+    exclude,
     listed,
     need,
     progress,
@@ -164,20 +167,15 @@ def _check(found: argparse.Namespace) -> None:
         subject.get_geometry(found.geometry)
     elif found.tower_dtype:
         raise OptionError("--tower-dtype goes with --geometry: a checkpoint's tower is as loaded")
-    if found.load_4bit and found.load_8bit:
-        raise OptionError("--load-4bit and --load-8bit exclude each other: give one of them")
-    if found.image_file and found.image_size:
-        raise OptionError("--image-file and --image-size exclude each other: give one of them")
+    found.bits = bits_of(found)
+    exclude(found, "image_file", "image_size")
     for name, least in (("rounds", FEWEST), ("new_tokens", 1), ("text_tokens", 2)):
-        if getattr(found, name) < least:
-            flag = name.replace("_", "-")
-            raise OptionError(f"--{flag} {getattr(found, name)}: give at least {least}")
+        at_least(found, name, least)
     if not found.max_seconds > 0:
         raise OptionError(f"--max-seconds {found.max_seconds}: give a time above 0")
     check_folder(found.out)
     need("bench", "tabulate", *(["matplotlib"] if found.out else []))
     found.device = device_of(found.device)
-    found.bits = 4 if found.load_4bit else 8 if found.load_8bit else None
     half = found.bits is not None or torch.device(found.device).type == "cuda"
     found.dtype = DTYPES[found.dtype or ("float16" if half else "float32")]
     found.tower_dtype = DTYPES[found.tower_dtype] if found.tower_dtype else None
@@ -225,11 +223,9 @@ def _write(folder: Path, name: str, about: dict[str, str], rows: Sequence[Row]) 
     """The JSON file, the Markdown table and the plot, each whole or not at all."""
     from llava_hvp.bench.plot import plot
 
-    picture = io.BytesIO()
-    plot(f"{about['model']} {about['machine']}", rows, picture)
     write_results(
         folder / name,
         {**about, "rows": [asdict(row) for row in rows]},
         render(about, rows, MARKDOWN),
-        picture.getvalue(),
+        partial(plot, f"{about['model']} {about['machine']}", rows),
     )

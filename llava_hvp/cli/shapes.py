@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from llava_hvp.cli.arguments import need
+from llava_hvp.cli.arguments import at_least, need
 from llava_hvp.errors import OptionError
 from llava_hvp.record import write_whole
 from llava_hvp.shapes import checkpoint, list_checkpoints
@@ -36,8 +36,7 @@ def add(commands: Any) -> None:
 def main(found: argparse.Namespace) -> int:
     """Write, and say what to type next; the exit code."""
     need("testing", "PIL", "numpy")
-    if found.questions < 1:
-        raise OptionError(f"--questions {found.questions}: give at least 1")
+    at_least(found, "questions", 1)
     for name in found.model or list_checkpoints():
         try:
             path = checkpoint(found.folder, name)

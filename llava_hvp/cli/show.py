@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from llava_hvp.cli.arguments import device_of, listed
+from llava_hvp.cli.arguments import at_least, bits_of, device_of, exclude, listed
 from llava_hvp.config import describe
 from llava_hvp.errors import OptionError
 from llava_hvp.methods import list_methods, method_class
@@ -71,7 +71,7 @@ def main(found: argparse.Namespace) -> int:
         found.model_path,
         found.model_base,
         found.device,
-        bits=4 if found.load_4bit else 8 if found.load_8bit else None,
+        bits=found.bits,
     )
     for method in (method for budgets in methods for method in budgets):
         if viewer.reads(method).relevance and not found.prompt:
@@ -107,13 +107,10 @@ def _check(found: argparse.Namespace) -> tuple[list[list[Method]], tuple[int, ..
             raise OptionError(f"{path}: give a file in a folder that is there")
         if not os.access(path if path.exists() else path.parent, os.W_OK):
             raise OptionError(f"{path}: may not be written: give another place")
-    for one, other in (("prune_method", "methods"), ("r_max", "num_tokens")):
-        if getattr(found, one) and getattr(found, other):
-            _exclude(one, other)
-    if found.load_4bit and found.load_8bit:
-        _exclude("load_4bit", "load_8bit")
-    if found.new_tokens < 1:
-        raise OptionError(f"--new-tokens {found.new_tokens}: give at least 1")
+    exclude(found, "prune_method", "methods")
+    exclude(found, "r_max", "num_tokens")
+    found.bits = bits_of(found)
+    at_least(found, "new_tokens", 1)
     names = found.prune_method or found.methods
     if found.out and bool(names) == bool(found.layers):
         raise OptionError(
@@ -150,11 +147,6 @@ def _methods(found: argparse.Namespace) -> list[list[Method]]:
     if not methods:
         raise OptionError(f"--methods {found.methods}: give some of {', '.join(list_methods())}")
     return [[m for m in methods if m.name == name] for name in dict.fromkeys(names)]
-
-
-def _exclude(one: str, other: str) -> None:
-    first, second = (f"--{name.replace('_', '-')}" for name in (one, other))
-    raise OptionError(f"{first} and {second} exclude each other: give one of them")
 
 
 def _png(picture: Any) -> bytes:

@@ -33,7 +33,7 @@ class Opened:
         return send(pictures, self.processor, self.model, self.dtype)
 
     def prompt(self, question: str, mode: str | None = None) -> Tensor:
-        """(L,) token ids of a question about one image.
+        """(L,) token ids of a question about one image, on the model's device.
 
         mode : conversation template; by default vicuna_v1, for Mistral mistral_instruct. Raises
             OptionError for one that LLaVA does not know.
@@ -48,7 +48,7 @@ class Opened:
         ids: Tensor = tokenizer_image_token(
             conversation.get_prompt(), self.tokenizer, return_tensors="pt"
         )
-        return ids
+        return ids.to(self.model.device)
 
 
 def open_checkpoint(

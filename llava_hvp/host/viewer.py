@@ -66,7 +66,7 @@ class Viewer:
 
         Raises OptionError for a template that LLaVA does not know.
         """
-        return self.opened.prompt(question, mode)[None].to(self.model.device)
+        return self.opened.prompt(question, mode)[None]
 
     def pixels(self, image: Any) -> Tensor:
         """What the model is given: (1, 3, H, W), or (1, tiles, 3, H, W) of AnyRes."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from random import Random
 
 from llava_hvp.shapes.scenes import (
-    COLOURS,
+    NAMES,
     SHAPES,
     Recipe,
     Scene,
@@ -94,7 +94,7 @@ def reword(question: Question, random: Random) -> Question:
     wording = WORDINGS[question.task][0]
     if random.random() < 0.7:
         wording = random.choice(WORDINGS[question.task])
-    text = wording.format(a=_article(what), what=what)
+    text = wording.format(a=article(what), what=what)
     chance = random.random()
     if chance < 0.1:
         text = text.lower()
@@ -154,12 +154,13 @@ def left_of(scene: Scene, thing: Thing) -> Thing | str | None:
     return level[0] if level else None
 
 
-def _article(what: str) -> str:
+def article(what: str) -> str:
+    """a or an."""
     return "an" if what[:1] in tuple("aeiou") else "a"
 
 
 def _ask(task: str, what: str, answer: str) -> Question:
-    text = WORDINGS[task][0].format(a=_article(what), what=what)
+    text = WORDINGS[task][0].format(a=article(what), what=what)
     return Question(task, text, answer, what)
 
 
@@ -171,7 +172,7 @@ def _existence(scene: Scene, random: Random) -> Iterator[Question]:
     present = {thing.name for thing in scene.things}
     shapes = {thing.shape for thing in scene.things}
     colours = {thing.colour for thing in scene.things}
-    absent = [f"{c} {s}" for c in COLOURS for s in SHAPES if f"{c} {s}" not in present]
+    absent = [name for name in NAMES if name not in present]
     adversarial = [n for n in absent if n.split()[0] in colours and n.split()[1] in shapes]
     pool = {
         "yes": sorted(present),

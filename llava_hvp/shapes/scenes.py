@@ -11,6 +11,7 @@ from random import Random
 
 SHAPES = ("circle", "square", "triangle", "star")
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange")
+NAMES = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
 PLACES = (
     ("top left", "top", "top right"),
     ("left", "middle", "right"),
