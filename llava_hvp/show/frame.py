@@ -35,6 +35,12 @@ class Panel:
     side: int
     photo: Tensor | None = None
 
+    def seen(self) -> Tensor:
+        """The photo; raises PictureError where only the places are known."""
+        if self.photo is None:
+            raise PictureError("these panels have no photo: take them from a view's frame(image)")
+        return self.photo
+
 
 class View(Protocol):
     """How a model sees pictures; `llava_hvp.host.view` has LLaVA's."""

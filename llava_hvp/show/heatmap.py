@@ -97,9 +97,8 @@ def bar(least: float, most: float, width: int) -> Image.Image:
 
 
 def _photo(panel: Panel, side: int) -> Image.Image:
-    assert panel.photo is not None
     rows, columns = panel.patches.shape
-    return picture(panel.photo).resize((columns * side, rows * side), Image.Resampling.BICUBIC)
+    return picture(panel.seen()).resize((columns * side, rows * side), Image.Resampling.BICUBIC)
 
 
 def _together(drawn: Sequence[Image.Image]) -> Image.Image:

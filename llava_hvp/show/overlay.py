@@ -82,10 +82,9 @@ def scale_for(panels: Sequence[Panel], widest: int = WIDEST) -> int:
 
 def enlarged(panel: Panel, scale: int) -> Tensor:
     """(height, width, 3) uint8, a panel's photo at a whole multiple of its size."""
-    assert panel.photo is not None
     if scale == 1:
-        return panel.photo
-    photo = picture(panel.photo)
+        return panel.seen()
+    photo = picture(panel.seen())
     larger = photo.resize((photo.width * scale, photo.height * scale), Image.Resampling.BICUBIC)
     return torch.frombuffer(bytearray(larger.tobytes()), dtype=torch.uint8).view(
         larger.height, larger.width, 3

@@ -126,9 +126,8 @@ def _bytes(values: Tensor) -> str:
 
 
 def _panel(panel: Panel) -> dict[str, Any]:
-    assert panel.photo is not None
     file = io.BytesIO()
-    picture(panel.photo).save(file, "JPEG", quality=QUALITY, subsampling=0)
+    picture(panel.seen()).save(file, "JPEG", quality=QUALITY, subsampling=0)
     return {
         "name": panel.name or "the picture as the model sees it",
         "rows": panel.patches.shape[0],
