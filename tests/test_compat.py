@@ -2,6 +2,9 @@
 
 import importlib
 import inspect
+import json
+import logging
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -13,7 +16,7 @@ from safetensors.torch import load_file
 
 from llava_hvp import HIVTP, prune
 from llava_hvp.errors import UnsupportedVersionError
-from llava_hvp.host import compat, versions
+from llava_hvp.host import compat, loading, versions
 
 
 @pytest.fixture
@@ -170,3 +173,69 @@ def test_found_versions_says_where_llava_lies():
     found = versions.found_versions()
     assert found["transformers"] == transformers.__version__
     assert "1.2.2.post1" in found["llava"]
+
+
+@pytest.fixture
+def complaints(monkeypatch):
+    """Lines about deprecated names that transformers logs in the test, each time anew."""
+    lines = []
+    monkeypatch.setattr(logging.Logger, "warning_once", logging.Logger.warning, raising=False)
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger = logging.getLogger("transformers")
+    logger.addHandler(handler)
+    yield lambda: [line for line in lines if "deprecated" in line]
+    logger.removeHandler(handler)
+
+
+def stock_load(path, **options):
+    from llava.model.builder import load_pretrained_model
+
+    options |= {"device": "cpu", "device_map": "cpu"}
+    return load_pretrained_model(str(path), None, path.name, **options)[1]
+
+
+@pytest.mark.parametrize(
+    "name", ["llava-1.5-llama", "llava-next-llama-unfrozen", "llava-next-mistral-unfrozen"]
+)
+@pytest.mark.parametrize("bits", [None, "load_4bit", "load_8bit"])
+def test_loading_says_the_dtype_as_this_release_wants(name, bits, checkpoints, complaints):
+    if bits is not None and versions.transformers_version() < (4, 46):
+        pytest.skip("this transformers refuses to quantise without a GPU")
+    if bits is not None:
+        pytest.importorskip("bitsandbytes")
+    model = stock_load(checkpoints(name), **({} if bits is None else {bits: True}))
+    assert model.lm_head.weight.dtype == torch.float16
+    assert complaints() == []
+
+
+def test_a_dtype_that_is_asked_for_is_that_of_the_model(checkpoints, tmp_path, complaints):
+    """Whatever the checkpoint's own is; LLaVA's loader asks for float16."""
+    folder = shutil.copytree(checkpoints("llava-1.5-llama"), tmp_path / "llava-1.5-float32")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}))
+    assert stock_load(folder).dtype == torch.float16
+    kind = next(k for k in versions.llava_models() if k.__name__ == "LlavaLlamaForCausalLM")
+    for dtype in (torch.float32, torch.bfloat16):
+        assert kind.from_pretrained(folder, torch_dtype=dtype).dtype == dtype
+    assert complaints() == []
+
+
+def test_the_training_script_may_set_the_dtype_of_a_config(checkpoints, complaints):
+    config = stock_load(checkpoints("llava-1.5-llama")).config
+    config.torch_dtype = torch.bfloat16
+    assert config.torch_dtype == torch.bfloat16
+    assert json.loads(config.to_json_string()).get("dtype", "bfloat16") == "bfloat16"
+    assert complaints() == []
+
+
+def test_the_old_name_of_the_dtype_is_translated_only_where_there_is_a_new_one(monkeypatch):
+    half, full = torch.float16, torch.float32
+    monkeypatch.setattr(loading, "transformers_version", lambda: (4, 56))
+    named = loading._named_now
+    assert named({"torch_dtype": half, "a": 1}) == {"dtype": half, "a": 1}
+    assert named({"torch_dtype": half, "dtype": None}) == {"dtype": half}
+    assert named({"torch_dtype": half, "dtype": full}) == {"dtype": full}
+    assert named({"torch_dtype": None}) == {"torch_dtype": None}
+    monkeypatch.setattr(loading, "transformers_version", lambda: (4, 55))
+    assert named({"torch_dtype": half}) == {"torch_dtype": half}

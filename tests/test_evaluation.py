@@ -31,6 +31,7 @@ def place(tmp_path_factory, checkpoints):
     result = call(f"python baseline.py <<'END'\n{lines}\nEND", folder, LLAVA_HVP_DEVICE="cpu")
     assert result.returncode == 0, result.stderr
     assert "llava-hvp:" not in result.stderr
+    assert "deprecated" not in result.stderr
     return folder
 
 
@@ -50,6 +51,7 @@ def launched(place):
         script(place, answers)
         result = call(LAUNCHED.format(method=method, r_max=r_max), place)
         assert result.returncode == 0, result.stderr
+        assert "deprecated" not in result.stderr
         return place / answers, result
 
     return run
@@ -137,6 +139,7 @@ def test_flags_win_over_the_variable_and_run_llava_takes_them(place):
     assert result.returncode == 0, result.stderr
     assert "pruning on: hiprune++ num_tokens=16 beta=0.5" in result.stderr
     assert "1 image, kept 25.0% of stock's" in result.stderr
+    assert "deprecated" not in result.stderr
     assert result.stdout.strip()
 
 

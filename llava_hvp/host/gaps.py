@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from llava_hvp.host.history import chat_forgets
+from llava_hvp.host.loading import DTYPE_SINCE
 from llava_hvp.host.versions import transformers_version
 
 
@@ -12,6 +13,7 @@ def bridged_here() -> list[str]:
     gaps = [
         ((4, 38) <= version < (5, 0), "generate passes cache_position, which LLaVA does not take"),
         (version >= (4, 46), "load_4bit and load_8bit pass flags beside their config"),
+        (version >= DTYPE_SINCE, "torch_dtype is called dtype"),
         (version >= (5, 0), "a v1.6 tower is loaded inside the model's own load"),
         (version >= (4, 46), "the trainer's names and arguments have moved"),
         (chat_forgets(), "the chat of PyPI's llava-torch loses its history"),

@@ -13,6 +13,7 @@ from llava_hvp.host.patches import Patches
 from llava_hvp.host.versions import llava_models, transformers_version
 
 TOWER = "model.vision_tower.vision_tower."
+DTYPE_SINCE = (4, 56)
 BROUGHT_LATER = ("model.mm_projector", "model.vision_tower")
 
 
@@ -24,6 +25,14 @@ def bridge_loading(patches: Patches) -> None:
     for kind in llava_models():
         stock = kind.from_pretrained.__func__  # type: ignore[attr-defined]
         patches.replace(kind, "from_pretrained", classmethod(_loading(stock)))
+        if transformers_version() >= DTYPE_SINCE:
+            patches.replace(kind.config_class, "torch_dtype", _DTYPE)  # type: ignore[attr-defined]
+
+
+# The training script sets `model.config.torch_dtype`, which complains as the argument does.
+_DTYPE = property(
+    lambda config: config.dtype, lambda config, dtype: setattr(config, "dtype", dtype)
+)
 
 
 class LateCLIPVisionModel:
@@ -64,13 +73,27 @@ def _loading(stock: Callable[..., Any]) -> Callable[..., Any]:
 
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
         wants_report = kwargs.pop("output_loading_info", False)
-        model, report = stock(cls, *args, output_loading_info=True, **_quantisation(kwargs))
+        kwargs = _named_now(_quantisation(kwargs))
+        model, report = stock(cls, *args, output_loading_info=True, **kwargs)
         missing = [key for key in report["missing_keys"] if key.startswith(TOWER)]
         if missing:
             _fill(model.get_vision_tower(), {key.removeprefix(TOWER) for key in missing})
         return (model, report) if wants_report else model
 
     return from_pretrained
+
+
+def _named_now(arguments: dict[str, Any]) -> dict[str, Any]:
+    """What `from_pretrained` gets, with `torch_dtype` called as this release wants.
+
+    Releases that say `dtype` complain about the old name; None asks for nothing under either.
+    """
+    if transformers_version() < DTYPE_SINCE or arguments.get("torch_dtype") is None:
+        return arguments
+    others = {name: value for name, value in arguments.items() if name != "torch_dtype"}
+    if others.get("dtype") is None:  # transformers' own rule where both are given
+        others["dtype"] = arguments["torch_dtype"]
+    return others
 
 
 def _fill(tower: Any, missing: set[str]) -> None:

@@ -118,7 +118,7 @@ def _float32_unless_told(loader: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(loader)
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
         if "torch_dtype" in kwargs and kwargs["torch_dtype"] is None:
-            kwargs["torch_dtype"] = torch.float32
+            kwargs = {**kwargs, "torch_dtype": None, "dtype": kwargs.get("dtype") or torch.float32}
         return loader(cls, *args, **kwargs)
 
     return from_pretrained
