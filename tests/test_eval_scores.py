@@ -15,10 +15,11 @@ from llava_hvp.evaluation.mmbench import letter_of
 from llava_hvp.evaluation.questions import read_table
 from llava_hvp.evaluation.results import make_result
 from llava_hvp.evaluation.scores import Score, score
-from llava_hvp.evaluation.settings import conv_mode, is_next, method_name, model_name, settings_of
+from llava_hvp.evaluation.settings import conv_mode, is_next, method_name, settings_of
 from llava_hvp.evaluation.store import Store
 from llava_hvp.evaluation.workers import chunks
 from llava_hvp.methods import get_method
+from llava_hvp.naming import model_name
 
 
 def answered(folder, name, texts, **options):

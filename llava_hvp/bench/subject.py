@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llava_hvp.bench.geometry import Geometry, get_geometry
 from llava_hvp.bench.workload import random_prompt
+from llava_hvp.naming import model_name
 
 QUESTION = "What is in the picture?"
 
@@ -74,7 +75,7 @@ def of_checkpoint(
     from llava_hvp.host.synthetic import geometry_of
 
     opened = open_checkpoint(path, device, base=base, bits=bits, dtype=dtype)
-    name, model, prompt = opened.name, opened.model, opened.prompt(question, conv_mode)
+    name, model, prompt = model_name(path), opened.model, opened.prompt(question, conv_mode)
     tiles = 5 if getattr(model.config, "image_aspect_ratio", "") == "anyres" else 1
     words = f"{name}, {_dtypes(model, dtype, bits)}"
     return Subject(

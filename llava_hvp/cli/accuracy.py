@@ -28,6 +28,7 @@ from llava_hvp.cli.arguments import (
 )
 from llava_hvp.errors import OptionError
 from llava_hvp.methods import list_methods
+from llava_hvp.naming import model_name
 from llava_hvp.shapes import checkpoint, list_checkpoints
 from llava_hvp.shapes.exams import EXAMS, exam, exam_for
 
@@ -71,7 +72,7 @@ def main(found: argparse.Namespace) -> int:
     need("bench", "tabulate", *(["matplotlib"] if found.out else []))
     device = device_of(found.device)
     chosen = variants(found.methods.split(","), budgets(found), found.prune_opt or ())
-    name = found.model if found.model_path is None else found.model_path.name
+    name = found.model if found.model_path is None else model_name(str(found.model_path))
     pictures = found.pictures or exam_for(name)
     asked = list(exam(pictures, found.questions))
     # LLaVA comes only now: whatever was typed wrong has been said.

@@ -37,6 +37,7 @@ from llava_hvp.cli.arguments import (
 )
 from llava_hvp.errors import OptionError
 from llava_hvp.methods import list_methods
+from llava_hvp.naming import named_path
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -167,6 +168,8 @@ def _check(found: argparse.Namespace) -> None:
         subject.get_geometry(found.geometry)
     elif found.tower_dtype:
         raise OptionError("--tower-dtype goes with --geometry: a checkpoint's tower is as loaded")
+    if found.model_path is not None:
+        found.model_path = named_path(found.model_path)
     found.bits = bits_of(found)
     exclude(found, "image_file", "image_size")
     for name, least in (("rounds", FEWEST), ("new_tokens", 1), ("text_tokens", 2)):

@@ -16,6 +16,7 @@ from llava_hvp.evaluation.benchmarks import BENCHMARKS, get_benchmark
 from llava_hvp.evaluation.data import DEFAULT_DATA
 from llava_hvp.evaluation.run import Job, evaluate
 from llava_hvp.evaluation.show import one_line
+from llava_hvp.naming import named_path
 from llava_hvp.stderr import say
 
 INTERRUPTED = 130
@@ -61,7 +62,7 @@ def main(found: argparse.Namespace) -> int:
     request = requested(found)
     job = Job(
         benchmark,
-        found.model_path,
+        named_path(found.model_path),
         request,
         found.data,
         found.out,

@@ -13,8 +13,8 @@ from llava_hvp.evaluation.compare import compare
 from llava_hvp.evaluation.measured import read_results
 from llava_hvp.evaluation.plan import Step, check, environment, is_done, plan
 from llava_hvp.evaluation.published import TABLES, get_table
-from llava_hvp.evaluation.settings import model_name
 from llava_hvp.evaluation.show import comparison
+from llava_hvp.naming import model_name, named_path
 from llava_hvp.stderr import say
 
 
@@ -38,6 +38,7 @@ def add(commands: Any) -> None:
 def main(found: argparse.Namespace) -> int:
     """Run the table, or list what would run; the exit code."""
     table = get_table(found.table)
+    found.model_path = named_path(found.model_path)
     request = Request(device=found.device)
     if not found.dry_run:
         found.prune_method = found.r_max = found.num_tokens = found.prune_opt = None

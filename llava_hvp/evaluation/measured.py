@@ -12,10 +12,10 @@ from llava_hvp.evaluation.benchmarks import BENCHMARKS
 from llava_hvp.evaluation.files import RESULT, read_json
 from llava_hvp.evaluation.published import Column
 from llava_hvp.evaluation.results import KIND, STOCK_HARNESS
-from llava_hvp.evaluation.settings import model_name
 from llava_hvp.lmms.arguments import OTHERS, method_of
 from llava_hvp.methods import get_method
 from llava_hvp.methods.base import Method
+from llava_hvp.naming import model_name
 
 LMMS_HARNESS = "lmms-eval"
 NO_OCR = "no OCR"

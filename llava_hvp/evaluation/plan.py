@@ -17,8 +17,9 @@ from llava_hvp.evaluation.benchmarks import get_benchmark
 from llava_hvp.evaluation.data import find_data
 from llava_hvp.evaluation.measured import LMMS_HARNESS, find, read_results
 from llava_hvp.evaluation.published import Column, Row, Table
-from llava_hvp.evaluation.settings import method_name, model_name
+from llava_hvp.evaluation.settings import method_name
 from llava_hvp.lmms.arguments import model_args
+from llava_hvp.naming import model_name
 
 # Images of lmms-eval's tasks, for estimates.
 IMAGES = {

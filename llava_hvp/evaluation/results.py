@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from llava_hvp.evaluation.benchmarks import Benchmark
-from llava_hvp.evaluation.settings import UNPRUNED, model_name
+from llava_hvp.evaluation.settings import UNPRUNED
 from llava_hvp.evaluation.store import Store
+from llava_hvp.naming import model_name
 from llava_hvp.record import answers_facts
 
 if TYPE_CHECKING:

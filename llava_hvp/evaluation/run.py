@@ -24,10 +24,10 @@ from llava_hvp.evaluation.settings import (
     conv_mode,
     is_next,
     method_name,
-    model_name,
     settings_of,
 )
 from llava_hvp.evaluation.store import Store
+from llava_hvp.naming import model_name
 from llava_hvp.record import write_json, write_whole
 from llava_hvp.stderr import say
 

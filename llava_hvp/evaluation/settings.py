@@ -17,6 +17,7 @@ from llava_hvp.config import Request
 from llava_hvp.evaluation.benchmarks import Benchmark
 from llava_hvp.evaluation.questions import Questions
 from llava_hvp.methods.base import Method
+from llava_hvp.naming import model_name
 
 UNPRUNED = "unpruned"
 
@@ -79,12 +80,6 @@ def fingerprint(model_path: str) -> str | None:
         elif path.suffix in (".safetensors", ".bin"):
             digest.update(f"{path.name} {path.stat().st_size}".encode())
     return digest.hexdigest()[:16]
-
-
-def model_name(model_path: str) -> str:
-    """As LLaVA calls a model: the last part of its path, two parts for `…/NAME/checkpoint-N`."""
-    parts = model_path.strip("/").split("/")
-    return "_".join(parts[-2:]) if parts[-1].startswith("checkpoint-") else parts[-1]
 
 
 def method_name(method: Method | None) -> str:
