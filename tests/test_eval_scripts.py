@@ -149,6 +149,40 @@ def test_a_killed_run_goes_on_and_other_settings_are_refused(place):
     assert (result["images"], result["questions"]) == (120, 120)
 
 
+def test_a_retrained_checkpoint_does_not_get_the_old_answers(place):
+    """Retraining keeps the names and the sizes of all files."""
+    WRITERS["pope"](place / "data")
+    retrained = shutil.copytree(place / "llava-v1.5-tiny", place / "llava-v1.5-retrained")
+    weights = retrained / "model.safetensors"
+    line = (
+        f"llava-hvp eval pope --model-path {retrained.name} --data data --device cpu {HIVTP} "
+        f"{SHORT} --out retrained"
+    )
+    first, again = call(line, place), call(line, place)
+    assert (first.returncode, again.returncode) == (0, 0), first.stderr + again.stderr
+    assert "12 questions, 12 answered" in again.stderr
+    assert first.stdout == again.stdout
+    before = weights.stat()
+    with weights.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    refused = call(line, place)
+    assert refused.returncode == 2
+    assert refused.stdout == ""
+    assert "model.safetensors of the model has changed. Give --restart" in refused.stderr
+    (result,) = (place / "retrained").rglob("result.json")
+    old = json.loads(result.read_text())["settings"]["checkpoint"]
+    anew = call(f"{line} --restart", place)
+    assert anew.returncode == 0, anew.stderr
+    assert "12 questions, 0 answered" in anew.stderr
+    new = json.loads(result.read_text())["settings"]["checkpoint"]
+    assert {n for n in new["model"] if new["model"][n] != old["model"][n]} == {"model.safetensors"}
+    assert new["vision tower"] == old["vision tower"]
+
+
 def test_textvqa_by_llavas_evaluator_and_without_ocr(place, checkpoints):
     write_textvqa(place / "data")
     folder, _ = run(place, "textvqa", SHORT, "textvqa")

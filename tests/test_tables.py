@@ -11,7 +11,7 @@ from llava_hvp.cli import main
 from llava_hvp.errors import EvaluationError, OptionError
 from llava_hvp.evaluation.compare import compare
 from llava_hvp.evaluation.measured import read_results
-from llava_hvp.evaluation.plan import IMAGES, plan
+from llava_hvp.evaluation.plan import IMAGES, check_checkpoint, plan
 from llava_hvp.evaluation.published import TABLES, average, get_table
 from llava_hvp.lmms.arguments import method_of, model_args
 from llava_hvp.methods import get_method
@@ -193,6 +193,26 @@ def test_each_step_of_a_table_runs_through_its_harness(tmp_path, capsys):
     assert "layers=20+21+22+23" in listed
     assert main([*line, "--only", "gqa"]) == 2
     assert "hivtp-3 has ai2d, mme, pope" in capsys.readouterr().err
+
+
+def test_lmms_results_of_a_checkpoint_that_has_changed_are_refused(tmp_path):
+    checkpoint, out = tmp_path / "llava-v1.5-7b", tmp_path / "out"
+    checkpoint.mkdir()
+    (checkpoint / "model.safetensors").write_bytes(b"weights")
+    given = {"model_path": str(checkpoint), "out": out}
+    arguments = given | {"data": tmp_path, "gpus": ("0",), "device": "cpu"}
+    (step,) = plan(get_table("hiprune-1"), only=["gqa"], **arguments)[:1]
+    check_checkpoint(step, **given)
+    check_checkpoint(step, **given)
+    folder = out / "lmms-eval" / "llava-v1.5-7b" / "unpruned"
+    (folder / "2026_results.json").write_text("{}")
+    check_checkpoint(step, **given)
+    (checkpoint / "model.safetensors").write_bytes(b"WEIGHTS")
+    with pytest.raises(EvaluationError, match=r"may not be this checkpoint's: model.safetensors"):
+        check_checkpoint(step, **given)
+    (folder / "checkpoint.json").unlink()
+    with pytest.raises(EvaluationError, match="they are from a release that knew a checkpoint by"):
+        check_checkpoint(step, **given)
 
 
 @pytest.mark.parametrize("name", TABLES)

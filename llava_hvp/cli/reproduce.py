@@ -11,7 +11,7 @@ from llava_hvp.config import Request
 from llava_hvp.errors import EvaluationError, OptionError
 from llava_hvp.evaluation.compare import compare
 from llava_hvp.evaluation.measured import read_results
-from llava_hvp.evaluation.plan import Step, check, environment, is_done, plan
+from llava_hvp.evaluation.plan import Step, check, check_checkpoint, environment, is_done, plan
 from llava_hvp.evaluation.published import TABLES, get_table
 from llava_hvp.evaluation.show import comparison
 from llava_hvp.naming import model_name, named_path
@@ -87,6 +87,7 @@ def _list(steps: list[Step]) -> None:
 
 
 def _run(step: Step, found: argparse.Namespace) -> None:
+    check_checkpoint(step, found.out, found.model_path)
     if is_done(step, found.out, found.model_path):
         say("the result is there")
         return

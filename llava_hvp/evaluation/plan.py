@@ -14,12 +14,15 @@ from llava_hvp import config
 from llava_hvp.config import Request
 from llava_hvp.errors import EvaluationError, OptionError
 from llava_hvp.evaluation.benchmarks import get_benchmark
+from llava_hvp.evaluation.checkpoint import CACHE, difference, digests_of
 from llava_hvp.evaluation.data import find_data
+from llava_hvp.evaluation.files import read_json
 from llava_hvp.evaluation.measured import LMMS_HARNESS, find, read_results
 from llava_hvp.evaluation.published import Column, Row, Table
 from llava_hvp.evaluation.settings import method_name
 from llava_hvp.lmms.arguments import model_args
 from llava_hvp.naming import model_name
+from llava_hvp.record import write_json
 
 # Images of lmms-eval's tasks, for estimates.
 IMAGES = {
@@ -133,7 +136,7 @@ def _lmms(
     device: str | None,
     stock: Sequence[str],
 ) -> tuple[list[str], dict[str, str]]:
-    folder = out / "lmms-eval" / model_name(model_path) / method_name(row.method)
+    folder = _lmms_folder(out, model_path, row)
     launch = [sys.executable, "-m", "accelerate.commands.launch"]
     launch += ["--num_processes", str(len(gpus)), *(["--cpu"] if device == "cpu" else [])]
     command = [
@@ -143,6 +146,10 @@ def _lmms(
         *(["--device", "cpu"] if device == "cpu" else []),
     ]
     return command, {} if device == "cpu" else {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
+
+
+def _lmms_folder(out: Path, model_path: str, row: Row) -> Path:
+    return out / "lmms-eval" / model_name(model_path) / method_name(row.method)
 
 
 def check(steps: Sequence[Step]) -> None:
@@ -162,6 +169,29 @@ def is_done(step: Step, out: Path, model_path: str) -> bool:
         return False
     found = find(results, step.column, step.row.method)
     return found is not None and found[0].harness == LMMS_HARNESS
+
+
+def check_checkpoint(step: Step, out: Path, model_path: str) -> None:
+    """Note what lmms-eval is given, as `llava-hvp eval` does for itself.
+
+    Raises EvaluationError where there are results of a checkpoint that has changed since.
+    """
+    if step.column.harness != LMMS_HARNESS:
+        return
+    folder, digests = (
+        _lmms_folder(out, model_path, step.row),
+        digests_of(model_path, None, out / CACHE),
+    )
+    path = folder / "checkpoint.json"
+    if any(folder.rglob("*_results.json")):
+        why = difference(read_json(path) if path.exists() else None, digests)
+        if why is not None:
+            raise EvaluationError(
+                f"{folder} holds results that may not be this checkpoint's: {why}. Move it away, "
+                "or give --out another folder"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(path, digests)
 
 
 def environment(step: Step) -> dict[str, str]:

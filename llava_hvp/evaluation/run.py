@@ -16,6 +16,7 @@ from llava_hvp.config import Request
 from llava_hvp.errors import EvaluationError, OptionError
 from llava_hvp.evaluation import workers
 from llava_hvp.evaluation.benchmarks import Benchmark
+from llava_hvp.evaluation.checkpoint import CACHE, digests_of
 from llava_hvp.evaluation.data import Data, find_data
 from llava_hvp.evaluation.files import RESULT
 from llava_hvp.evaluation.results import make_result
@@ -93,6 +94,7 @@ def evaluate(job: Job) -> dict[str, Any]:
         model_base=own.model_base,
         stock=stock,
         questions=data.questions,
+        cache=job.out / CACHE,
     )
     store = Store(job.folder, data.questions, all_rounds="--all-rounds" in stock)
     with store.locked():
@@ -101,6 +103,7 @@ def evaluate(job: Job) -> dict[str, Any]:
         store.check_settings(settings)
         store.collect()
         _say_begin(job, store)
+        complete = not store.remaining
         try:
             _answer(job, own, stock, data, store)
         finally:
@@ -111,6 +114,9 @@ def evaluate(job: Job) -> dict[str, Any]:
                 f"{len(store.remaining)} of {len(data.questions)} questions have no answer, though "
                 f"every process ended well: see {store.parts}"
             )
+        if not complete:
+            digests = digests_of(job.model_path, own.model_base, job.out / CACHE)
+            store.check_again(settings, digests)
         result = _finish(job, data, store, settings)
     if own.answers_file is not None:
         own.answers_file.parent.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib.metadata
 import platform
 import re
@@ -15,6 +14,7 @@ import llava_hvp
 from llava_hvp import config
 from llava_hvp.config import Request
 from llava_hvp.evaluation.benchmarks import Benchmark
+from llava_hvp.evaluation.checkpoint import digests_of
 from llava_hvp.evaluation.questions import Questions
 from llava_hvp.methods.base import Method
 from llava_hvp.naming import model_name
@@ -30,14 +30,18 @@ def settings_of(
     model_base: str | None,
     stock: Sequence[str],
     questions: Questions,
+    cache: Path | None = None,
 ) -> dict[str, Any]:
-    """Everything that answers depend on; how many processes there are is not among it."""
+    """Everything that answers depend on; how many processes there are is not among it.
+
+    cache : as `digests_of` takes it
+    """
     method = request.method
     return {
         "benchmark": benchmark.name,
         "model_path": model_path,
         "model_base": model_base,
-        "checkpoint": fingerprint(model_path),
+        "checkpoint": digests_of(model_path, model_base, cache),
         "method": None if method is None else method.name,
         "options": None if method is None else plain(dataclasses.asdict(method)),
         "given": config.to_flags(Request(method)),
@@ -66,20 +70,6 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-def fingerprint(model_path: str) -> str | None:
-    """Of a checkpoint's config and its weights' names and sizes; None where it is no folder."""
-    folder = Path(model_path).expanduser()
-    if not folder.is_dir():
-        return None
-    digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.name in ("config.json", "generation_config.json"):
-            digest.update(path.read_bytes())
-        elif path.suffix in (".safetensors", ".bin"):
-            digest.update(f"{path.name} {path.stat().st_size}".encode())
-    return digest.hexdigest()[:16]
 
 
 def method_name(method: Method | None) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 from llava_hvp.errors import EvaluationError
 from llava_hvp.evaluation.benchmarks import TSV
+from llava_hvp.evaluation.checkpoint import Digests, difference
 from llava_hvp.evaluation.files import (
     ANSWERS,
     CALLS,
@@ -28,6 +29,8 @@ from llava_hvp.evaluation.files import (
 from llava_hvp.evaluation.questions import Questions
 from llava_hvp.record import write_json, write_whole
 from llava_hvp.stderr import say
+
+CHECKPOINT = "checkpoint"  # of the settings
 
 
 @dataclass(frozen=True)
@@ -78,16 +81,43 @@ class Store:
         path = self.folder / SETTINGS
         if self._has_answers():
             before = read_json(path) if path.exists() else {}
-            changed = [n for n in {**before, **settings} if before.get(n) != settings.get(n)]
-            if changed:
-                name = changed[0]
-                raise EvaluationError(
-                    f"{self.folder} holds answers of other settings: {name} was "
-                    f"{before.get(name)!r} and is {settings.get(name)!r} now. Give the settings of "
-                    "then, or --out another folder, or --restart to throw those answers away"
-                )
-            return
+            self._compare(before, settings)
+            if before[CHECKPOINT] == settings[CHECKPOINT]:
+                return
+            say(f"{self.folder}: its answers are taken for this checkpoint's, which was not here")
         write_json(path, settings)
+
+    def _compare(self, before: dict[str, Any], settings: dict[str, Any]) -> None:
+        for name in {**before, **settings}:
+            then, now = before.get(name), settings.get(name)
+            if name == CHECKPOINT:
+                why = difference(then, settings[CHECKPOINT])
+                if why is not None:
+                    raise EvaluationError(
+                        f"{self.folder} holds answers that may not be this checkpoint's: {why}. "
+                        "Give --restart to throw those answers away, or --out another folder"
+                    )
+            elif then != now:
+                raise EvaluationError(
+                    f"{self.folder} holds answers of other settings: {name} was {then!r} and is "
+                    f"{now!r} now. Give the settings of then, or --out another folder, or "
+                    "--restart to throw those answers away"
+                )
+
+    def check_again(self, settings: dict[str, Any], digests: Digests) -> None:
+        """Raise EvaluationError for a checkpoint that changed while it was answering.
+
+        What was not here when the answers were begun is noted.
+        """
+        why = difference(settings[CHECKPOINT], digests)
+        if why is not None:
+            raise EvaluationError(
+                f"{self.folder}: the checkpoint changed while it was answering: {why}. Give "
+                "--restart to throw those answers away"
+            )
+        if settings[CHECKPOINT] != digests:
+            settings[CHECKPOINT] = digests
+            write_json(self.folder / SETTINGS, settings)
 
     def _has_answers(self) -> bool:
         found = [self.folder / ANSWERS, *self.parts.glob(f"*{PART_ANSWERS}")]
