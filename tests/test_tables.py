@@ -125,6 +125,78 @@ def test_measured_beside_published_with_the_harness_it_came_from(tmp_path, capsy
     assert "| hiprune num_tokens=192 | mmbench" in capsys.readouterr().out
 
 
+OTHER = (
+    "Measured with {model}, which is not llava-v1.5-7b by its name: these are figures of two "
+    "models, so there are no differences"
+)
+
+
+@pytest.fixture
+def plotted(monkeypatch):
+    """The figures that were saved."""
+    from matplotlib.figure import Figure
+
+    figures, stock = [], Figure.savefig
+
+    def savefig(self, *args, **kwargs):
+        figures.append(self)
+        return stock(self, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    return figures
+
+
+def against(folder, form, capsys):
+    plot = folder / "plot.png"
+    line = ["table", str(folder), "--against", "hiprune-1", "--format", form, "--plot", str(plot)]
+    assert main(line) == 0
+    return capsys.readouterr()
+
+
+@pytest.mark.parametrize("model", ["llava-shapes", "my-llava-v1.5-7b", "llava-v1.5-7b-finetuned"])
+def test_another_model_is_shown_with_a_mark_and_without_a_difference(
+    model, tmp_path, capsys, plotted
+):
+    for method in (None, "hiprune"):
+        stock_result(tmp_path, "mmbench", {"circular_accuracy": 60.0}, method, model)
+    found = compare(get_table("hiprune-1"), read_results(tmp_path))
+    cells = [each for line in found.lines for each in (*line.cells.values(), line.kept_tokens)]
+    cells += [line.average for line in found.lines]
+    assert sum(cell.measured is not None for cell in cells) == 6
+    assert all(cell.difference is None for cell in cells)
+    for form in ("terminal", "markdown"):
+        lines = against(tmp_path, form, capsys).out.splitlines()
+        assert f"* {OTHER.format(model=model)}." in lines
+        assert sum("measured*" in line and "60.00" in line for line in lines) == 2
+        assert not any("difference " in line or "-4.70" in line for line in lines)
+    said = against(tmp_path, "csv", capsys)
+    rows = list(csv.DictReader(io.StringIO(said.out)))
+    assert {row["difference"] for row in rows} == {""}
+    assert {row["measured"] for row in rows if row["figure"] == "MMBench"} == {"60.0", ""}
+    assert {row["measured_model"] for row in rows} == {model}
+    assert {row["published_model"] for row in rows} == {"llava-v1.5-7b"}
+    assert said.err == f"llava-hvp: {OTHER.format(model=model)}\n"
+    assert len(plotted) == 3
+    for figure in plotted:
+        assert figure.get_suptitle().endswith(f"\n* {OTHER.format(model=model)}")
+        assert [t.get_text() for t in figure.axes[0].get_legend().texts][1] == "measured*"
+
+
+@pytest.mark.parametrize("model", ["llava-v1.5-7b", "LLaVA-v1.5-7B"])
+def test_the_tables_own_model_is_not_marked(model, tmp_path, capsys, plotted):
+    stock_result(tmp_path, "mmbench", {"circular_accuracy": 60.0}, model=model)
+    lines = against(tmp_path, "terminal", capsys).out.splitlines()
+    assert not any("*" in line or "two models" in line for line in lines)
+    assert any("difference" in line and "-4.70" in line for line in lines)
+    said = against(tmp_path, "csv", capsys)
+    assert said.err == ""
+    (row,) = [r for r in csv.DictReader(io.StringIO(said.out)) if r["measured"] == "60.0"]
+    assert float(row["difference"]) == pytest.approx(-4.7)
+    assert "two models" not in plotted[0].get_suptitle()
+    assert main(["table", "--against", "hiprune-1"]) == 0
+    assert "two models" not in capsys.readouterr().out
+
+
 def test_textvqa_without_ocr_tokens_stands_beside_lmms_eval_only(tmp_path):
     stock_result(tmp_path, "textvqa", {"accuracy": 46.0}, settings={"without_ocr": True})
     results = read_results(tmp_path)

@@ -11,6 +11,7 @@ from llava_hvp.evaluation.compare import compare
 from llava_hvp.evaluation.measured import read_results
 from llava_hvp.evaluation.published import TABLES, get_table
 from llava_hvp.evaluation.show import FORMATS, comparison, listing, plot
+from llava_hvp.stderr import say
 
 
 def add(commands: Any) -> None:
@@ -41,6 +42,8 @@ def main(found: argparse.Namespace) -> int:
     results = [] if found.results is None else read_results(found.results, found.model)
     compared = compare(table, results)
     print(comparison(compared, found.format))
+    if compared.other_model and found.format == "csv":  # which has no place for it
+        say(compared.other_model)
     if found.plot:
         plot(compared, found.plot)
     return 0

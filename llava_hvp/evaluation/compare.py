@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
 
 from llava_hvp.evaluation.measured import Measured, find
 from llava_hvp.evaluation.published import Column, Row, Table, average
+from llava_hvp.naming import model_name
 
 
 @dataclass(frozen=True)
@@ -15,16 +17,18 @@ class Cell:
     """One figure of a table.
 
     harness : that measured; "" where nothing was
+    alike : whether both are of one model
     """
 
     published: float | None
     measured: float | None
     harness: str = ""
+    alike: bool = True
 
     @property
     def difference(self) -> float | None:
-        """Measured less published."""
-        if self.published is None or self.measured is None:
+        """Measured less published; None of two models."""
+        if self.published is None or self.measured is None or not self.alike:
             return None
         return self.measured - self.published
 
@@ -62,9 +66,26 @@ class Comparison:
     other_harness: list[str]
     unused: list[Measured]
 
+    @property
+    def other_model(self) -> str | None:
+        """Why there are no differences, in a sentence; None where they are of one model."""
+        if not self.model or is_model_of(self.table, self.model):
+            return None
+        return (
+            f"Measured with {self.model}, which is not {model_name(self.table.checkpoint)} by its "
+            "name: these are figures of two models, so there are no differences"
+        )
+
+
+def is_model_of(table: Table, model: str) -> bool:
+    """Whether a result is of the published table's model, by its name."""
+    return model.lower() == model_name(table.checkpoint).lower()
+
 
 def compare(table: Table, results: Sequence[Measured]) -> Comparison:
     """Set results beside a table; figures that were not measured stay empty."""
+    model = results[0].model if results else ""
+    cell = functools.partial(Cell, alike=is_model_of(table, model))
     used: list[Measured] = []
     base_row = table.unpruned
     base = _values(results, table, None)
@@ -79,12 +100,12 @@ def compare(table: Table, results: Sequence[Measured]) -> Comparison:
         lines.append(
             Line(
                 row.label,
-                {c.benchmark: _cell(row, c, here) for c in table.columns},
-                Cell(row.kept_tokens, _mean(used_of(here), "kept_tokens")),
-                Cell(row.kept_of_patches, _mean(used_of(here), "kept_of_patches")),
-                Cell(row.ttft_ms, _mean(used_of(here), "ttft_ms")),
-                Cell(row.tokens_per_second, _mean(used_of(here), "tokens_per_second")),
-                Cell(published, own),
+                {c.benchmark: cell(*_figures(row, c, here)) for c in table.columns},
+                cell(row.kept_tokens, _mean(used_of(here), "kept_tokens")),
+                cell(row.kept_of_patches, _mean(used_of(here), "kept_of_patches")),
+                cell(row.ttft_ms, _mean(used_of(here), "ttft_ms")),
+                cell(row.tokens_per_second, _mean(used_of(here), "tokens_per_second")),
+                cell(published, own),
                 0 if own is None else sum(bool(base.get(name)) for name in values),
             )
         )
@@ -95,7 +116,7 @@ def compare(table: Table, results: Sequence[Measured]) -> Comparison:
     ]
     taken = {id(result) for result in used}
     unused = [result for result in results if id(result) not in taken]
-    return Comparison(table, results[0].model if results else "", lines, other, unused)
+    return Comparison(table, model, lines, other, unused)
 
 
 def used_of(here: dict[str, tuple[Measured, float]]) -> list[Measured]:
@@ -108,10 +129,12 @@ def _values(results: Sequence[Measured], table: Table, method: None) -> dict[str
     return {name: each[1] for name, each in found.items() if each is not None}
 
 
-def _cell(row: Row, column: Column, here: dict[str, tuple[Measured, float]]) -> Cell:
+def _figures(
+    row: Row, column: Column, here: dict[str, tuple[Measured, float]]
+) -> tuple[float | None, float | None, str]:
+    """Published, measured, and the harness that measured."""
     result, value = here.get(column.benchmark, (None, None))
-    harness = "" if result is None else result.harness
-    return Cell(row.values.get(column.benchmark), value, harness)
+    return row.values.get(column.benchmark), value, "" if result is None else result.harness
 
 
 def _mean(results: Sequence[Measured], name: str) -> float | None:

@@ -14,11 +14,13 @@ from llava_hvp.evaluation.benchmarks import BENCHMARKS
 from llava_hvp.evaluation.compare import Cell, Comparison, Line
 from llava_hvp.evaluation.measured import Measured
 from llava_hvp.evaluation.settings import UNPRUNED
+from llava_hvp.naming import model_name
 from llava_hvp.record import write_whole
 
 STYLES = {"terminal": "simple", "markdown": "github"}
 FORMATS = (*STYLES, "csv")
 Part = tuple[str, Callable[[Cell], float | None]]
+OTHER_MODEL = "*"  # marks figures of another model than the table's
 PARTS: tuple[Part, ...] = (
     ("published", lambda cell: cell.published),
     ("measured", lambda cell: cell.measured),
@@ -70,9 +72,11 @@ def comparison(found: Comparison, form: str) -> str:
     if form == "csv":
         return _long(found)
     table = []
+    mark, parts_of_line = (OTHER_MODEL, PARTS[:-1]) if found.other_model else ("", PARTS)
     for line in found.lines:
-        for name, part in PARTS:
-            cells = {"setting": line.label if name == "published" else "", "": name}
+        for name, part in parts_of_line:
+            shown = name + mark * (name == "measured")
+            cells = {"setting": line.label if name == "published" else "", "": shown}
             cells["tokens"] = _text(part(line.kept_tokens), 0)
             cells |= {c.label: _text(part(line.cells[c.benchmark]), 2) for c in columns}
             cells["average %"] = _text(part(line.average), 1)
@@ -96,6 +100,8 @@ def comparison(found: Comparison, form: str) -> str:
         "benchmarks, as HiPrune has it.",
         *(f"{note[0].upper()}{note[1:]}." for note in paper.notes),
     ]
+    if found.other_model:
+        parts.append(f"{OTHER_MODEL} {found.other_model}.")
     if found.other_harness:
         parts.append(
             f"Measured through another harness than published, so not comparable to the last "
@@ -131,6 +137,8 @@ def _long(found: Comparison) -> str:
                     "measured": cell.measured,
                     "measured_harness": cell.harness,
                     "difference": cell.difference,
+                    "published_model": model_name(found.table.checkpoint),
+                    "measured_model": found.model,
                 }
             )
     return _csv(table)
@@ -184,7 +192,8 @@ def plot(found: Comparison, path: Path) -> None:
         panels.append(("average, % of unpruned", averages))
     rows = -(-len(panels) // 3)
     figure = Figure(figsize=(11, 3 * rows), layout="constrained")
-    figure.suptitle(f"{found.table.title}: {found.table.model}")
+    title = f"{found.table.title}: {found.table.model}"
+    figure.suptitle(f"{title}\n{OTHER_MODEL} {found.other_model}" if found.other_model else title)
     axes = figure.subplots(rows, 3, squeeze=False).flat
     for axis, (title, cells) in zip(axes, panels, strict=False):
         for (name, part), style in zip(PARTS, ("o--", "s-"), strict=False):
@@ -195,7 +204,8 @@ def plot(found: Comparison, path: Path) -> None:
                 and (value := part(cell)) is not None
             ]
             points.sort()
-            axis.plot([x for x, _ in points], [y for _, y in points], style, label=name)
+            mark = OTHER_MODEL * (name == "measured" and found.other_model is not None)
+            axis.plot([x for x, _ in points], [y for _, y in points], style, label=name + mark)
         axis.set_title(title, fontsize="medium")
         axis.set_xlabel("visual tokens kept")
         axis.grid(alpha=0.3)
