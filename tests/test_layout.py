@@ -1,6 +1,7 @@
 """The order of an image's tokens, against stock LLaVA's own method on features that are numbers."""
 
 import functools
+import itertools
 import random
 from types import SimpleNamespace
 
@@ -68,8 +69,7 @@ class Numbered:
             self, ids, None, None, None, None, images, sizes
         )[4].flatten()
         ends = [-1, *sent.isnan().nonzero().flatten().tolist()]
-        spans = zip(ends, ends[1:], strict=False)
-        return [sent[start + 1 : end].long() for start, end in spans]
+        return [sent[start + 1 : end].long() for start, end in itertools.pairwise(ends)]
 
 
 def ours(kind, sizes):

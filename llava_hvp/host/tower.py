@@ -64,7 +64,11 @@ class PrunedCLIPVisionTower(CLIPVisionTower):
         check_tower(tower, method)
         tower.__class__ = cls
         tower.prune_method = method
-        tower.reading()
+        try:
+            tower.reading()
+        except BaseException:
+            tower.release()
+            raise
 
     def release(self) -> None:
         """Back to the stock tower, hooks and attributes gone."""
