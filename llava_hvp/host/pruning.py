@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import types
 import weakref
 from collections.abc import Callable, Iterable
@@ -25,6 +26,10 @@ OVERRIDES: tuple[Callable[..., Any], ...] = (
     arch.encode_images,
     arch.prepare_inputs_labels_for_multimodal,
 )
+
+
+# Held while a model is looked at and changed, so that of two threads one comes first.
+_CHANGING = threading.RLock()
 
 
 class Pruning:
@@ -95,8 +100,13 @@ class Pruning:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self.model.__dict__.get("llava_hvp") is self:
-            detach(self.model)
+        self.take_back()
+
+    def take_back(self) -> None:
+        """Unprune the model, unless this is over and another pruning in force."""
+        with _CHANGING:
+            if self.model.__dict__.get("llava_hvp") is self:
+                detach(self.model)
 
     def load_text(self) -> None:
         """Load what a prompt-aware method reads the prompt with; raises TextEncoderError."""
@@ -159,6 +169,19 @@ def attach(
             f"{method!r} is no Method: give one, as HIVTP(r_max=0.5) or get_method('hivtp')"
         )
     model = find_llava(model)
+    with _CHANGING:
+        PrunedCLIPVisionTower.adopt(_unpruned_tower(model), method)
+        pruning = bind(model, tokenizer, clip_text)
+    try:
+        pruning.load_text()
+    except BaseException:
+        pruning.take_back()
+        raise
+    return pruning
+
+
+def _unpruned_tower(model: Any) -> Any:
+    """The vision tower of a model that nobody prunes; raises a LlavaHvpError where that is not."""
     tower = model.get_vision_tower()
     if tower is None:
         raise UnsupportedModelError(
@@ -173,14 +196,7 @@ def attach(
         raise PrunedStateError(
             f"{', '.join(patched)} of this model is patched by something else: undo that first"
         )
-    PrunedCLIPVisionTower.adopt(tower, method)
-    pruning = bind(model, tokenizer, clip_text)
-    try:
-        pruning.load_text()
-    except BaseException:
-        detach(model)
-        raise
-    return pruning
+    return tower
 
 
 def bind(model: Any, tokenizer: Any = None, clip_text: ClipText | None = None) -> Pruning:
@@ -215,14 +231,15 @@ def check_bound(model: Any) -> Pruning:
 def detach(model: Any) -> None:
     """See `llava_hvp.unprune`."""
     model = find_llava(model)
-    if "llava_hvp" not in model.__dict__:
-        raise PrunedStateError("this model is not pruned: nothing to undo")
-    for override in (*OVERRIDES, *compat.instance_bridges()):
-        model.__dict__.pop(override.__name__, None)
-    del model.__dict__["llava_hvp"]
-    tower = model.get_vision_tower()
-    if isinstance(tower, PrunedCLIPVisionTower):
-        tower.release()
+    with _CHANGING:
+        if "llava_hvp" not in model.__dict__:
+            raise PrunedStateError("this model is not pruned: nothing to undo")
+        for override in (*OVERRIDES, *compat.instance_bridges()):
+            model.__dict__.pop(override.__name__, None)
+        del model.__dict__["llava_hvp"]
+        tower = model.get_vision_tower()
+        if isinstance(tower, PrunedCLIPVisionTower):
+            tower.release()
 
 
 def find_llava(model: Any) -> Any:
