@@ -1,5 +1,6 @@
 """Pruning put on and taken off by several threads at once."""
 
+import contextlib
 import threading
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -20,10 +21,9 @@ class Meeting:
         self._barrier = threading.Barrier(2)
 
     def wait(self):
-        try:
+        # Broken where the other one is not let in, which is right.
+        with contextlib.suppress(threading.BrokenBarrierError):
             self._barrier.wait(1)
-        except threading.BrokenBarrierError:
-            pass  # the other one is not let in, which is right
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import threading
-import types
 import weakref
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
@@ -70,6 +71,16 @@ class Pruning:
         _LAST.set((weakref.ref(self), self._newest))
         if self.on_record is not None:
             self.on_record(self._newest)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Who listens belongs to this process, and the reports are of its calls.
+        return {**vars(self), "on_record": None, "_newest": []}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Pruning:
+        # In the same process a copy is listened to as well.
+        copied = memo[id(self)] = Pruning.__new__(Pruning)
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
 
     def _repr_html_(self) -> str:
         from llava_hvp.show.notebook import html_of_all
@@ -204,7 +215,8 @@ def bind(model: Any, tokenizer: Any = None, clip_text: ClipText | None = None) -
     pruning = Pruning(model, tokenizer, clip_text)
     model.llava_hvp = pruning
     for override in (*OVERRIDES, *compat.instance_bridges()):
-        setattr(model, override.__name__, types.MethodType(override, model))
+        # No MethodType: one of those is pickled by its name, and loaded as the stock method.
+        setattr(model, override.__name__, functools.partial(override, model))
     return pruning
 
 
