@@ -1,5 +1,7 @@
 """The prompt in the conversation, and how related patches are to it."""
 
+import logging
+
 import pytest
 import torch
 from llava.conversation import SeparatorStyle, conv_templates
@@ -108,6 +110,19 @@ def test_long_prompts_are_chunked_and_averaged(loaded):
             for c in chunks
         ]
     assert torch.allclose(clip.embed(words), torch.cat(embeddings).mean(0), atol=1e-6)
+
+
+def test_long_prompts_bring_no_warning_and_leave_transformers_its_own(loaded, monkeypatch):
+    clip = ClipText.load(loaded("llava-1.5-llama").model.get_vision_tower().vision_tower_name)
+    logger = logging.getLogger("transformers.tokenization_utils_base")
+    before, said = list(logger.filters), []
+    monkeypatch.setattr(logger, "handle", lambda record: said.append(record.getMessage()))
+    words = "what is the colour of the third cup on the left " * 12
+    clip.embed(words)
+    assert said == []
+    assert logger.filters == before
+    clip.tokenizer(words)
+    assert any("sequence length is longer than" in message for message in said)
 
 
 def test_llm_relevance_compares_with_the_prompts_input_embeddings(loaded):

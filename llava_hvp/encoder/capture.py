@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from llava_hvp.encoder.vit import refuse_sharded
 from llava_hvp.errors import UnsupportedModelError
 from llava_hvp.methods.base import Needs
 
@@ -68,27 +69,33 @@ class _Tap:
     layer: int
     side: str
 
-    def __call__(self, module: nn.Module, args: object, output: Tensor) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         recording = _RECORDING.get()
         if recording is not None:
+            name = f"{self.side}_proj of layer {self.layer}"
+            refuse_sharded(name, output.shape[-1], args[0].shape[-1])
             recording.take(self.layer, self.side, output)
 
 
 class Taps:
-    """The hooks that a method needs on the layers of one encoder."""
+    """The hooks that a method needs on the layers of one encoder.
+
+    Raises UnsupportedModelError for layers that are known to hold a part of the heads only; of
+    those that hide it, the hooks find out.
+    """
 
     def __init__(self, layers: Sequence[Any], needs: Needs) -> None:
         self._layers = tuple(sorted({*needs.received, *needs.cls}))
         self._modules = tuple(self._projections(layers))
+        for module, layer, side in self._named():
+            refuse_sharded(f"{side}_proj of layer {layer}", *_known_widths(module))
         self._handles: list[RemovableHandle] = [
-            module.register_forward_hook(_Tap(layer, side))
-            for module, layer, side in zip(
-                self._modules,
-                (layer for layer in self._layers for _ in "qk"),
-                "qk" * len(self._layers),
-                strict=True,
-            )
+            module.register_forward_hook(_Tap(layer, side)) for module, layer, side in self._named()
         ]
+
+    def _named(self) -> Iterator[tuple[nn.Module, int, str]]:
+        layers = (layer for layer in self._layers for _ in "qk")
+        return zip(self._modules, layers, "qk" * len(self._layers), strict=True)
 
     def _projections(self, layers: Sequence[Any]) -> Iterator[nn.Module]:
         for layer in self._layers:
@@ -102,6 +109,16 @@ class Taps:
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
+
+
+def _known_widths(module: Any) -> tuple[int, int]:
+    """Of what a projection gives and reads; (0, 0) where packed or partitioned weights hide it."""
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):
+        return module.out_features, module.in_features
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and weight.ndim == 2 and weight.is_floating_point():
+        return weight.shape[0], weight.shape[1]
+    return 0, 0
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,9 +58,8 @@ class ClipText:
     def embed(self, prompt: str) -> Tensor:
         """(P,) float32: the prompt's projected embedding, one a 77-token chunk, averaged."""
         inner = self.length - 2
-        # The tokenizer warns of prompts over 77 tokens; chunks are how we meet them.
-        logging.getLogger("transformers.tokenization_utils_base").addFilter(_not_too_long)
-        ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        # Not verbose, as it would warn of prompts over 77 tokens: chunks are how we meet them.
+        ids = self.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
         start, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         device = next(self.encoder.parameters()).device
         embeddings = [
@@ -86,10 +84,6 @@ class ClipText:
             norm.eps,
         )
         return self.visual_projection(normed)
-
-
-def _not_too_long(record: logging.LogRecord) -> bool:
-    return "sequence length is longer than" not in record.getMessage()
 
 
 @torch.no_grad()

@@ -63,6 +63,20 @@ def read_geometry(model: nn.Module) -> Geometry:
     return Geometry((side, side), len(layers), config.num_attention_heads)
 
 
+def refuse_sharded(name: str, width: int, hidden: int) -> None:
+    """Raise UnsupportedModelError unless a projection is as wide as the hidden states it reads.
+
+    A tower that tensor parallelism has split gives each process a part of the heads only.
+    """
+    if width != hidden:
+        raise UnsupportedModelError(
+            f"{name} of the vision tower is {width} wide and not {hidden} as its hidden states, so "
+            "that a part of the heads is missing: leave the tower whole where the model is "
+            "sharded, as deepspeed.init_inference(model, tensor_parallel=..., injection_policy="
+            '{LlamaDecoderLayer: ("self_attn.o_proj", "mlp.down_proj")})'
+        )
+
+
 @torch.no_grad()
 def hidden_states(model: nn.Module, images: Tensor, layer: int, *, fused: bool = False) -> Tensor:
     """(T, 1 + N, D) output of `layer`; layers past it are not run.
@@ -99,9 +113,11 @@ def _with_fused_attention(block: Any, hidden: Tensor) -> Tensor:
     """What a CLIP layer does, with one kernel for its attention."""
     attention = block.self_attn
     normed = block.layer_norm1(hidden)
+    projected = [getattr(attention, name)(normed) for name in ("q_proj", "k_proj", "v_proj")]
+    for name, output in zip(("q_proj", "k_proj", "v_proj"), projected, strict=True):
+        refuse_sharded(name, output.shape[-1], hidden.shape[-1])
     query, key, value = (
-        projection(normed).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
-        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+        output.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for output in projected
     )
     mixed = functional.scaled_dot_product_attention(query, key, value)
     hidden = hidden + attention.out_proj(mixed.transpose(1, 2).flatten(2))

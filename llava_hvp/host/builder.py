@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from llava_hvp.host.tower import PrunedCLIPVisionTower
 from llava_hvp.methods.base import Method
 
 _INSTALLED = Patches()
+_CHANGING = threading.Lock()  # of two threads one comes first
 
 
 def install(
@@ -40,27 +42,29 @@ def install(
     UnsupportedVersionError : this LLaVA or transformers is not supported
     """
     compat.check_versions()
-    if _INSTALLED:
-        raise PrunedStateError("a method is installed already: call uninstall() first")
     if not isinstance(method, Method):
         raise UnsupportedModelError(f"{method!r} is no Method: give one, as HIVTP(r_max=0.5)")
-    towers = importlib.import_module("llava.model.multimodal_encoder.builder")
-    tower = functools.partial(PrunedCLIPVisionTower, method=method)
-    _INSTALLED.replace(towers, "CLIPVisionTower", tower)
-    if hasattr(towers, "CLIPVisionTowerS2"):
-        _INSTALLED.replace(towers, "CLIPVisionTowerS2", _refuse_s2)
-    compat.bridge_loading(_INSTALLED)
-    for kind in compat.llava_models():
-        stock = vars(kind).get("__init__")
-        if stock is not None:
-            _INSTALLED.replace(kind, "__init__", _binding(stock, tokenizer, on_model))
+    with _CHANGING:
+        if _INSTALLED:
+            raise PrunedStateError("a method is installed already: call uninstall() first")
+        towers = importlib.import_module("llava.model.multimodal_encoder.builder")
+        tower = functools.partial(PrunedCLIPVisionTower, method=method)
+        _INSTALLED.replace(towers, "CLIPVisionTower", tower)
+        if hasattr(towers, "CLIPVisionTowerS2"):
+            _INSTALLED.replace(towers, "CLIPVisionTowerS2", _refuse_s2)
+        compat.bridge_loading(_INSTALLED)
+        for kind in compat.llava_models():
+            stock = vars(kind).get("__init__")
+            if stock is not None:
+                _INSTALLED.replace(kind, "__init__", _binding(stock, tokenizer, on_model))
 
 
 def uninstall() -> None:
     """The stock loader gives stock models again; raises PrunedStateError if it does already."""
-    if not _INSTALLED:
-        raise PrunedStateError("no method is installed: nothing to undo")
-    _INSTALLED.undo()
+    with _CHANGING:
+        if not _INSTALLED:
+            raise PrunedStateError("no method is installed: nothing to undo")
+        _INSTALLED.undo()
 
 
 def _refuse_s2(*args: Any, **kwargs: Any) -> None:

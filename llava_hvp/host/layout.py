@@ -29,7 +29,8 @@ class Layout:
     """The tokens of one image before pruning.
 
     base : (n,) int64, patches that come first, in order
-    mosaic : (rows, columns) int64, the sub-images as one picture, or None
+    mosaic : (rows, columns) int64, the sub-images as one picture, or None. Of thin pictures unpad
+        leaves no row or no column
     newline : whether an image_newline ends each mosaic row (without a mosaic: the image)
     """
 
@@ -59,7 +60,8 @@ class Layout:
         Parameters
         ----------
         keep : (tiles * N,) bool, on the CPU
-        newline : "rows" keeps the newline of a row with a kept patch, "all" every one, "none" none
+        newline : "all" keeps every one, "none" none, "rows" those of rows that did not lose all
+            their patches; a row in which stock sends nothing else has none to lose
         """
         base = self.base[keep[self.base]]
         if self.mosaic is None:
@@ -69,12 +71,12 @@ class Layout:
         if self.newline:
             occupied = stays.any(1, keepdim=True)
             edge = {
-                "rows": occupied,
+                "rows": occupied if table.shape[1] else torch.ones_like(occupied),
                 "all": torch.ones_like(occupied),
                 "none": torch.zeros_like(occupied),
             }[newline]
             stays = torch.cat((stays, edge), dim=1)
-            table = torch.cat((table, torch.full_like(table[:, :1], NEWLINE)), dim=1)
+            table = torch.cat((table, table.new_full((len(table), 1), NEWLINE)), dim=1)
         return torch.cat((base, table[stays]))
 
 

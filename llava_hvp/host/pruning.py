@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import types
+import copy
+import functools
+import threading
 import weakref
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
@@ -25,6 +27,10 @@ OVERRIDES: tuple[Callable[..., Any], ...] = (
     arch.encode_images,
     arch.prepare_inputs_labels_for_multimodal,
 )
+
+
+# Held while a model is looked at and changed, so that of two threads one comes first.
+_CHANGING = threading.RLock()
 
 
 class Pruning:
@@ -66,6 +72,16 @@ class Pruning:
         if self.on_record is not None:
             self.on_record(self._newest)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Who listens belongs to this process, and the reports are of its calls.
+        return {**vars(self), "on_record": None, "_newest": []}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Pruning:
+        # In the same process a copy is listened to as well.
+        copied = memo[id(self)] = Pruning.__new__(Pruning)
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
+
     def _repr_html_(self) -> str:
         from llava_hvp.show.notebook import html_of_all
 
@@ -95,8 +111,13 @@ class Pruning:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self.model.__dict__.get("llava_hvp") is self:
-            detach(self.model)
+        self.take_back()
+
+    def take_back(self) -> None:
+        """Unprune the model, unless this is over and another pruning in force."""
+        with _CHANGING:
+            if self.model.__dict__.get("llava_hvp") is self:
+                detach(self.model)
 
     def load_text(self) -> None:
         """Load what a prompt-aware method reads the prompt with; raises TextEncoderError."""
@@ -159,6 +180,19 @@ def attach(
             f"{method!r} is no Method: give one, as HIVTP(r_max=0.5) or get_method('hivtp')"
         )
     model = find_llava(model)
+    with _CHANGING:
+        PrunedCLIPVisionTower.adopt(_unpruned_tower(model), method)
+        pruning = bind(model, tokenizer, clip_text)
+    try:
+        pruning.load_text()
+    except BaseException:
+        pruning.take_back()
+        raise
+    return pruning
+
+
+def _unpruned_tower(model: Any) -> Any:
+    """The vision tower of a model that nobody prunes; raises a LlavaHvpError where that is not."""
     tower = model.get_vision_tower()
     if tower is None:
         raise UnsupportedModelError(
@@ -173,14 +207,7 @@ def attach(
         raise PrunedStateError(
             f"{', '.join(patched)} of this model is patched by something else: undo that first"
         )
-    PrunedCLIPVisionTower.adopt(tower, method)
-    pruning = bind(model, tokenizer, clip_text)
-    try:
-        pruning.load_text()
-    except BaseException:
-        detach(model)
-        raise
-    return pruning
+    return tower
 
 
 def bind(model: Any, tokenizer: Any = None, clip_text: ClipText | None = None) -> Pruning:
@@ -188,7 +215,8 @@ def bind(model: Any, tokenizer: Any = None, clip_text: ClipText | None = None) -
     pruning = Pruning(model, tokenizer, clip_text)
     model.llava_hvp = pruning
     for override in (*OVERRIDES, *compat.instance_bridges()):
-        setattr(model, override.__name__, types.MethodType(override, model))
+        # No MethodType: one of those is pickled by its name, and loaded as the stock method.
+        setattr(model, override.__name__, functools.partial(override, model))
     return pruning
 
 
@@ -215,14 +243,15 @@ def check_bound(model: Any) -> Pruning:
 def detach(model: Any) -> None:
     """See `llava_hvp.unprune`."""
     model = find_llava(model)
-    if "llava_hvp" not in model.__dict__:
-        raise PrunedStateError("this model is not pruned: nothing to undo")
-    for override in (*OVERRIDES, *compat.instance_bridges()):
-        model.__dict__.pop(override.__name__, None)
-    del model.__dict__["llava_hvp"]
-    tower = model.get_vision_tower()
-    if isinstance(tower, PrunedCLIPVisionTower):
-        tower.release()
+    with _CHANGING:
+        if "llava_hvp" not in model.__dict__:
+            raise PrunedStateError("this model is not pruned: nothing to undo")
+        for override in (*OVERRIDES, *compat.instance_bridges()):
+            model.__dict__.pop(override.__name__, None)
+        del model.__dict__["llava_hvp"]
+        tower = model.get_vision_tower()
+        if isinstance(tower, PrunedCLIPVisionTower):
+            tower.release()
 
 
 def find_llava(model: Any) -> Any:

@@ -38,9 +38,9 @@ class RecentlyEncoded:
         self._lock = threading.Lock()
         self._entries: deque[_Entry] = deque(maxlen=ENTRIES)
 
-    def __deepcopy__(self, memo: Any) -> RecentlyEncoded:
-        # A copied model begins with none; transformers copies models while it quantises them.
-        return RecentlyEncoded()
+    def __reduce__(self) -> tuple[type[RecentlyEncoded], tuple[()]]:
+        # A copied or loaded model begins with none.
+        return RecentlyEncoded, ()
 
     def find(self, pixels: Tensor, tiles: tuple[int, ...], stamp: Any) -> Encoded | None:
         """The encoding of equal pixels, made by an encoder of the same stamp; None if new."""

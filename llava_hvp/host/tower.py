@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
-from torch import Tensor
+from torch import Tensor, nn
 
 from llava_hvp.encoder.capture import AttentionScores, Taps, recording
 from llava_hvp.encoder.vit import Geometry, hidden_states, layers_of, read_geometry
@@ -43,6 +43,36 @@ class Reading:
     taps: Taps
 
 
+class StockWeights:
+    """A vision transformer's weights in the dtype that they were loaded in, on the CPU.
+
+    While they wait, `state_dict` gives them, so that `save_pretrained` writes what it would of a
+    stock tower. A weight that was changed meanwhile counts as it is, in its old dtype.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._weights = {name: p.data.to("cpu") for name, p in model.named_parameters()}
+        self._hook = model._register_state_dict_hook(self._into)
+
+    def put_back(self, model: nn.Module) -> None:
+        """Give the model its weights back as they were."""
+        self._hook.remove()
+        for name, parameter in model.named_parameters():
+            parameter.data = self._stock(name, parameter.data).to(parameter.device)
+
+    def _stock(self, name: str, now: Tensor) -> Tensor:
+        weight = self._weights[name]
+        unchanged = torch.equal(weight.to(now.dtype), now.cpu())
+        return weight if unchanged else now.to(weight.dtype)
+
+    def _into(self, model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        for name in self._weights:
+            now = state.get(prefix + name)
+            # A Parameter is asked for by keep_vars, as the one in use.
+            if now is not None and not isinstance(now, nn.Parameter):
+                state[prefix + name] = self._stock(name, now)
+
+
 class PrunedCLIPVisionTower(CLIPVisionTower):
     """LLaVA's `CLIPVisionTower`, handing on only the patches that a method keeps.
 
@@ -52,7 +82,7 @@ class PrunedCLIPVisionTower(CLIPVisionTower):
 
     prune_method: Method
     _reading: Reading | None = None
-    _stock_weights: dict[str, Tensor] | None = None  # of a tower whose dtype was changed
+    _stock_weights: StockWeights | None = None  # of a tower whose dtype was changed
 
     def __init__(self, vision_tower: str, args: Any, delay_load: bool = False, *, method: Method):
         self.prune_method = method
@@ -64,15 +94,18 @@ class PrunedCLIPVisionTower(CLIPVisionTower):
         check_tower(tower, method)
         tower.__class__ = cls
         tower.prune_method = method
-        tower.reading()
+        try:
+            tower.reading()
+        except BaseException:
+            tower.release()
+            raise
 
     def release(self) -> None:
         """Back to the stock tower, hooks and attributes gone."""
         if self._reading is not None:
             self._reading.taps.remove()
         if self._stock_weights is not None:
-            for name, parameter in self.vision_tower.named_parameters():
-                parameter.data = self._stock_weights[name].to(parameter.device)
+            self._stock_weights.put_back(self.vision_tower)
         for name in ("prune_method", "_reading", "_stock_weights"):
             self.__dict__.pop(name, None)
         self.__class__ = CLIPVisionTower
@@ -116,7 +149,7 @@ class PrunedCLIPVisionTower(CLIPVisionTower):
                     f"tower_dtype='model' on a vision tower that is quantised or offloaded "
                     f"({foreign[0]}): leave it out"
                 )
-            self._stock_weights = {name: p.data.to("cpu") for name, p in parameters.items()}
+            self._stock_weights = StockWeights(self.vision_tower)
             self.vision_tower.to(dtype)
 
     def see(self, images: Tensor) -> tuple[Tensor, AttentionScores]:
