@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from llava_hvp.errors import OptionError
+from llava_hvp.errors import OptionError, shown
 from llava_hvp.methods import get_method, list_methods, method_class
 from llava_hvp.methods.base import Method
 
@@ -18,6 +18,7 @@ VARIABLE = "LLAVA_HVP"
 DEVICE_VARIABLE = "LLAVA_HVP_DEVICE"
 DISABLE_VARIABLE = "LLAVA_HVP_DISABLE"
 BUDGET = ("r_max", "num_tokens")
+LONGEST_VALUE = 1000  # characters; 60 layers are 200
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class _Parser(argparse.ArgumentParser):
     """Knows our flags only, says what is wrong in one line, and leaves the exit to others."""
 
     def error(self, message: str) -> NoReturn:
-        raise OptionError(message)
+        raise OptionError(message if len(message) <= 300 else f"{message[:300]}…")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -63,7 +64,8 @@ def add_flags(parser: argparse.ArgumentParser, *, device: bool, train: bool = Fa
         "--r-max",
         type=_number,
         metavar="R",
-        help="upper bound on kept / all patches, in (0, 1]; 0.5 where no budget is given",
+        help="upper bound on kept / all patches, in (0, 1], rounded to whole patches, at least one "
+        "(0.3 of 576 is 173); 0.5 where no budget is given",
     )
     group.add_argument(
         "--num-tokens", type=_integer, metavar="N", help="instead: patches of one image in total"
@@ -114,7 +116,7 @@ def requested(found: argparse.Namespace) -> Request:
     for text in found.prune_opt or ():
         key, value = read_option(found.prune_method, text)
         if key in given:
-            raise OptionError(f"{key} is given twice: {given[key]!r} and {value!r}")
+            raise OptionError(f"{key} is given twice: {shown(given[key])} and {shown(value)}")
         given[key] = value
     method = get_method(found.prune_method, **given)
     return Request(method, found.prune_train, device, reports, part)
@@ -128,15 +130,15 @@ def from_environment(environ: Mapping[str, str]) -> Request:
         try:
             request, rest = parse(shlex.split(text), device=True)
         except ValueError as error:  # ours, or shlex on an open quote
-            raise OptionError(f"{VARIABLE}={text!r}: {error}") from error
+            raise OptionError(f"{VARIABLE}={shown(text)}: {error}") from error
         if rest:
             raise OptionError(
-                f"{VARIABLE}={text!r}: unknown {rest[0]!r}: give flags, as in "
+                f"{VARIABLE}={shown(text)}: unknown {shown(rest[0])}: give flags, as in "
                 f"{VARIABLE}='--prune-method hivtp --r-max 0.5'"
             )
     device = environ.get(DEVICE_VARIABLE) or request.device
     if device not in (None, "cpu", "cuda"):
-        raise OptionError(f"{DEVICE_VARIABLE}={device!r}: give cpu or cuda")
+        raise OptionError(f"{DEVICE_VARIABLE}={shown(device)}: give cpu or cuda")
     return dataclasses.replace(request, device=device)
 
 
@@ -178,7 +180,11 @@ def read_option(method: str, text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     key = key.strip().replace("-", "_")
     if not equals or not key:
-        raise OptionError(f"--prune-opt {text!r}: give KEY=VALUE, as patch_merge=spatial")
+        raise OptionError(f"--prune-opt {shown(text)}: give KEY=VALUE, as patch_merge=spatial")
+    if len(value) > LONGEST_VALUE:
+        raise OptionError(
+            f"--prune-opt {shown(text)}: give a value of at most {LONGEST_VALUE} characters"
+        )
     kinds = {f.name: str(f.type) for f in dataclasses.fields(method_class(method))}
     return key, _value(value.strip(), kinds.get(key, ""))
 
@@ -193,8 +199,8 @@ def _value(text: str, kind: str) -> Any:
         return known[text.lower()]
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return text  # the last three of a dict of lists, and of deep nesting
     is_one = not isinstance(value, (tuple, list))
     return (value,) if is_one and value is not None and "tuple" in kind else value
 
@@ -203,11 +209,13 @@ def _number(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number: give one in (0, 1]") from None
+        raise argparse.ArgumentTypeError(
+            f"{shown(text)} is no number: give one in (0, 1]"
+        ) from None
 
 
 def _integer(text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+        raise argparse.ArgumentTypeError(f"{shown(text)} is no whole number") from None

@@ -1,8 +1,19 @@
 """What can go wrong, as types: every error that this package raises on purpose."""
 
+SHOWN = 100  # characters of a value in a message
+
 
 class LlavaHvpError(Exception):
     """Base of the package's own errors; the message names the value and the remedy."""
+
+
+def shown(value: object) -> str:
+    """A value as an error message has it: what is long is cut, so that the message stays a line."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integer of more than 4300 digits
+        return object.__repr__(value)
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 20]}… ({len(text)} characters)"
 
 
 class OptionError(LlavaHvpError, ValueError):

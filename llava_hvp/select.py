@@ -47,6 +47,7 @@ def top_k_per_block(
     `k` keeps all of them.
     """
     rows, columns = grid
+    block = min(block[0], rows), min(block[1], columns)
     blocks = _into_blocks(scores, grid, block, float("-inf"))
     # What fills up the edge scores least of all, and is cut off again.
     candidates = None if among is None else _into_blocks(among, grid, block, False).flatten(0, 1)

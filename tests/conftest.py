@@ -11,6 +11,7 @@ import pytest
 import skimage
 import torch
 from PIL import Image
+from repacking import bfloat16_units
 
 from llava_hvp.host import compat
 from llava_hvp.testing import make_checkpoint, make_clip
@@ -163,3 +164,10 @@ def own(loaded):
         return Bundle(bundle.path, bundle.tokenizer, copy.deepcopy(bundle.model), bundle.processor)
 
     return get
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["plain CPU", "bfloat16 CPU"])
+def units(request):
+    """Whether bitsandbytes finds bfloat16 units in this CPU: both, on every machine."""
+    with bfloat16_units(request.param):
+        yield request.param

@@ -338,6 +338,7 @@ def test_a_published_shape_is_built_without_any_memory_of_the_host(name):
     assert found - projector - geometry.is_next * language.hidden == matrices + norms
 
 
+@pytest.mark.usefixtures("units")
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantised_random_weights_generate(bits):
     import bitsandbytes as bnb

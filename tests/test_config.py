@@ -80,6 +80,50 @@ def test_what_is_wrong_is_named_with_the_remedy(line, message):
         parsed(line)
 
 
+LONG = {
+    "list": "7," * 100_000,
+    "nested": "(" * 200_000,
+    "signs": "-" * 200_000 + "1",
+    "nested less": "(" * 900,
+    "fewer signs": "-" * 990 + "1",
+    "digits": "9" * 5000,
+    "no key": "{[]: 1}",
+}
+
+
+@pytest.mark.parametrize("option", ["layers", "regions", "k"])
+@pytest.mark.parametrize("value", LONG.values(), ids=LONG)
+def test_an_endless_value_is_refused_in_one_short_line(option, value):
+    """Python's own parser ends such ones with a MemoryError, RecursionError or TypeError."""
+    with pytest.raises(OptionError, match=f"{option}=") as raised:
+        parse(["--prune-method", "hivtp", "--prune-opt", f"{option}={value}"], device=True)
+    assert len(str(raised.value)) < 250
+    assert "give a" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--prune-method", "x" * 9999],
+        ["--prune-method", "hivtp", "--r-max", "x" * 9999],
+        ["--prune-method", "hivtp", "--num-tokens", "9" * 9999],
+        ["--prune-method", "hivtp", "--device", "x" * 9999],
+        ["--prune-method", "hivtp", "--prune-opt", "x" * 9999],
+        ["--prune-method", "hivtp", "--prune-opt", "x" * 9999 + "=1"],
+        ["--prune-method", "hiprune", "--prune-opt", "buffer=" + "x" * 999],
+    ],
+    ids=lambda a: a[-2],
+)
+def test_an_error_shows_the_beginning_of_what_is_long(arguments):
+    with pytest.raises(OptionError, match=r"xxxx|9999") as raised:
+        parse(arguments, device=True)
+    assert len(str(raised.value)) <= 350
+    with pytest.raises(OptionError, match="LLAVA_HVP=") as raised:
+        from_environment({"LLAVA_HVP": shlex.join(arguments)})
+    assert len(str(raised.value)) <= 500
+
+
 @pytest.mark.parametrize("name", list_methods())
 @pytest.mark.parametrize("options", [{}, {"r_max": 0.3}, {"num_tokens": 77, "newline": "none"}])
 def test_the_variable_carries_every_method_unchanged(name, options):

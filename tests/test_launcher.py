@@ -176,6 +176,10 @@ def test_methods_are_listed_with_their_options(capsys):
     listed = capsys.readouterr().out
     for text in ("hivtp: ", "--prune-opt window=auto", "hiprune++: ", "--prune-opt beta=0.1"):
         assert text in listed
+    # What a docstring says of an option, one of the method that it builds on too.
+    said = " ".join(listed.split())
+    assert said.count("the share of the budget for anchors with their buffers") == 2
+    assert "blocks along each side (paper: r); 1 switches the region division off --prune" in said
 
 
 @pytest.mark.parametrize("switched_off", [False, True])

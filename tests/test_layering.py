@@ -64,6 +64,7 @@ def imports(path):
                 *("llava_hvp.methods.hivtp", "llava_hvp.methods.hiprune"),
             },
         ),
+        ("checkpoint.py", {"transformers", "llava", "llava_hvp.host", "llava_hvp.cli"}),
         ("config.py", {"transformers", "llava", "llava_hvp.host", "llava_hvp.session"}),
         ("account.py", {"llava", "llava_hvp.cli", "llava_hvp.session"}),
         ("session.py", {"llava", "llava_hvp.cli"}),

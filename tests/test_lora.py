@@ -199,6 +199,7 @@ def test_it_is_pruned_and_keeping_everything_changes_no_bit(kind, part, parts, p
         assert torch.equal(stock.generate(*arguments), answer)
 
 
+@pytest.mark.usefixtures("units")
 @quantises
 @pytest.mark.parametrize(("part", "bits"), [("lora", "load_4bit"), ("projector", "load_8bit")])
 @pytest.mark.parametrize("kind", KINDS)

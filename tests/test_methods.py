@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import random
+import re
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -744,6 +745,7 @@ WRONG_OPTIONS = [
     ("hiprune++", {"extra": "yes"}, ("extra='yes'", "True", "False")),
     ("random", {"seed": -1}, ("seed=-1", "at least 0")),
     ("random", {"seed": 1.0}, ("seed=1.0", "integer")),
+    ("random", {"seed": 10**23}, (f"seed={10**23}", f"at most {2**64 - 1}")),
 ]
 
 
@@ -754,6 +756,52 @@ WRONG_OPTIONS = [
 )
 def test_a_wrong_option_is_refused_with_its_value_and_the_valid_ones(name, options, words):
     assert_raises(OptionError, lambda: get_method(name, **options), name, *words)
+
+
+def test_a_seed_that_python_cannot_write_is_refused_too():
+    assert_raises(OptionError, lambda: get_method("random", seed=10**5000), "seed=<int object")
+
+
+def test_the_largest_seed_draws():
+    context = VisionContext(grid=(4, 4))
+    assert get_method("random", seed=2**64 - 1).select(context).keep.sum() == 8
+
+
+def test_r_max_is_rounded_to_whole_patches_and_keeps_one():
+    """As its docstring says: 0.3 of 576 is 173, which is 30.03 %."""
+    assert "0.3 of 576 is 173 patches" in " ".join(Method.__doc__.split())
+    for r_max, kept in ((0.3, 173), (0.0001, 1)):
+        method = get_method("uniform", r_max=r_max)
+        assert method.select(VisionContext(grid=(24, 24))).keep.sum() == kept
+
+
+@pytest.mark.parametrize(
+    ("buffer", "most"), [("cross", 0.1), ("square", 0.19), ("row", 0.06), ("none", 0.021)]
+)
+def test_alpha_is_the_share_of_anchors_with_their_buffers_for_the_cross_only(buffer, most):
+    """At 192 of 24 x 24 patches, the numbers of its docstring."""
+    draw = torch.Generator().manual_seed(0)
+    received = {layer: torch.rand(20, 576, generator=draw) for layer in (9, 23)}
+    context = VisionContext(grid=(24, 24), received=received, depth=24, select=23)
+    roles = HiPrune(r_max=1 / 3, buffer=buffer).select(context).roles
+    assert (roles["anchor"].sum(1) == round(0.1 * 192 / 5)).all()
+    share = (roles["anchor"] | roles["buffer"]).sum(1) / 192
+    assert share.max() == pytest.approx(most, abs=0.005)
+    words = "0.1 of 192 patches is 4 anchors: up to 0.19, 0.06 and 0.02"
+    assert words in " ".join(HiPrune.__doc__.split())
+
+
+@pytest.mark.parametrize("shape", [(576,), (), (2, 576, 3)])
+def test_scores_of_other_dimensions_are_asked_for_by_tile(shape):
+    """And not as 576 tiles: how many there are cannot be read from such a shape."""
+    with pytest.raises(ContextError, match=re.escape(f"shape {shape}: T tiles")) as raised:
+        VisionContext(grid=(24, 24), received={9: torch.rand(shape)})
+    assert "need (T, 576), one tile (1, 576)" in str(raised.value)
+
+
+def test_features_of_other_dimensions_are_asked_for_by_tile():
+    with pytest.raises(ContextError, match=re.escape("need (T, 16, D), one tile (1, 16, D)")):
+        VisionContext(grid=(4, 4), features=torch.rand(16, 8))
 
 
 @pytest.mark.parametrize(

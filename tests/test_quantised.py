@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from conftest import Bundle
+from repacking import multiply_repacked
 from safetensors.torch import load_file
 from torch import nn
 
@@ -17,12 +18,19 @@ from llava_hvp.host import builder, loading
 from llava_hvp.host.tower import PrunedCLIPVisionTower
 from llava_hvp.host.versions import transformers_version
 
-pytest.importorskip("bitsandbytes")
+functions = pytest.importorskip("bitsandbytes").functional
 ON_CPU = transformers_version() >= (4, 46)
-quantises = pytest.mark.skipif(
-    not ON_CPU and not torch.cuda.is_available(),
-    reason="this transformers refuses to quantise without a GPU",
-)
+
+
+def quantises(test):
+    """Marks a test that loads quantised weights: it runs as on two kinds of CPU."""
+    refused = pytest.mark.skipif(
+        not ON_CPU and not torch.cuda.is_available(),
+        reason="this transformers refuses to quantise without a GPU",
+    )
+    return pytest.mark.usefixtures("units")(refused(test))
+
+
 BITS = ["load_4bit", "load_8bit"]
 INSIDE = ["llava-next-llama-unfrozen", "llava-next-mistral-unfrozen"]
 CASES = [
@@ -53,7 +61,7 @@ def load(path, method=None, **options):
 
 
 @pytest.fixture(scope="module")
-def quantised(checkpoints):
+def quantised(checkpoints, units):
     """A function from a name of conftest.KINDS and the bits to an unpruned Bundle."""
     bundles = {}
 
@@ -204,24 +212,61 @@ def test_stock_defaults_without_cuda(kind, bits, checkpoints, photos):
 
 
 @quantises
-def test_dispatch_hooks_do_not_bypass_pruning(checkpoints, photos):
+def test_dispatch_hooks_do_not_bypass_pruning(quantised, photos):
     """accelerate's, which old transformers put on every quantised model, on every module."""
     from accelerate import dispatch_model
 
-    method, path = HIVTP(r_max=0.25), checkpoints(INSIDE[1])
-    bundle, installed = load(path, load_4bit=True), load(path, method=method, load_4bit=True)
-    arguments = arguments_for(bundle, photos[0])
-    with prune(bundle.model, method):
-        expected = bundle.generate(*arguments)
+    method, stock = HIVTP(r_max=0.25), quantised(INSIDE[1], "load_4bit")
+    arguments = arguments_for(stock, photos[0])
+    with prune(stock.model, method):
+        embeds, answer = stock.embeds(*arguments)[0], stock.generate(*arguments)
+    assert not torch.equal(stock.generate(*arguments), answer)
+    # New ones, which have not run: accelerate asks for the state, and see the next test.
+    bundle = load(stock.path, load_4bit=True)
+    installed = load(stock.path, method=method, load_4bit=True)
     for model in (bundle.model, installed.model):
         dispatch_model(model, {"": "cpu"}, force_hooks=True)
         tower = model.get_vision_tower()
         query = transformer(tower.vision_tower).encoder.layers[0].self_attn.q_proj
         assert all("forward" in vars(module) for module in (model, tower, query))
-    with prune(bundle.model, method):
-        assert torch.equal(bundle.generate(*arguments), expected)
-    assert torch.equal(installed.generate(*arguments), expected)
-    assert 0 < installed.model.llava_hvp.last[0].kept_of_patches <= 0.25
+    prune(bundle.model, method)
+    for dispatched in (bundle, installed):
+        assert torch.equal(dispatched.embeds(*arguments)[0], embeds)
+        assert torch.equal(dispatched.generate(*arguments), answer)
+        assert 0 < dispatched.model.llava_hvp.last[0].kept_of_patches <= 0.25
+
+
+def quantised_layer():
+    """One of bitsandbytes' own, always the same."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, 128, generator=draw).half()
+    layer = Linear4bit(128, 64, bias=False, compute_dtype=torch.float16, quant_type="nf4")
+    layer.weight = Params4bit(weight, requires_grad=False, quant_type="nf4", module=layer)
+    return layer.to("cpu").eval(), torch.randn(5, 128, generator=draw).half()
+
+
+def test_a_cpu_with_units_keeps_no_bits_of_a_state_that_was_asked_for(units):
+    """Why no test may read a 4-bit model's state between two runs that it compares."""
+    layer, rows = quantised_layer()
+    with torch.no_grad():
+        before = layer(rows)
+        assert torch.equal(layer(rows), before)
+        assert getattr(layer.weight.quant_state, "packing_format_for_cpu", False) == units
+        layer.state_dict()
+        assert torch.equal(layer(rows), before) == (not units)
+
+
+def test_repacked_weights_multiply_as_they_did(units):
+    layer, rows = quantised_layer()
+    with torch.no_grad():
+        weight = layer.weight.data, layer.weight.quant_state
+        plain = rows @ functions.dequantize_4bit(*weight).T
+        torch.testing.assert_close(layer(rows), plain, rtol=0, atol=0.25 if units else 0.02)
+        if units:
+            slow = multiply_repacked(rows, layer.weight.data, state=layer.weight.quant_state)
+            torch.testing.assert_close(layer(rows), slow, rtol=0, atol=0.25)
 
 
 @quantises

@@ -124,6 +124,11 @@ def test_a_block_larger_than_the_grid_is_the_whole_grid():
     assert chosen(top_k_per_block(scores, (2, 3), (7, 7), 2)) == [[1, 3]]
 
 
+def test_a_block_far_larger_than_the_grid_costs_no_memory():
+    scores = torch.arange(16.0)[None]
+    assert top_k_per_block(scores, (4, 4), (10**9, 10**9), 1).nonzero().tolist() == [[0, 15]]
+
+
 def test_a_block_of_one_patch_keeps_it():
     assert top_k_per_block(torch.rand(2, 12), (3, 4), (1, 1), 1).all()
 

@@ -21,6 +21,7 @@ from llava_hvp.bench.results import Row, rows_of
 from llava_hvp.bench.tables import MARKDOWN, TERMINAL, render
 from llava_hvp.bench.variants import Variant, variants
 from llava_hvp.bench.workload import make_workload, pattern
+from llava_hvp.checkpoint import check_before_loading
 from llava_hvp.cli.arguments import (
     add_budgets,
     at_least,
@@ -117,6 +118,8 @@ def main(found: argparse.Namespace) -> int:
         released = [Variant(v.method, all_attentions=True) for v in chosen if v.method is not None]
         chosen += [v for v in released if v.name.split(",")[0] not in ("random", "uniform")]
     pictures = _pictures(found, max(batches))
+    if found.model_path is not None:
+        check_before_loading(found.model_path, [v.method for v in chosen])
     # LLaVA and the model come only now: whatever was typed wrong has been said.
     from llava_hvp.host import compat
 

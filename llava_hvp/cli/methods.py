@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
+import textwrap
 from typing import Any
 
 from llava_hvp.config import BUDGET
@@ -23,11 +25,30 @@ def main(found: argparse.Namespace) -> int:
     for name in list_methods():
         kind = method_class(name)
         print(f"{name}: {kind.summary}")
-        for option in dataclasses.fields(kind):
-            if option.name not in common:
-                print(f"    --prune-opt {option.name}={option.default}   ({option.type})")
+        _list(kind, [o for o in dataclasses.fields(kind) if o.name not in common])
     print("every method: --r-max R or --num-tokens N, and")
-    for option in dataclasses.fields(Method):
-        if option.name not in BUDGET:
-            print(f"    --prune-opt {option.name}={option.default}   ({option.type})")
+    _list(Method, [o for o in dataclasses.fields(Method) if o.name not in BUDGET])
     return 0
+
+
+def _list(kind: type[Method], options: list[dataclasses.Field[Any]]) -> None:
+    for option in options:
+        print(f"    --prune-opt {option.name}={option.default}   ({option.type})")
+        says = explained(kind, option.name)
+        print(textwrap.fill(says, 100, initial_indent=" " * 8, subsequent_indent=" " * 8))
+
+
+def explained(kind: type[Method], option: str) -> str:
+    """What the docstring of a method, or of one that it builds on, says of an option."""
+    for each in kind.__mro__:
+        found: list[str] = []
+        for line in inspect.cleandoc(vars(each).get("__doc__") or "").splitlines():
+            if line.startswith(f"{option} : "):
+                found = [line.partition(" : ")[2]]
+            elif found and line.startswith("    "):
+                found.append(line.strip())
+            elif found:
+                break
+        if found:
+            return " ".join(found)
+    return ""

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from llava_hvp.checkpoint import check_before_loading
 from llava_hvp.cli.arguments import at_least, bits_of, device_of, exclude, listed
 from llava_hvp.config import describe
 from llava_hvp.errors import OptionError
@@ -61,6 +62,7 @@ def add(commands: Any) -> None:
 def main(found: argparse.Namespace) -> int:
     """Draw and write; the exit code."""
     methods, layers = _check(found)
+    check_before_loading(found.model_path, [m for budgets in methods for m in budgets])
     from llava_hvp.show.pictures import open_picture
 
     image, notes = open_picture(found.image_file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Sequence
@@ -58,9 +59,13 @@ def read_geometry(model: nn.Module) -> Geometry:
             f"the vision tower holds a {type(model).__name__}, which is not a CLIP vision "
             "transformer with q_proj and k_proj in every layer: pruning needs one of LLaVA's own"
         )
-    config: Any = model.config
+    return dataclasses.replace(geometry_of(model.config), depth=len(layers))
+
+
+def geometry_of(config: Any) -> Geometry:
+    """The geometry that a `CLIPVisionConfig` gives."""
     side = config.image_size // config.patch_size
-    return Geometry((side, side), len(layers), config.num_attention_heads)
+    return Geometry((side, side), config.num_hidden_layers, config.num_attention_heads)
 
 
 def refuse_sharded(name: str, width: int, hidden: int) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_hvp import config
+from llava_hvp.checkpoint import check_before_loading
 from llava_hvp.config import Request
 from llava_hvp.errors import EvaluationError, OptionError
 from llava_hvp.evaluation import workers
@@ -78,6 +79,7 @@ def evaluate(job: Job) -> dict[str, Any]:
     Raises LlavaHvpError. Nothing is loaded and nothing written before the data is complete.
     """
     own, stock = _split(job.stock)
+    check_before_loading(job.model_path, [job.request.method])
     data = find_data(
         job.benchmark,
         job.data,

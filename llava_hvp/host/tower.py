@@ -12,7 +12,13 @@ from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from torch import Tensor, nn
 
 from llava_hvp.encoder.capture import AttentionScores, Taps, recording
-from llava_hvp.encoder.vit import Geometry, hidden_states, layers_of, read_geometry
+from llava_hvp.encoder.vit import (
+    Geometry,
+    geometry_of,
+    hidden_states,
+    layers_of,
+    read_geometry,
+)
 from llava_hvp.errors import TextEncoderError, UnsupportedModelError
 from llava_hvp.methods.base import Method, Needs, Selection, VisionContext, raise_unless_finite
 
@@ -87,6 +93,8 @@ class PrunedCLIPVisionTower(CLIPVisionTower):
     def __init__(self, vision_tower: str, args: Any, delay_load: bool = False, *, method: Method):
         self.prune_method = method
         super().__init__(vision_tower, args, delay_load)
+        if not self.is_loaded:  # now, and not when the language model is there
+            _check_layers(method, geometry_of(self.cfg_only), self.select_layer)
 
     @classmethod
     def adopt(cls, tower: CLIPVisionTower, method: Method) -> None:
@@ -233,8 +241,11 @@ def check_tower(tower: Any, method: Method) -> None:
             f"mm_vision_select_feature={tower.select_feature!r}: pruning supports 'patch', which "
             "all released LLaVA-1.5 and LLaVA-NeXT checkpoints have"
         )
-    geometry = read_geometry(tower.vision_tower)
-    method.needs(geometry.depth, geometry.normalised(tower.select_layer))
+    _check_layers(method, read_geometry(tower.vision_tower), tower.select_layer)
+
+
+def _check_layers(method: Method, geometry: Geometry, select_layer: int) -> None:
+    method.needs(geometry.depth, geometry.normalised(select_layer))
     method.check(geometry.grid)
 
 

@@ -18,6 +18,7 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from tqdm import tqdm
 
 from llava_hvp import config
+from llava_hvp.checkpoint import check_before_loading
 from llava_hvp.errors import LlavaHvpError, OptionError
 from llava_hvp.evaluation.results import speed, visual_tokens
 from llava_hvp.evaluation.settings import conv_mode
@@ -89,6 +90,7 @@ class LlavaHvp(lmms):
         self._rank = self.accelerator.process_index
         self._world_size = self.accelerator.num_processes
         self._device = self._choose_device(device)
+        check_before_loading(pretrained, [method])
         # LLaVA comes only now: whatever was typed wrong has been said.
         from llava_hvp.host.batch import Checkpoint
 

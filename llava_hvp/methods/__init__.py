@@ -7,7 +7,7 @@ import importlib
 import pkgutil
 from typing import Any
 
-from llava_hvp.errors import OptionError
+from llava_hvp.errors import OptionError, shown
 from llava_hvp.methods.base import Method
 
 for _module in pkgutil.iter_modules(__path__, __name__ + "."):
@@ -32,7 +32,9 @@ def method_class(name: str) -> type[Method]:
     """The class behind a name; raises OptionError with the valid names."""
     registry = _registry()
     if name not in registry:
-        raise OptionError(f"unknown method {name!r}: give one of {', '.join(sorted(registry))}")
+        raise OptionError(
+            f"unknown method {shown(name)}: give one of {', '.join(sorted(registry))}"
+        )
     return registry[name]
 
 
@@ -45,5 +47,7 @@ def get_method(name: str, **options: Any) -> Method:
     valid = [f.name for f in dataclasses.fields(kind)]
     for option in options:
         if option not in valid:
-            raise OptionError(f"{name}: unknown option {option!r}: give one of {', '.join(valid)}")
+            raise OptionError(
+                f"{name}: unknown option {shown(option)}: give one of {', '.join(valid)}"
+            )
     return kind(**options)

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llava_hvp.errors import ContextError, OptionError, ScoreError
+from llava_hvp.errors import ContextError, OptionError, ScoreError, shown
 from llava_hvp.methods.options import choice, integer, number
 from llava_hvp.select import Grid
 
@@ -64,15 +64,22 @@ class VisionContext:
             raise ContextError(f"grid={self.grid!r}: give (rows, columns), both at least 1")
         if self.tiles is not None and (not self.tiles or min(self.tiles) < 1):
             raise ContextError(f"tiles={self.tiles!r}: give the number of tiles of each image")
-        total, patches = self.total_tiles, self.patches
         for name, tensor in self._named():
-            dims = 3 if name == "features" else 2
-            if tensor.ndim != dims or tuple(tensor.shape[:2]) != (total, patches):
-                wanted = f"({total}, {patches}{', D' if dims == 3 else ''})"
-                raise ContextError(
-                    f"{name} has shape {tuple(tensor.shape)}: {total} tiles on a grid of "
-                    f"{self.grid[0]} x {self.grid[1]} need {wanted}"
-                )
+            self._check_shape(name, tuple(tensor.shape), 3 if name == "features" else 2)
+
+    def _check_shape(self, name: str, shape: tuple[int, ...], dims: int) -> None:
+        on_grid, rest = f"on a grid of {self.grid[0]} x {self.grid[1]}", ", D" * (dims == 3)
+        if len(shape) != dims:
+            # How many tiles there are cannot be read from such a shape.
+            raise ContextError(
+                f"{name} has shape {shape}: T tiles {on_grid} need (T, {self.patches}{rest}), one "
+                f"tile (1, {self.patches}{rest})"
+            )
+        if shape[:2] != (self.total_tiles, self.patches):
+            raise ContextError(
+                f"{name} has shape {shape}: {self.total_tiles} tiles {on_grid} need "
+                f"({self.total_tiles}, {self.patches}{rest})"
+            )
 
     def _named(self) -> Iterable[tuple[str, Tensor]]:
         yield from ((f"received[{layer}]", s) for layer, s in self.received.items())
@@ -167,7 +174,8 @@ class Method(ABC):
     Parameters
     ----------
     r_max : upper bound on kept / N for each tile, in (0, 1]; 1 keeps all. 0.5 where no budget is
-        given.
+        given. It stands for round(r_max * N) patches, so that the bound holds up to this rounding
+        (0.3 of 576 is 173 patches, 30.03 %), and for one patch at least.
     num_tokens : instead of `r_max`, patches in total for one image, shared evenly by its tiles
     patch_merge : "stock" packs LLaVA-NeXT tiles as the checkpoint says; "spatial" without unpad
         and newlines
@@ -199,8 +207,8 @@ class Method(ABC):
     def __post_init__(self) -> None:
         if self.r_max is not None and self.num_tokens is not None:
             raise OptionError(
-                f"r_max={self.r_max!r} and num_tokens={self.num_tokens!r} exclude each other: "
-                "give one of them"
+                f"r_max={shown(self.r_max)} and num_tokens={shown(self.num_tokens)} exclude each "
+                "other: give one of them"
             )
         if self.r_max is not None:
             number(self, "r_max", above=0, most=1)

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from llava_hvp.errors import OptionError
+from llava_hvp.errors import OptionError, shown
 from llava_hvp.methods.base import Method, Needs, Selection, VisionContext
 from llava_hvp.methods.options import checked_layers, integer, number, scaled_layers
 from llava_hvp.select import Grid, top_k_per_block
@@ -59,7 +59,7 @@ class HIVTP(Method):
             layers = self.layers
             valid = isinstance(layers, (tuple, list)) and all(type(x) is int for x in layers)
             if not valid or not layers:
-                raise OptionError(f"hivtp: layers={layers!r}: give a tuple of layer numbers")
+                raise OptionError(f"hivtp: layers={shown(layers)}: give a tuple of layer numbers")
             object.__setattr__(self, "layers", tuple(dict.fromkeys(layers)))
 
     def _has_budget(self) -> bool:

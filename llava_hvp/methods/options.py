@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from llava_hvp.errors import ContextError, LayerError, OptionError
+from llava_hvp.errors import ContextError, LayerError, OptionError, shown
 
 if TYPE_CHECKING:
     from llava_hvp.methods.base import Method
@@ -30,7 +30,7 @@ def checked_layers(
     for layer in layers:
         if not 1 <= layer <= depth:
             raise LayerError(
-                f"{option}: layer {layer} of an encoder of {depth}: give 1 to {select}"
+                f"{option}: layer {shown(layer)} of an encoder of {depth}: give 1 to {select}"
             )
         if layer > select:
             raise LayerError(
@@ -58,14 +58,18 @@ def number(
     ok = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not (ok and value > above and least <= value <= most):
         start = f"({above}" if above > least else f"[{least}"
-        raise OptionError(f"{method.name}: {option}={value!r}: give a number in {start}, {most}]")
+        raise OptionError(
+            f"{method.name}: {option}={shown(value)}: give a number in {start}, {most}]"
+        )
 
 
-def integer(method: Method, option: str, *, least: int) -> None:
-    """Raise OptionError unless the option is an integer of at least `least`."""
+def integer(method: Method, option: str, *, least: int, most: int | None = None) -> None:
+    """Raise OptionError unless the option is an integer of at least `least`, at most `most`."""
     value = getattr(method, option)
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise OptionError(f"{method.name}: {option}={value!r}: give an integer of at least {least}")
+    ok = isinstance(value, int) and not isinstance(value, bool)
+    if not ok or value < least or (most is not None and value > most):
+        bounds = f"at least {least}" + (f" and at most {most}" if most is not None else "")
+        raise OptionError(f"{method.name}: {option}={shown(value)}: give an integer of {bounds}")
 
 
 def choice(method: Method, option: str, valid: Iterable[object]) -> None:
@@ -73,5 +77,5 @@ def choice(method: Method, option: str, valid: Iterable[object]) -> None:
     value, valid = getattr(method, option), tuple(valid)
     if not any(type(value) is type(v) and value == v for v in valid):
         raise OptionError(
-            f"{method.name}: {option}={value!r}: give one of {', '.join(map(str, valid))}"
+            f"{method.name}: {option}={shown(value)}: give one of {', '.join(map(str, valid))}"
         )

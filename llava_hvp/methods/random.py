@@ -11,6 +11,8 @@ from llava_hvp.methods.base import Method, Selection, VisionContext
 from llava_hvp.methods.options import integer
 from llava_hvp.select import top_k
 
+LARGEST_SEED = 2**64 - 1  # of torch's generators
+
 
 @dataclass(frozen=True, kw_only=True)
 class Random(Method):
@@ -18,8 +20,8 @@ class Random(Method):
 
     Parameters
     ----------
-    seed : of the draw, at least 0. Tile i of every image draws the same patches, so that a run is
-        repeatable on every device and in every batch.
+    seed : of the draw, from 0 to 2**64 - 1. Tile i of every image draws the same patches, so that a
+        run is repeatable on every device and in every batch.
     """
 
     name: ClassVar[str] = "random"
@@ -30,7 +32,7 @@ class Random(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        integer(self, "seed", least=0)
+        integer(self, "seed", least=0, most=LARGEST_SEED)
 
     def choose(self, context: VisionContext, budget: int) -> Selection:
         images = context.tiles or (context.total_tiles,)

@@ -1,0 +1,50 @@
+"""What the files of a checkpoint say of its vision tower, before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from llava_hvp.methods.base import Method
+
+
+def check_before_loading(model_path: str, methods: Iterable[Method | None]) -> None:
+    """Raise LayerError or OptionError for a method that the tower of a checkpoint cannot have.
+
+    Only files of this machine are read, Hugging Face's cache included. Where they do not tell the
+    tower's depth, the check after loading is the first.
+    """
+    model = _config(model_path)
+    tower = _config(str(model.get("mm_vision_tower")))
+    vision = tower.get("vision_config", tower)
+    names = ("num_hidden_layers", "image_size", "patch_size")
+    depth, image, patch = (vision.get(name) for name in names)
+    select = model.get("mm_vision_select_layer")
+    if not all(isinstance(value, int) for value in (depth, image, patch, select)):
+        return
+    side = image // patch
+    for method in methods:
+        if method is not None:
+            method.needs(depth, select if select >= 0 else depth + 1 + select)
+            method.check((side, side))
+
+
+def _config(name: str) -> dict[str, Any]:
+    """The `config.json` of a folder or of a name on the hub; empty where it is not here."""
+    folder = Path(name).expanduser()
+    try:
+        path = folder / "config.json" if folder.is_dir() else _cached(name)
+        content = {} if path is None else json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _cached(name: str) -> Path | None:
+    """Raises ValueError for what is no name on the hub."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "config.json")
+    return Path(found) if isinstance(found, str) else None
