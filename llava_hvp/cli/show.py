@@ -47,7 +47,9 @@ def add(commands: Any) -> None:
         "--scale", choices=("own", "shared"), default="own", help="of the colours of heat maps"
     )
     what.add_argument("--prompt", help="for methods that read it, and for the answers on a page")
-    what.add_argument("--conv-mode", help="LLaVA's conversation template; vicuna_v1 by default")
+    what.add_argument(
+        "--conv-mode", help="LLaVA's conversation template; by default what fits the name"
+    )
     what.add_argument("--new-tokens", type=int, default=64, help="of an answer, 64 by default")
     where = parser.add_argument_group("where it goes and runs")
     where.add_argument("-o", "--out", type=Path, metavar="FILE.png")
@@ -72,11 +74,12 @@ def main(found: argparse.Namespace) -> int:
         found.model_base,
         found.device,
         bits=found.bits,
+        conv_mode=found.conv_mode,
     )
     for method in (method for budgets in methods for method in budgets):
         if viewer.reads(method).relevance and not found.prompt:
             raise OptionError(f"{method.name} reads the prompt: give --prompt")
-    ids = viewer.prompt(found.prompt or QUESTION, found.conv_mode)
+    ids = viewer.prompt(found.prompt or QUESTION)
     files: dict[Path, bytes] = {}
     if found.out and found.layers:
         files[found.out] = _png(_heat_maps(viewer, image, layers, found, notes))
