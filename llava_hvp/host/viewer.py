@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,9 +17,10 @@ from llava_hvp.host.opening import Checkpoint, open_checkpoint
 from llava_hvp.host.pruning import Pruning, attach, detach
 from llava_hvp.host.tower import check_tower
 from llava_hvp.host.view import LlavaView
-from llava_hvp.methods.base import Method, Needs
+from llava_hvp.methods.base import Method, Needs, Selection
 from llava_hvp.methods.uniform import Uniform
 from llava_hvp.report import ImageReport
+from llava_hvp.show.colours import UNPRUNED
 
 
 @dataclass
@@ -67,8 +68,10 @@ class Viewer:
         tower = self.model.get_vision_tower()
         return read_geometry(tower.vision_tower).normalised(tower.select_layer)
 
-    def reads(self, method: Method) -> Needs:
+    def reads(self, method: Method | None) -> Needs:
         """What a method goes by, whatever its budget; raises LayerError for layers not there."""
+        if method is None:
+            return Needs()
         depth = read_geometry(self.model.get_vision_tower().vision_tower).depth
         return method.reads(depth, self.select)
 
@@ -105,8 +108,16 @@ class Viewer:
         return {layer: scores.received[layer].cpu() for layer in sorted(needs.received)}
 
     @torch.inference_mode()
-    def look(self, method: Method, image: Any, ids: Tensor) -> ImageReport:
-        """What a method keeps of a picture, by the way that it takes in every command."""
+    def look(self, method: Method | None, image: Any, ids: Tensor) -> ImageReport:
+        """What a method keeps of a picture, by the way that it takes in every command.
+
+        For None all that unpruned LLaVA sends, in the one role `unpruned`.
+        """
+        if method is None:
+            # With every patch kept a pruned model sends what stock LLaVA does.
+            report = self.look(Uniform(r_max=1), image, ids)
+            everything = Selection.of(**{UNPRUNED: report.selection.keep})
+            return replace(report, method="none", selection=everything)
         pruning = self._attach(method)
         try:
             self.model.prepare_inputs_labels_for_multimodal(
