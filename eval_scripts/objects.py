@@ -24,6 +24,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 from llava_hvp import get_method, list_methods
+from llava_hvp.accuracy.exam import TEMPLATE
 from llava_hvp.bench.machine import versions
 from llava_hvp.host.viewer import Viewer
 from llava_hvp.methods.base import Method
@@ -139,7 +140,7 @@ def main() -> None:
     found = parser.parse_args()
     known = held_out_pictures(found.pictures)
     with tempfile.TemporaryDirectory(prefix="llava-hvp-") as folder:
-        viewer = Viewer.load(str(checkpoint(folder)), None, "cpu", bits=None)
+        viewer = Viewer.load(str(checkpoint(folder)), None, "cpu", bits=None, conv_mode=TEMPLATE)
         layers = by_layer(viewer, known)
         methods = [
             by_method(viewer, known, get_method(name, r_max=r_max))

@@ -65,7 +65,8 @@ def run(path: Path, picture: Path, asked: dict[str, str], out: Path, rounds: int
     """Load one checkpoint as LLaVA does, and go through all methods and budgets."""
     from llava_hvp.host.opening import open_checkpoint
 
-    opened = open_checkpoint(str(path), "cpu")
+    # The numbers in the README are of this template; LLaVA's chat takes llava_v0 for these names.
+    opened = open_checkpoint(str(path), "cpu", conv_mode="vicuna_v1")
     model, photo = opened.model, Image.open(picture).convert("RGB")
     images = opened.images([photo])
     prompts = [opened.prompt(question)[None] for question in asked]

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from llava_hvp import prune
-from llava_hvp.accuracy.exam import examine
+from llava_hvp.accuracy.exam import TEMPLATE, examine
 from llava_hvp.accuracy.tables import Score, no_better, scores_of
 from llava_hvp.bench.variants import variants
 from llava_hvp.cli import main
@@ -32,7 +32,7 @@ SLICES = {"llava-shapes": 300, "llava-shapes-next": 150}
 def loaded(request, tmp_path_factory):
     """(name, opened) of a shipped checkpoint."""
     folder = checkpoint(tmp_path_factory.mktemp("shapes"), request.param)
-    return request.param, open_checkpoint(str(folder), "cpu")
+    return request.param, open_checkpoint(str(folder), "cpu", conv_mode=TEMPLATE)
 
 
 def alone(loaded, picture, text):

@@ -15,7 +15,7 @@ from llava_hvp.evaluation.mmbench import letter_of
 from llava_hvp.evaluation.questions import read_table
 from llava_hvp.evaluation.results import make_result
 from llava_hvp.evaluation.scores import Score, score
-from llava_hvp.evaluation.settings import conv_mode, is_next, method_name, settings_of
+from llava_hvp.evaluation.settings import is_next, method_name, settings_of
 from llava_hvp.evaluation.store import Store
 from llava_hvp.evaluation.workers import chunks
 from llava_hvp.methods import get_method
@@ -286,8 +286,6 @@ def test_names(tmp_path):
     assert not is_next("liuhaotian/llava-v1.5-7b")
     (tmp_path / "config.json").write_text('{"image_aspect_ratio": "anyres"}')
     assert is_next(str(tmp_path))
-    assert conv_mode("liuhaotian/llava-v1.6-mistral-7b") == "mistral_instruct"
-    assert conv_mode("liuhaotian/llava-v1.5-7b") == "vicuna_v1"
 
 
 def test_data_that_is_missing_or_damaged_is_named(tmp_path):

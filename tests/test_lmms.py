@@ -148,16 +148,13 @@ def test_an_error_is_no_empty_answer(tasks, checkpoints, tmp_path):
 
 
 def answers_of(path, batch, method=None, **more):
-    from llava_hvp.host.batch import Checkpoint
+    from llava_hvp import prune
+    from llava_hvp.host.opening import open_checkpoint
 
     calls = []
-    checkpoint = Checkpoint(
-        str(path),
-        method=method,
-        device=torch.device("cpu"),
-        conv_mode="vicuna_v1",
-        dtype=torch.float32,
-    )
+    checkpoint = open_checkpoint(str(path), "cpu", conv_mode="vicuna_v1")
+    if method is not None:
+        prune(checkpoint.model, method, tokenizer=checkpoint.tokenizer)
     images = [[picture(i)] * count for i, (_, count) in enumerate(DOCS)]
     texts = []
     for start in range(0, len(DOCS), batch):
@@ -189,6 +186,19 @@ def test_a_batch_answers_as_its_prompts_alone(checkpoints, name, method):
     assert sum(c.tokens for c in calls) == 5 * 8
     if method is None and "1.5" in name:
         assert sum(c.kept_tokens for c in calls) == 4 * 64
+
+
+def test_it_opens_checkpoints_as_every_other_command(checkpoints):
+    from llava_hvp.lmms.model import LlavaHvp
+
+    path = str(checkpoints("llava-1.5-llama"))
+    model = LlavaHvp(pretrained=path, device="cpu", prune_method="hivtp", r_max=0.5)
+    assert (model.model.dtype, model.checkpoint.dtype) == (torch.float32, torch.float32)
+    assert model.checkpoint.conv_mode == "llava_v0"  # as LLaVA's chat, for a name without v1
+    assert model.model.llava_hvp.method.r_max == 0.5
+    asked = LlavaHvp(pretrained=path, device="cpu", conv_template="vicuna_v1", dtype="float16")
+    assert (asked.model.dtype, asked.checkpoint.conv_mode) == (torch.float16, "vicuna_v1")
+    assert "llava_hvp" not in vars(asked.model)
 
 
 def test_wrong_arguments_end_before_a_model_is_loaded(capsys):

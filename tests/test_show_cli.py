@@ -1,5 +1,8 @@
 """`llava-hvp show` as it is typed: pictures and pages out, or one line that says what is wrong."""
 
+import base64
+import json
+import re
 import struct
 import zlib
 from pathlib import Path
@@ -13,7 +16,9 @@ from llava_hvp import HIVTP, HiPrune, VisionContext
 from llava_hvp.cli import main
 from llava_hvp.errors import LayerError, PictureError
 from llava_hvp.show.colours import heat
+from llava_hvp.show.frame import counts_of
 from llava_hvp.show.heatmap import even_shares
+from llava_hvp.show.overlay import enlarged, scale_for
 from llava_hvp.show.pictures import open_picture
 
 
@@ -84,6 +89,103 @@ def test_a_budget_that_is_an_option(show):
     assert show("--prune-method", "hivtp", *options, "--html", "k.html") == 0
 
 
+# --- none: the picture unpruned ---
+
+
+def panel_of(sheet, viewer, image):
+    """The part of an overlay where the base tile or the only one is, and the same of the photo."""
+    seen = enlarged(viewer.view.frame(image)[0], scale_for(viewer.view.frame(image)))
+    height, width = seen.shape[:2]
+    return np.asarray(sheet)[:height, :width], seen.numpy()
+
+
+@pytest.mark.parametrize("flag", ["--prune-method", "--methods"])
+def test_none_is_the_picture_as_the_model_sees_it(show, viewer, photos, flag):
+    assert show(flag, "none", "-o", "none.png") == 0
+    drawn, seen = panel_of(Image.open("none.png"), viewer, photos[3])
+    assert np.array_equal(drawn, seen)
+    assert show(flag, "hivtp", "-o", "kept.png") == 0
+    assert not np.array_equal(panel_of(Image.open("kept.png"), viewer, photos[3])[0], seen)
+
+
+@pytest.mark.parametrize("name", ["llava-1.5-llama", "llava-next-llama"])
+def test_none_keeps_what_unpruned_llava_sends(checkpoints, loaded, photos, name):
+    from llava_hvp.host.viewer import Viewer
+
+    viewer, stock = Viewer.load(str(checkpoints(name)), None, "cpu", bits=None), loaded(name)
+    ids = viewer.prompt("Why?")
+    report = viewer.look(None, photos[3], ids)
+    embeds = stock.embeds(ids, stock.pixels(photos[3]), [photos[3].size])[0]
+    assert embeds.shape[1] == ids.shape[1] - 1 + report.kept_tokens
+    assert report.kept_tokens == report.stock_tokens
+    sent = report.selection.keep.flatten() if report.stock is None else report.stock.flatten()
+    assert torch.equal(report.sent.flatten(), sent)
+    counts = counts_of(report)
+    assert counts["unpruned"] == int(sent.sum())
+    assert counts["pruned"] == 0
+    drawn, seen = panel_of(report.overlay(photos[3]), viewer, photos[3])
+    assert np.array_equal(drawn, seen)
+    assert "unpruned" in report._repr_html_()
+    assert "llava_hvp" not in vars(viewer.model)
+
+
+@pytest.mark.parametrize(
+    "names", ["none,hivtp,hiprune", "hivtp,none,hiprune", "hivtp,hiprune,none"]
+)
+def test_none_in_any_place_of_a_grid_stands_in_every_row(show, names):
+    assert show("--methods", names, "--r-max", "0.5,0.25", "-o", "g.png") == 0
+    assert show("--methods", "none,hivtp", "--r-max", "0.5", "-o", "two.png") == 0
+    grid, two = (np.asarray(Image.open(name)) for name in ("g.png", "two.png"))
+    # A line across the photo, which the overlay of no method has.
+    line = two[200, 24 : 24 + 336]
+    found = places_of_line(grid, line)
+    assert len(found) == 2, found
+    column = names.split(",").index("none")
+    assert {x * 3 // grid.shape[1] for _, x in found} == {column}
+    assert sorted(y * 2 // grid.shape[0] for y, _ in found) == [0, 1]
+
+
+def places_of_line(sheet, line):
+    """(y, x) of every place where a sheet has these pixels side by side."""
+    width = sheet.shape[1] - len(line) + 1
+    return [
+        (y, x)
+        for y, x in np.argwhere((sheet[:, :width] == line[0]).all(-1))
+        if np.array_equal(sheet[y, x : x + len(line)], line)
+    ]
+
+
+def page_data(path):
+    (text,) = re.findall(r'id="data">(.*?)</script>', path.read_text())
+    return json.loads(text)
+
+
+@pytest.mark.parametrize("names", ["none", "none,hivtp", "hivtp,none,hiprune"])
+@pytest.mark.parametrize("prompt", [(), ("--prompt", "Is there a cat?", "--new-tokens", "4")])
+def test_none_on_a_page(show, photo, names, prompt):
+    page = photo.parent / "k.html"
+    assert show("--methods", names, "--r-max", "0.5,0.25", "--html", str(page), *prompt) == 0
+    data = page_data(page)
+    assert [m["name"] for m in data["methods"]] == names.split(",")
+    assert [len(m["budgets"]) for m in data["methods"]] == [
+        1 if name == "none" else 2 for name in names.split(",")
+    ]
+    (none,) = (m for m in data["methods"] if m["name"] == "none")
+    (budget,) = none["budgets"]
+    assert none["roles"] == [{"name": "unpruned", "colour": None}]
+    assert budget["kept"] == budget["stock"] == budget["counts"]["unpruned"] == 64
+    assert set(base64.b64decode(budget["states"])) == {1}
+    assert bool(budget["answer"]) == bool(prompt)
+    assert budget["answer"] == data["unpruned"]
+
+
+def test_none_beside_heat_maps_on_a_page(show, photo):
+    page = photo.parent / "k.html"
+    assert show("--prune-method", "none", "--layers", "2,3", "--html", str(page)) == 0
+    assert [layer["layer"] for layer in page_data(page)["layers"]] == [2, 3]
+    assert show("--layers", "2", "-o", "k.png", "--methods", "none") == 2
+
+
 # --- heat maps ---
 
 
@@ -144,7 +246,7 @@ def test_layers_are_those_of_the_tower(show, viewer, capsys):
         (("--prune-method", "hivtp", "--r-max", "1.5", "-o", "k.png"), "1.5"),
         (("--prune-method", "hivtp", "--r-max", "x", "-o", "k.png"), "--r-max x: give numbers"),
         (("--prune-method", "hivtp", "--num-tokens", "0", "-o", "k.png"), "num_tokens=0"),
-        (("--methods", "none", "-o", "k.png"), "--methods none: give some of"),
+        (("--methods", "none", "--prune-opt", "k=25", "-o", "k.png"), "--prune-opt k=25: none is"),
         (
             ("--prune-method", "hivtp", "--r-max", "1", "--num-tokens", "9", "-o", "k.png"),
             "exclude",

@@ -241,3 +241,32 @@ def test_it_fits_phone_and_desktop_light_and_dark(browser, page, tmp_path, width
     browser.screenshot(tmp_path / "page.png")
     assert (tmp_path / "page.png").stat().st_size > 20_000
     assert browser.problems == []
+
+
+def test_none_is_the_photo_and_leaves_the_slider_alone(browser, checkpoints, photos, tmp_path):
+    photos[0].save(tmp_path / "photo.png")
+    arguments = ["--model-path", str(checkpoints("llava-1.5-llama"))]
+    arguments += ["--image-file", str(tmp_path / "photo.png"), "--device", "cpu"]
+    arguments += ["--methods", "none,hivtp", "--r-max", BUDGETS]
+    assert main(["show", *arguments, "--html", str(tmp_path / "page.html")]) == 0
+    browser.open(tmp_path / "page.html")
+    status = "none, everything kept: 64 of 64 tokens kept (100.0 %)"
+    assert browser.text("status").startswith(status)
+    assert "unpruned 64" in browser.text("key")
+    same = (
+        "(() => { const p = panels[0], of = (c) => [...layerOf(c, c).getContext('2d')"
+        ".getImageData(0, 0, c.width, c.height).data].join();"
+        "return of(p.canvas) === of(p.photo) })()"
+    )
+    assert browser.eval(same)
+    browser.eval("document.querySelectorAll('input[name=method]')[1].click()")
+    assert browser.text("status").startswith("hivtp, r_max 0.5: ")
+    assert not browser.eval(same)
+    browser.eval("document.getElementById('budget').focus()")
+    browser.press("ArrowRight")
+    assert browser.text("status").startswith("hivtp, r_max 0.25: ")
+    browser.eval("document.querySelectorAll('input[name=method]')[0].click()")
+    assert browser.text("status").startswith(status)
+    browser.eval("document.querySelectorAll('input[name=method]')[1].click()")
+    assert browser.text("status").startswith("hivtp, r_max 0.25: ")
+    assert browser.problems == []

@@ -16,6 +16,8 @@ from llava_hvp.shapes.drawing import draw
 from llava_hvp.shapes.questions import Question, is_right
 from llava_hvp.shapes.scenes import Scene
 
+# The template that the committed results are in; the shipped checkpoints know two others as well.
+TEMPLATE = "vicuna_v1"
 LONGEST = 10  # tokens of an answer; the longest right one has five
 
 
@@ -118,7 +120,7 @@ def _sheets(opened: Any, asked: list[tuple[Scene, Question]], batch: int) -> Ite
     """Batches of equal prompt length and picture size; every question is in one."""
     groups: dict[Any, list[tuple[torch.Tensor, Any, Question]]] = defaultdict(list)
     for scene, question in asked:
-        ids, picture = opened.prompt(question.text, "vicuna_v1"), draw(scene)
+        ids, picture = opened.prompt(question.text), draw(scene)
         groups[len(ids), picture.size].append((ids, picture, question))
     for group in groups.values():
         for start in range(0, len(group), batch):

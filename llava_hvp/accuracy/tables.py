@@ -11,9 +11,10 @@ from llava_hvp.accuracy.exam import Marks
 from llava_hvp.bench.tables import MARKDOWN
 
 EXPLAINED = (
-    "Percent of questions answered right, greedily; `all` with the half width of its 95 % "
-    "interval. `kept`: mean visual tokens of an image, `of patches`: kept patches / all patches, "
-    "`time`: of all questions, from image to answer, as ratio to unpruned, taken in turns."
+    "Percent of questions answered right, asked in the template {template}, greedily; `all` with "
+    "the half width of its 95 % interval. `kept`: mean visual tokens of an image, `of patches`: "
+    "kept patches / all patches, `time`: of all questions, from image to answer, as ratio to "
+    "unpruned, taken in turns."
 )
 REFERENCES = ("random", "uniform")
 
@@ -82,7 +83,7 @@ def render(about: dict[str, Any], scores: Sequence[Score], style: str) -> str:
         f"{code}{about['command']}",
         f"{about['machine']}; {about['versions']}.",
         about["model"],
-        EXPLAINED,
+        EXPLAINED.format(**about),
         tabulate(table, headers="keys", tablefmt=style, disable_numparse=True),
         *no_better(scores),
     ]

@@ -74,8 +74,8 @@ def of_checkpoint(
     from llava_hvp.host.opening import open_checkpoint
     from llava_hvp.host.synthetic import geometry_of
 
-    opened = open_checkpoint(path, device, base=base, bits=bits, dtype=dtype)
-    name, model, prompt = model_name(path), opened.model, opened.prompt(question, conv_mode)
+    opened = open_checkpoint(path, device, base=base, bits=bits, dtype=dtype, conv_mode=conv_mode)
+    name, model, prompt = model_name(path), opened.model, opened.prompt(question)
     tiles = 5 if getattr(model.config, "image_aspect_ratio", "") == "anyres" else 1
     words = f"{name}, {_dtypes(model, dtype, bits)}"
     return Subject(

@@ -90,6 +90,8 @@ def variants(
         if name not in valid:
             raise OptionError(f"unknown method {name!r}: give some of {', '.join(valid)}")
     chosen = [name for name in dict.fromkeys(names) if name != NONE]
+    if options and not chosen:
+        raise OptionError(f"--prune-opt {options[0]}: {NONE} is unpruned, it has no options")
     read = {name: dict(read_option(name, text) for text in options) for name in chosen}
     known = {name: {field.name for field in fields(method_class(name))} for name in chosen}
     for key in {key for given in read.values() for key in given}:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from llava_hvp.accuracy.exam import examine
+from llava_hvp.accuracy.exam import TEMPLATE, examine
 from llava_hvp.accuracy.tables import plot, render, scores_of
 from llava_hvp.bench.machine import about
 from llava_hvp.bench.tables import MARKDOWN, TERMINAL
@@ -80,7 +80,9 @@ def main(found: argparse.Namespace) -> int:
 
     with tempfile.TemporaryDirectory(prefix="llava-hvp-") as folder:
         path = found.model_path or checkpoint(folder, name)
-        opened = open_checkpoint(str(path.resolve()), device, dtype=torch.float32)
+        opened = open_checkpoint(
+            str(path.resolve()), device, dtype=torch.float32, conv_mode=TEMPLATE
+        )
         with progress(len(asked) * len(chosen), name, "answer") as bar:
             marks = examine(opened, asked, chosen, batch=found.batch, tick=bar.more)
     scores = scores_of(marks)
@@ -89,6 +91,7 @@ def main(found: argparse.Namespace) -> int:
         f"{name}, float32, {len(asked)} held-out questions on {pictures} pictures, up to "
         f"{found.batch} at a time.",
     )
+    facts["template"] = TEMPLATE
     print(render(facts, scores, TERMINAL))
     if found.out:
         title = f"{facts['model']} {facts['machine']}"

@@ -56,7 +56,9 @@ def add(commands: Any) -> None:
     )
     what.add_argument("--model-path", help="instead: a LLaVA checkpoint")
     what.add_argument("--model-base", help="as LLaVA's commands take it")
-    what.add_argument("--conv-mode", help="LLaVA's conversation template; vicuna_v1 by default")
+    what.add_argument(
+        "--conv-mode", help="LLaVA's conversation template; by default what fits the name"
+    )
     what.add_argument("--load-4bit", action="store_true")
     what.add_argument("--load-8bit", action="store_true")
     what.add_argument("--device", help="cuda where there is one, else cpu")

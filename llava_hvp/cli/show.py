@@ -8,12 +8,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+from llava_hvp.bench.variants import NONE, Variant, variants
 from llava_hvp.checkpoint import check_before_loading
 from llava_hvp.cli.arguments import at_least, bits_of, device_of, exclude, listed
-from llava_hvp.config import describe
 from llava_hvp.errors import OptionError
 from llava_hvp.methods import list_methods, method_class
-from llava_hvp.methods.base import Method
 from llava_hvp.record import write_whole
 from llava_hvp.stderr import say
 
@@ -31,7 +30,8 @@ def add(commands: Any) -> None:
     what.add_argument("--model-path", required=True, help="a LLaVA checkpoint")
     what.add_argument("--model-base", help="as LLaVA's commands take it")
     what.add_argument("--image-file", required=True, help="a path or an address, as LLaVA takes it")
-    what.add_argument("--prune-method", metavar="NAME", help=f"one of {', '.join(list_methods())}")
+    names = ", ".join((NONE, *list_methods()))
+    what.add_argument("--prune-method", metavar="NAME", help=f"one of {names}")
     what.add_argument("--methods", metavar="NAME,NAME", help="instead: several, for a grid")
     what.add_argument("--r-max", metavar="R,R", help="budgets; 0.5 by default, ten on a page")
     what.add_argument("--num-tokens", metavar="N,N", help="instead: patches of one image in total")
@@ -48,7 +48,9 @@ def add(commands: Any) -> None:
         "--scale", choices=("own", "shared"), default="own", help="of the colours of heat maps"
     )
     what.add_argument("--prompt", help="for methods that read it, and for the answers on a page")
-    what.add_argument("--conv-mode", help="LLaVA's conversation template; vicuna_v1 by default")
+    what.add_argument(
+        "--conv-mode", help="LLaVA's conversation template; by default what fits the name"
+    )
     what.add_argument("--new-tokens", type=int, default=64, help="of an answer, 64 by default")
     where = parser.add_argument_group("where it goes and runs")
     where.add_argument("-o", "--out", type=Path, metavar="FILE.png")
@@ -61,8 +63,9 @@ def add(commands: Any) -> None:
 
 def main(found: argparse.Namespace) -> int:
     """Draw and write; the exit code."""
-    methods, layers = _check(found)
-    check_before_loading(found.model_path, [m for budgets in methods for m in budgets])
+    shown, layers = _check(found)
+    asked = [v.method for budgets in shown for v in budgets if v.method is not None]
+    check_before_loading(found.model_path, asked)
     from llava_hvp.show.pictures import open_picture
 
     image, notes = open_picture(found.image_file)
@@ -74,18 +77,19 @@ def main(found: argparse.Namespace) -> int:
         found.model_base,
         found.device,
         bits=found.bits,
+        conv_mode=found.conv_mode,
     )
-    for method in (method for budgets in methods for method in budgets):
-        if viewer.reads(method).relevance and not found.prompt:
-            raise OptionError(f"{method.name} reads the prompt: give --prompt")
-    ids = viewer.prompt(found.prompt or QUESTION, found.conv_mode)
+    for variant in (variant for budgets in shown for variant in budgets):
+        if viewer.reads(variant.method).relevance and not found.prompt:
+            raise OptionError(f"{variant.name} reads the prompt: give --prompt")
+    ids = viewer.prompt(found.prompt or QUESTION)
     files: dict[Path, bytes] = {}
     if found.out and found.layers:
         files[found.out] = _png(_heat_maps(viewer, image, layers, found, notes))
     elif found.out:
-        files[found.out] = _png(_overlays(viewer, image, methods, ids, found, notes))
+        files[found.out] = _png(_overlays(viewer, image, shown, ids, found, notes))
     if found.html:
-        page = _page(viewer, image, methods, layers, ids, found, notes)
+        page = _page(viewer, image, shown, layers, ids, found, notes)
         files[found.html] = page.encode()
     for path, content in files.items():
         try:
@@ -96,7 +100,7 @@ def main(found: argparse.Namespace) -> int:
     return 0
 
 
-def _check(found: argparse.Namespace) -> tuple[list[list[Method]], tuple[int, ...] | None]:
+def _check(found: argparse.Namespace) -> tuple[list[list[Variant]], tuple[int, ...] | None]:
     """Methods at their budgets, and layers (None for all); OptionError for what is wrong."""
     if not found.out and not found.html:
         raise OptionError("nothing to write: give -o FILE.png, --html FILE.html, or both")
@@ -124,10 +128,8 @@ def _check(found: argparse.Namespace) -> tuple[list[list[Method]], tuple[int, ..
     return _methods(found), None if layers is None else tuple(layers)
 
 
-def _methods(found: argparse.Namespace) -> list[list[Method]]:
-    """For each method its budgets."""
-    from llava_hvp.bench.variants import variants
-
+def _methods(found: argparse.Namespace) -> list[list[Variant]]:
+    """For each method its budgets, none being one of its own."""
     budgets: list[dict[str, float | int]]
     names = [found.prune_method] if found.prune_method else (found.methods or "").split(",")
     if not any(names):
@@ -145,10 +147,7 @@ def _methods(found: argparse.Namespace) -> list[list[Method]]:
             raise
         # Options may be a budget of their own, as hivtp's k is.
         chosen = variants(names, [{}], found.prune_opt or ())
-    methods = [v.method for v in chosen if v.method is not None]
-    if not methods:
-        raise OptionError(f"--methods {found.methods}: give some of {', '.join(list_methods())}")
-    return [[m for m in methods if m.name == name] for name in dict.fromkeys(names)]
+    return [[v for v in chosen if v.name == name] for name in dict.fromkeys(names)]
 
 
 def _png(picture: Any) -> bytes:
@@ -166,30 +165,29 @@ def _heat_maps(viewer: Any, image: Any, layers: Any, found: Any, notes: list[str
 
 
 def _overlays(
-    viewer: Any, image: Any, methods: list[list[Method]], ids: Any, found: Any, notes: list[str]
+    viewer: Any, image: Any, shown: list[list[Variant]], ids: Any, found: Any, notes: list[str]
 ) -> Any:
-    """One overlay, or a grid of them: a column a method, a row a budget."""
+    """One overlay, or a grid of them: a column a method, a row a budget, none in every row."""
     from llava_hvp.show.overlay import grid, overlay
 
-    several = sum(map(len, methods)) > 1
+    several = sum(map(len, shown)) > 1
     kwargs = {"widest": CELL} if several else {"notes": notes}
     columns = [
-        [
-            overlay(viewer.look(method, image, ids), image, title=describe(method), **kwargs)
-            for method in budgets
-        ]
-        for budgets in methods
+        [overlay(viewer.look(v.method, image, ids), image, title=str(v), **kwargs) for v in budgets]
+        for budgets in shown
     ]
     if not several:
         return columns[0][0]
     title = " ".join([f"{Path(found.image_file).name}, {viewer.name}.", *notes])
+    rows = max(map(len, columns))
+    columns = [cells * (rows // len(cells)) for cells in columns]
     return grid(list(zip(*columns, strict=True)), title)
 
 
 def _page(
     viewer: Any,
     image: Any,
-    methods: list[list[Method]],
+    chosen: list[list[Variant]],
     layers: Any,
     ids: Any,
     found: Any,
@@ -197,16 +195,19 @@ def _page(
 ) -> str:
     from llava_hvp.show.page import MethodShown, Page, Shown
 
-    def shown(method: Method) -> Shown:
-        options = describe(method).partition(" ")[2]
-        label = options.replace("=", " ") or "no budget"
+    received = viewer.received(image, layers)
+    unpruned = viewer.answer(None, image, ids, found.new_tokens)[0] if found.prompt else ""
+
+    def shown(variant: Variant) -> Shown:
+        method = variant.method
+        if method is None:
+            return Shown("everything kept", viewer.look(None, image, ids), unpruned)
+        label = variant.options.replace("=", " ") or "no budget"
         if found.prompt:
             answer, report = viewer.answer(method, image, ids, found.new_tokens)
             return Shown(label, report, answer)
         return Shown(label, viewer.look(method, image, ids))
 
-    received = viewer.received(image, layers)
-    unpruned = viewer.answer(None, image, ids, found.new_tokens)[0] if found.prompt else ""
     return Page(
         title=Path(found.image_file).name,
         model=viewer.name,
@@ -214,11 +215,13 @@ def _page(
         methods=[
             MethodShown(
                 budgets[0].name,
-                method_class(budgets[0].name).summary,
-                viewer.reads(budgets[0]).received,
-                [shown(method) for method in budgets],
+                "LLaVA without pruning"
+                if budgets[0].method is None
+                else method_class(budgets[0].name).summary,
+                viewer.reads(budgets[0].method).received,
+                [shown(variant) for variant in budgets],
             )
-            for budgets in methods
+            for budgets in chosen
         ],
         received=received,
         notes=[viewer.view.describe(image.size), *notes],

@@ -14,6 +14,7 @@ from typing import Any
 from llava_hvp import config
 from llava_hvp.checkpoint import check_before_loading
 from llava_hvp.config import Request
+from llava_hvp.conversation import default_template
 from llava_hvp.errors import EvaluationError, OptionError
 from llava_hvp.evaluation import workers
 from llava_hvp.evaluation.benchmarks import Benchmark
@@ -23,7 +24,6 @@ from llava_hvp.evaluation.files import RESULT
 from llava_hvp.evaluation.results import make_result
 from llava_hvp.evaluation.scores import score
 from llava_hvp.evaluation.settings import (
-    conv_mode,
     is_next,
     method_name,
     settings_of,
@@ -147,7 +147,9 @@ def _defaults(job: Job, stock: Sequence[str]) -> list[str]:
     if "--temperature" in given:
         at = flags.index("--temperature")
         del flags[at : at + 2]
-    return flags + ([] if "--conv-mode" in given else ["--conv-mode", conv_mode(job.model_path)])
+    if "--conv-mode" not in given:
+        flags += ["--conv-mode", default_template(model_name(job.model_path))]
+    return flags
 
 
 def _say_begin(job: Job, store: Store) -> None:

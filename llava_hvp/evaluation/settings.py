@@ -84,11 +84,3 @@ def is_next(model_path: str) -> bool:
     if path.is_file():
         return '"anyres' in path.read_text()
     return bool(re.search(r"1\.6|next", model_name(model_path), re.IGNORECASE))
-
-
-def conv_mode(model_path: str) -> str:
-    """LLaVA's conversation template for a checkpoint."""
-    name = model_name(model_path).lower()
-    if "mistral" in name:
-        return "mistral_instruct"
-    return "chatml_direct" if is_next(model_path) and "34b" in name else "vicuna_v1"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,42 +13,54 @@ from llava_hvp.encoder.text import ClipText
 from llava_hvp.encoder.vit import hidden_states, layers_of, read_geometry
 from llava_hvp.errors import LayerError
 from llava_hvp.host.layout import Arrangement
-from llava_hvp.host.opening import Opened, open_checkpoint
+from llava_hvp.host.opening import Checkpoint, open_checkpoint
 from llava_hvp.host.pruning import Pruning, attach, detach
 from llava_hvp.host.tower import check_tower
 from llava_hvp.host.view import LlavaView
-from llava_hvp.methods.base import Method, Needs
+from llava_hvp.methods.base import Method, Needs, Selection
 from llava_hvp.methods.uniform import Uniform
 from llava_hvp.report import ImageReport
+from llava_hvp.show.colours import UNPRUNED
 
 
 @dataclass
 class Viewer:
     """A model on its device, and how it sees pictures."""
 
-    opened: Opened
+    checkpoint: Checkpoint
     view: LlavaView
     clip_text: ClipText | None = None  # loaded by the first method that reads the prompt
 
     @classmethod
-    def load(cls, path: str, base: str | None, device: str, *, bits: int | None) -> Viewer:
-        """By LLaVA's own loader; raises OptionError if it fails."""
-        opened = open_checkpoint(path, device, base=base, bits=bits)
-        tower = opened.model.get_vision_tower()
+    def load(
+        cls,
+        path: str,
+        base: str | None,
+        device: str,
+        *,
+        bits: int | None,
+        conv_mode: str | None = None,
+    ) -> Viewer:
+        """By LLaVA's own loader; raises OptionError if it fails.
+
+        conv_mode : conversation template, by default that of the checkpoint's name
+        """
+        checkpoint = open_checkpoint(path, device, base=base, bits=bits, conv_mode=conv_mode)
+        tower = checkpoint.model.get_vision_tower()
         check_tower(tower, Uniform())
         grid = read_geometry(tower.vision_tower).grid
-        arrangement = Arrangement.of(opened.model.config, grid, tower.config.image_size)
-        return cls(opened, LlavaView.of(tower, arrangement))
+        arrangement = Arrangement.of(checkpoint.model.config, grid, tower.config.image_size)
+        return cls(checkpoint, LlavaView.of(tower, arrangement))
 
     @property
     def name(self) -> str:
         """Of the checkpoint."""
-        return self.opened.name
+        return self.checkpoint.name
 
     @property
     def model(self) -> Any:
         """The LLaVA model."""
-        return self.opened.model
+        return self.checkpoint.model
 
     @property
     def select(self) -> int:
@@ -56,21 +68,20 @@ class Viewer:
         tower = self.model.get_vision_tower()
         return read_geometry(tower.vision_tower).normalised(tower.select_layer)
 
-    def reads(self, method: Method) -> Needs:
+    def reads(self, method: Method | None) -> Needs:
         """What a method goes by, whatever its budget; raises LayerError for layers not there."""
+        if method is None:
+            return Needs()
         depth = read_geometry(self.model.get_vision_tower().vision_tower).depth
         return method.reads(depth, self.select)
 
-    def prompt(self, question: str, mode: str | None = None) -> Tensor:
-        """(1, L) token ids of a question about one image, in a conversation template of LLaVA's.
-
-        Raises OptionError for a template that LLaVA does not know.
-        """
-        return self.opened.prompt(question, mode)[None]
+    def prompt(self, question: str) -> Tensor:
+        """(1, L) token ids of a question about one image, in the conversation template."""
+        return self.checkpoint.prompt(question)[None]
 
     def pixels(self, image: Any) -> Tensor:
         """What the model is given: (1, 3, H, W), or (1, tiles, 3, H, W) of AnyRes."""
-        pixels = self.view.pixels(image).to(self.model.device, self.opened.dtype)
+        pixels = self.view.pixels(image).to(self.model.device, self.checkpoint.dtype)
         return pixels[None] if self.view.arrangement.aspect_ratio == "anyres" else pixels
 
     @torch.inference_mode()
@@ -97,8 +108,16 @@ class Viewer:
         return {layer: scores.received[layer].cpu() for layer in sorted(needs.received)}
 
     @torch.inference_mode()
-    def look(self, method: Method, image: Any, ids: Tensor) -> ImageReport:
-        """What a method keeps of a picture, by the way that it takes in every command."""
+    def look(self, method: Method | None, image: Any, ids: Tensor) -> ImageReport:
+        """What a method keeps of a picture, by the way that it takes in every command.
+
+        For None all that unpruned LLaVA sends, in the one role `unpruned`.
+        """
+        if method is None:
+            # With every patch kept a pruned model sends what stock LLaVA does.
+            report = self.look(Uniform(r_max=1), image, ids)
+            everything = Selection.of(**{UNPRUNED: report.selection.keep})
+            return replace(report, method="none", selection=everything)
         pruning = self._attach(method)
         try:
             self.model.prepare_inputs_labels_for_multimodal(
@@ -122,7 +141,7 @@ class Viewer:
                 do_sample=False,
                 max_new_tokens=new_tokens,
             )
-            text = self.opened.tokenizer.batch_decode(out, skip_special_tokens=True)[0].strip()
+            text = self.checkpoint.tokenizer.batch_decode(out, skip_special_tokens=True)[0].strip()
             return text, pruning.last[0] if pruning is not None else None
         finally:
             if pruning is not None:
@@ -130,7 +149,7 @@ class Viewer:
 
     def _attach(self, method: Method) -> Pruning:
         pruning = attach(
-            self.model, method, tokenizer=self.opened.tokenizer, clip_text=self.clip_text
+            self.model, method, tokenizer=self.checkpoint.tokenizer, clip_text=self.clip_text
         )
         self.clip_text = pruning.clip_text
         return pruning

@@ -21,7 +21,6 @@ from llava_hvp import config
 from llava_hvp.checkpoint import check_before_loading
 from llava_hvp.errors import LlavaHvpError, OptionError
 from llava_hvp.evaluation.results import speed, visual_tokens
-from llava_hvp.evaluation.settings import conv_mode
 from llava_hvp.lmms.arguments import method_of
 from llava_hvp.stderr import say
 
@@ -54,7 +53,7 @@ class LlavaHvp(lmms):
     pretrained, model_base, conv_template, load_4bit, load_8bit : as LLaVA's commands take them
     device : cuda where there is one, else cpu; with several processes each takes its own GPU
     device_map : auto spreads the model over GPUs
-    dtype : float16, bfloat16 or float32; as LLaVA loads it by default
+    dtype : float16, bfloat16 or float32; float16 as LLaVA loads it by default, on a CPU float32
     prune_method, r_max, num_tokens, and every option of the method : as `r_max=0.5`; items of a
         tuple are joined by +, as `layers=7+8+9`
     """
@@ -92,18 +91,21 @@ class LlavaHvp(lmms):
         self._device = self._choose_device(device)
         check_before_loading(pretrained, [method])
         # LLaVA comes only now: whatever was typed wrong has been said.
-        from llava_hvp.host.batch import Checkpoint
+        from llava_hvp.host.opening import open_checkpoint
+        from llava_hvp.host.pruning import attach
 
-        self.checkpoint = Checkpoint(
+        self.checkpoint = open_checkpoint(
             pretrained,
-            model_base,
-            method=method,
-            device=self._device,
-            conv_mode=conv_template or conv_mode(pretrained),
-            device_map=device_map,
+            str(self._device),
+            base=model_base,
+            bits=4 if load_4bit else 8 if load_8bit else None,
             dtype=None if dtype is None else DTYPES[dtype],
-            quantised="load_4bit" if load_4bit else "load_8bit" if load_8bit else None,
+            conv_mode=conv_template,
+            # One GPU unless asked otherwise, also for device=cuda: each process has its own.
+            device_map=device_map or str(self._device),
         )
+        if method is not None:
+            attach(self.model, method, tokenizer=self.tokenizer)
         if self._rank == 0:
             what = "unpruned" if method is None else f"pruning on: {config.describe(method)}"
             say(f"{what}; {self._world_size} process(es), {self._device}")

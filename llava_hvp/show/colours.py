@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 Colour = tuple[int, int, int]
 
-ROLES: dict[str, Colour] = {
+# The one role of a picture that is not pruned; its patches are shown as they are.
+UNPRUNED = "unpruned"
+ROLES: Mapping[str, Colour | None] = {
+    UNPRUNED: None,
     "global": (0, 170, 60),  # green and red as in HIVTP's Figure 3
     "local": (230, 30, 40),
     "anchor": (250, 215, 0),
@@ -21,6 +24,8 @@ ROLES: dict[str, Colour] = {
 }
 # Methods without roles of their own have one role, named after them.
 NEUTRAL: Colour = (60, 125, 235)
+# In legends, of what is pruned: grey and dark in the picture.
+DIMMED: Colour = (60, 60, 60)
 # For the roles of methods that we have not met.
 OTHERS: tuple[Colour, ...] = (NEUTRAL, (225, 60, 145), (150, 185, 30), (145, 100, 50))
 
@@ -28,11 +33,12 @@ OTHERS: tuple[Colour, ...] = (NEUTRAL, (225, 60, 145), (150, 185, 30), (145, 100
 LIGHTNESS, HUE, MOST_CHROMA = (0.20, 0.96), (300.0, 100.0), 0.13
 
 
-def colours_of(roles: Iterable[str]) -> dict[str, Colour]:
-    """A colour for each role, no two alike as long as there are colours."""
+def colours_of(roles: Iterable[str]) -> dict[str, Colour | None]:
+    """A colour for each role, no two alike as long as there are colours; None for no tint."""
     roles = list(roles)
     strangers = [role for role in roles if role not in ROLES]
-    return {role: ROLES.get(role) or OTHERS[strangers.index(role) % len(OTHERS)] for role in roles}
+    others = {role: OTHERS[number % len(OTHERS)] for number, role in enumerate(strangers)}
+    return {role: others[role] if role in others else ROLES[role] for role in roles}
 
 
 @functools.cache

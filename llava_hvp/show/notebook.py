@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from llava_hvp.errors import PictureError
-from llava_hvp.show.colours import colours_of
+from llava_hvp.show.colours import DIMMED, colours_of
 from llava_hvp.show.frame import counts_of, places_of, states_of
 
 if TYPE_CHECKING:
     from llava_hvp.report import ImageReport
 
 SIDE = 10  # pixels along a patch
+LIGHT = (190, 190, 190)  # in place of the photo
 
 
 def png_of(report: ImageReport) -> bytes | None:
@@ -32,7 +33,7 @@ def png_of(report: ImageReport) -> bytes | None:
     drawn = []
     for panel in places_of(report):
         rows, columns = panel.patches.shape
-        photo = torch.full((rows * SIDE, columns * SIDE, 3), 190, dtype=torch.uint8)
+        photo = torch.tensor(LIGHT, dtype=torch.uint8).expand(rows * SIDE, columns * SIDE, 3)
         plain = replace(panel, side=SIDE, photo=photo)
         drawn.append(picture(paint(plain, states_of(report), colours, 1)))
     file = io.BytesIO()
@@ -44,7 +45,7 @@ def html_of(report: ImageReport) -> str:
     """The map with the report's line and its counts."""
     colours = colours_of(report.selection.roles)
     counts = [
-        f'<span style="background:rgb{colours.get(name, (60, 60, 60))};display:inline-block;'
+        f'<span style="background:rgb{colours.get(name, DIMMED) or LIGHT};display:inline-block;'
         f'width:.8em;height:.8em"></span> {html.escape(name)} {count}'
         for name, count in counts_of(report).items()
     ]

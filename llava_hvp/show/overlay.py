@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from llava_hvp.show.colours import Colour, colours_of
+from llava_hvp.show.colours import DIMMED, Colour, colours_of
 from llava_hvp.show.frame import (
     CUT,
     Panel,
@@ -21,6 +21,7 @@ from llava_hvp.show.frame import (
 from llava_hvp.show.sheet import (
     FAINT,
     GAP,
+    PAPER,
     TEXT,
     Image,
     below,
@@ -91,16 +92,19 @@ def enlarged(panel: Panel, scale: int) -> Tensor:
     )
 
 
-def paint(panel: Panel, states: Tensor, colours: Sequence[Colour], scale: int) -> Tensor:
+def paint(panel: Panel, states: Tensor, colours: Sequence[Colour | None], scale: int) -> Tensor:
     """(height, width, 3) uint8, a panel with its patches in the colours of their states.
 
-    A kept patch is two parts photo and three parts role colour; a pruned one grey and dark, so that
-    no pixel of it has a colour; one that unpad cuts off is chequered.
+    A kept patch is two parts photo and three parts role colour, or the photo where the role has
+    none; a pruned one grey and dark, so that no pixel of it has a colour; one that unpad cuts off
+    is chequered.
     """
     photo = enlarged(panel, scale).to(torch.int32)
     state = over_pixels(states, panel, scale).long()[..., None]
-    table = torch.tensor([(0, 0, 0), *colours], dtype=torch.int32)
-    tinted = (2 * photo + 3 * table[state[..., 0].clamp(max=len(colours))] + 2) // 5
+    table = torch.tensor([(0, 0, 0), *(c or (0, 0, 0) for c in colours)], dtype=torch.int32)
+    plain = torch.tensor([False, *(c is None for c in colours)])
+    role = state.clamp(max=len(colours))
+    tinted = torch.where(plain[role], photo, (2 * photo + 3 * table[role[..., 0]] + 2) // 5)
     grey = (photo * torch.tensor((299, 587, 114), dtype=torch.int32)).sum(-1, keepdim=True)
     dimmed = grey * 35 // 100_000
     shown = torch.where(state == 0, dimmed, tinted)
@@ -115,16 +119,23 @@ def chequers(height: int, width: int) -> Tensor:
 
 def roles_legend(report: ImageReport, width: int) -> Image.Image:
     """Roles with their counts, and what pruned and cut patches look like."""
-    colours: dict[str, Any] = dict(colours_of(report.selection.roles))
+    colours = colours_of(report.selection.roles)
     swatches = {}
     for name, count in counts_of(report).items():
         if name == "cut":
             pixels = chequers(TEXT, TEXT).expand(-1, -1, 3).to(torch.uint8).contiguous()
             swatches[f"cut off by unpad {count}"] = picture(pixels)
         else:
-            colour = colours.get(name, (60, 60, 60))
-            swatches[f"{name} {count}"] = Image.new("RGB", (TEXT, TEXT), colour)
+            swatches[f"{name} {count}"] = swatch(colours.get(name, DIMMED))
     return legend(swatches, width)
+
+
+def swatch(colour: Colour | None) -> Image.Image:
+    """A square of a legend, empty for no colour."""
+    square = Image.new("RGB", (TEXT, TEXT), colour or FAINT)
+    if colour is None:
+        square.paste(PAPER, (1, 1, TEXT - 1, TEXT - 1))
+    return square
 
 
 def grid(cells: Sequence[Sequence[Image.Image]], title: str = "") -> Image.Image:

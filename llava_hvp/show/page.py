@@ -155,7 +155,7 @@ def _method(method: MethodShown) -> dict[str, Any]:
         "name": method.name,
         "summary": method.summary,
         "layers": list(method.layers),
-        "roles": [{"name": role, "colour": list(colour)} for role, colour in colours.items()],
+        "roles": [{"name": role, "colour": colour} for role, colour in colours.items()],
         "budgets": [
             {
                 "label": shown.label,
