@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from llava_hvp.errors import LlavaHvpError
 from llava_hvp.methods import get_method, list_methods
-from llava_hvp.methods.base import Method, Needs, Selection, VisionContext
+from llava_hvp.methods.base import Method, Mix, Needs, Selection, VisionContext
 from llava_hvp.methods.hiprune import HiPrune
 from llava_hvp.methods.hipruneplus import HiPrunePlus
 from llava_hvp.methods.hivtp import HIVTP
@@ -26,6 +26,7 @@ __all__ = [
     "HiPrunePlus",
     "LlavaHvpError",
     "Method",
+    "Mix",
     "Needs",
     "Random",
     "Selection",

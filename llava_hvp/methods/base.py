@@ -2,169 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from llava_hvp.errors import ContextError, OptionError, ScoreError, shown
+from llava_hvp.errors import ContextError, OptionError, UnsupportedModelError, shown
+from llava_hvp.methods.context import Needs, VisionContext, raise_unless_finite
 from llava_hvp.methods.options import choice, integer, number
+from llava_hvp.methods.selection import Mix, Selection
 from llava_hvp.select import Grid
 
-
-@dataclass(frozen=True)
-class Needs:
-    """What a method reads. Nothing else is captured.
-
-    Layers are numbered from 1. `relevance` names the text side ("clip" or "llm"), or is None.
-    """
-
-    received: tuple[int, ...] = ()
-    cls: tuple[int, ...] = ()
-    features: bool = False
-    relevance: str | None = None
-
-
-@dataclass(frozen=True)
-class VisionContext:
-    """What the vision encoder saw on T tiles of N patches.
-
-    Parameters
-    ----------
-    grid : (rows, columns) of patches; N = rows * columns
-    received : layer -> (T, N) float, the attention each patch receives (mean over heads and over
-        all query rows, CLS row included, CLS column dropped)
-    depth : layers of the encoder
-    select : the layer whose output goes to the projector, numbered from 1
-    cls : layer -> (T, N) float, the attention that CLS pays to each patch (mean over heads)
-    features : (T, N, D) float, the output of layer `select`
-    relevance : (T, N) float, how related each patch is to the prompt
-    tiles : tiles of each image, in order; the T tiles are one image by default
-
-    Raises
-    ------
-    ContextError : where shapes disagree
-    """
-
-    grid: Grid
-    received: Mapping[int, Tensor] = field(default_factory=dict)
-    depth: int | None = None
-    select: int | None = None
-    cls: Mapping[int, Tensor] = field(default_factory=dict)
-    features: Tensor | None = None
-    relevance: Tensor | None = None
-    tiles: tuple[int, ...] | None = None
-
-    def __post_init__(self) -> None:
-        if len(self.grid) != 2 or min(self.grid) < 1:
-            raise ContextError(f"grid={self.grid!r}: give (rows, columns), both at least 1")
-        if self.tiles is not None and (not self.tiles or min(self.tiles) < 1):
-            raise ContextError(f"tiles={self.tiles!r}: give the number of tiles of each image")
-        for name, tensor in self._named():
-            self._check_shape(name, tuple(tensor.shape), 3 if name == "features" else 2)
-
-    def _check_shape(self, name: str, shape: tuple[int, ...], dims: int) -> None:
-        on_grid, rest = f"on a grid of {self.grid[0]} x {self.grid[1]}", ", D" * (dims == 3)
-        if len(shape) != dims:
-            # How many tiles there are cannot be read from such a shape.
-            raise ContextError(
-                f"{name} has shape {shape}: T tiles {on_grid} need (T, {self.patches}{rest}), one "
-                f"tile (1, {self.patches}{rest})"
-            )
-        if shape[:2] != (self.total_tiles, self.patches):
-            raise ContextError(
-                f"{name} has shape {shape}: {self.total_tiles} tiles {on_grid} need "
-                f"({self.total_tiles}, {self.patches}{rest})"
-            )
-
-    def _named(self) -> Iterable[tuple[str, Tensor]]:
-        yield from ((f"received[{layer}]", s) for layer, s in self.received.items())
-        yield from ((f"cls[{layer}]", s) for layer, s in self.cls.items())
-        if self.features is not None:
-            yield "features", self.features
-        if self.relevance is not None:
-            yield "relevance", self.relevance
-
-    @property
-    def patches(self) -> int:
-        """N, the patches of a tile."""
-        return self.grid[0] * self.grid[1]
-
-    @property
-    def total_tiles(self) -> int:
-        """T, the tiles of all images together."""
-        if self.tiles is not None:
-            return sum(self.tiles)
-        return next((tensor.shape[0] for _, tensor in self._named()), 1)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the scores are; the CPU for a context that has none."""
-        return next((tensor.device for _, tensor in self._named()), torch.device("cpu"))
-
-    def score(self, kind: str, layer: int) -> Tensor:
-        """`received` or `cls` attention of one layer, (T, N) float32."""
-        scores: Mapping[int, Tensor] = getattr(self, kind)
-        if layer not in scores:
-            raise ContextError(
-                f"the method needs {kind} attention of layer {layer}; the context holds "
-                f"{sorted(scores) or 'none'}"
-            )
-        return scores[layer].float()
-
-    def finite(self) -> tuple[list[str], Tensor]:
-        """Names of all scores, and for each whether it is finite: (len(names),) bool, on device."""
-        named = list(self._named())
-        if not named:
-            return [], torch.ones(0, dtype=torch.bool)
-        # One look at all scores together; features are of another shape.
-        scores = [t for _, t in named if t.ndim == 2]
-        looks = [torch.stack(scores).isfinite().flatten(1).all(1)] if scores else []
-        looks += [t.isfinite().all()[None] for _, t in named if t.ndim != 2]
-        names = [n for n, t in named if t.ndim == 2] + [n for n, t in named if t.ndim != 2]
-        return names, torch.cat(looks)
-
-    def rows(self, index: Tensor, tiles: tuple[int, ...]) -> VisionContext:
-        """The context of some of the tiles."""
-        return dataclasses.replace(
-            self,
-            received={layer: s[index] for layer, s in self.received.items()},
-            cls={layer: s[index] for layer, s in self.cls.items()},
-            features=None if self.features is None else self.features[index],
-            relevance=None if self.relevance is None else self.relevance[index],
-            tiles=tiles,
-        )
-
-
-def raise_unless_finite(names: list[str], finite: Iterable[bool]) -> None:
-    """Raise a ScoreError that names every score which is not finite."""
-    bad = [name for name, ok in zip(names, finite, strict=True) if not ok]
-    if bad:
-        raise ScoreError(
-            f"{', '.join(bad)} not finite (inf or nan): the vision tower overflowed, as float16 "
-            "towers do; run the tower in bfloat16 or float32"
-        )
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which patches stay.
-
-    keep : (T, N) bool
-    roles : role -> (T, N) bool; disjoint, and together equal to `keep`
-    """
-
-    keep: Tensor
-    roles: dict[str, Tensor]
-
-    @classmethod
-    def of(cls, **roles: Tensor) -> Selection:
-        """From disjoint role masks."""
-        return cls(torch.stack(tuple(roles.values())).any(0), roles)
+__all__ = ["Method", "Mix", "Needs", "Selection", "VisionContext", "raise_unless_finite"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +31,8 @@ class Method(ABC):
         and newlines
     newline : mosaic rows that end in an image_newline: "rows" with a kept patch, "all" or "none"
     tower_attention : "sdpa" replaces the vision tower's eager attention by torch's fused one, as
-        transformers before 4.46 has none (same up to rounding); "stock" leaves it
+        transformers before 4.46 has none (the same up to rounding, which in half precision moves
+        choices between patches); "stock" leaves it, as the released codes do
     tower_dtype : "model" runs the tower in the dtype of the images, which is the language model's;
         "stock" in its own, float32 where LLaVA's scripts load a LLaVA-1.5
 
@@ -196,6 +47,9 @@ class Method(ABC):
     summary: ClassVar[str]
     roles: ClassVar[tuple[str, ...]]
     listed: ClassVar[bool] = True  # whether it can be had by its name
+    needs_cls: ClassVar[bool] = False  # whether it asks the CLS token, which not every tower has
+    loose: ClassVar[tuple[str, ...]] = ()  # roles whose tokens follow their tile, off the mosaic
+    extra_first: ClassVar[bool] = False  # whether a tile's extra token leads it; else it ends it
 
     r_max: float | None = None
     num_tokens: int | None = None
@@ -225,6 +79,11 @@ class Method(ABC):
         return self.r_max is not None or self.num_tokens is not None
 
     @property
+    def of_image(self) -> bool:
+        """Whether `budget` is of an image, which its tiles share as the method decides."""
+        return False
+
+    @property
     def keeps_all(self) -> bool:
         """Whether the budget alone says that every patch stays."""
         return self.r_max == 1
@@ -247,10 +106,17 @@ class Method(ABC):
 
     @abstractmethod
     def choose(self, context: VisionContext, budget: int) -> Selection:
-        """The rule: at most `budget` < N patches of each tile. No transfer from the device."""
+        """The rule: at most `budget` < N tokens of each tile. No transfer from the device.
+
+        Where the budget is `of_image`: at most `budget` tokens of each image; all images of the
+        context have as many tiles then.
+        """
 
     def budget(self, patches: int, tiles: int = 1) -> int:
-        """p_max, the patches that a tile may keep, of `patches`, in an image of `tiles` tiles."""
+        """p_max, the patches that a tile may keep, of `patches`, in an image of `tiles` tiles.
+
+        Where it is `of_image`, of all its tiles together. Tokens at no patch count too.
+        """
         if self.num_tokens is None:
             return max(1, round((1.0 if self.r_max is None else self.r_max) * patches))
         share = self.num_tokens // tiles
@@ -276,25 +142,32 @@ class Method(ABC):
 
     def select_unchecked(self, context: VisionContext) -> Selection:
         """`select` without the look at the scores, which would wait for the device."""
-        images = context.tiles or (context.total_tiles,)
-        budgets = [self.budget(context.patches, tiles) for tiles in images]
-        if len(set(budgets)) == 1:
-            return self._select_at(context, budgets[0])
-        # Images of different tile counts share num_tokens differently: one pass a budget.
+        self._check_cls(context)
+        # Images share num_tokens differently by their tile counts: one pass a budget.
+        images = context.images
+        groups = [self._group(context.patches, tiles) for tiles in images]
+        if len(set(groups)) == 1:
+            return self._select_at(context, *groups[0])
         total, device = (context.total_tiles, context.patches), context.device
         merged = {role: torch.zeros(total, dtype=torch.bool, device=device) for role in self.roles}
-        per_tile = torch.tensor(budgets).repeat_interleave(torch.tensor(images))
-        for budget in sorted(set(budgets)):
-            index = (per_tile == budget).nonzero().flatten().to(device)
-            among = tuple(t for t, b in zip(images, budgets, strict=True) if b == budget)
-            part = self._select_at(context.rows(index, among), budget)
+        of_tile = [group for group, tiles in zip(groups, images, strict=True) for _ in range(tiles)]
+        mixes = []
+        for group in sorted(set(groups)):
+            index = torch.tensor([tile for tile, g in enumerate(of_tile) if g == group])
+            among = tuple(t for t, g in zip(images, groups, strict=True) if g == group)
+            part = self._select_at(context.rows(index, among), *group)
+            mixes.append((index, part.mix))
             for role, mask in part.roles.items():
-                merged[role][index] = mask
-        return Selection.of(**merged)
+                merged[role][index.to(device)] = mask
+        return Selection.of(Mix.joined(mixes, total[0]), **merged)
 
-    def _select_at(self, context: VisionContext, budget: int) -> Selection:
+    def _group(self, patches: int, tiles: int) -> tuple[int, int]:
+        """(budget, patches that it is shared among), the same for images selected together."""
+        return self.budget(patches, tiles), patches * tiles if self.of_image else patches
+
+    def _select_at(self, context: VisionContext, budget: int, among: int) -> Selection:
         self.check(context.grid)
-        if budget < context.patches or not self._has_plain_budget():
+        if budget < among or not self._has_plain_budget():
             return self.choose(context, budget)
         total = (context.total_tiles, context.patches)
         none = torch.zeros(total, dtype=torch.bool, device=context.device)
@@ -303,3 +176,19 @@ class Method(ABC):
     def _has_plain_budget(self) -> bool:
         """Whether a budget of N means that all is kept (not so for sizes given by hand)."""
         return True
+
+    def _check_cls(self, context: VisionContext) -> None:
+        """Raise where the method asks the CLS token and there is none."""
+        if not self.needs_cls or self.keeps_all:
+            return
+        remedy = "use hiprune or hivtp, which read the attention that patches receive"
+        projections = (*context.keys.values(), *context.queries.values())
+        if any(tensor.shape[1] == context.patches for tensor in projections):
+            raise UnsupportedModelError(
+                f"{self.name} asks the CLS token, and this vision tower has none: {remedy}"
+            )
+        if self.needs(context.depth, context.select).cls and not context.cls:
+            raise ContextError(
+                f"{self.name} needs the CLS token's attention, and the context holds none "
+                f"(cls={{}}); for a vision tower without a CLS token {remedy}"
+            )
