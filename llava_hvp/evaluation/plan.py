@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llava_hvp import config
@@ -16,7 +16,7 @@ from llava_hvp.errors import EvaluationError, OptionError
 from llava_hvp.evaluation.benchmarks import get_benchmark
 from llava_hvp.evaluation.data import find_data
 from llava_hvp.evaluation.measured import LMMS_HARNESS, find, read_results
-from llava_hvp.evaluation.published import Column, Row, Table
+from llava_hvp.evaluation.published import Column, Row, Table, with_stock_attention
 from llava_hvp.evaluation.settings import method_name, model_name
 from llava_hvp.lmms.arguments import model_args
 
@@ -67,6 +67,8 @@ def plan(
 ) -> list[Step]:
     """The commands of a table, setting by setting; raises OptionError for an unknown benchmark.
 
+    The vision tower keeps its own attention, as in the released codes.
+
     only : of these benchmarks
     stock : further arguments for LLaVA's scripts
     """
@@ -77,7 +79,7 @@ def plan(
     columns = [c for c in table.columns if not only or c.benchmark in only]
     sources = {c.benchmark: _source(c, data) for c in columns}
     steps = []
-    for row in table.rows:
+    for row in (replace(r, method=with_stock_attention(r.method)) for r in table.rows):
         for column in columns:
             make = _lmms if column.harness == LMMS_HARNESS else _stock
             command, environ = make(row, column, model_path, data, out, gpus, device, stock)
@@ -160,7 +162,9 @@ def is_done(step: Step, out: Path, model_path: str) -> bool:
     except OptionError:
         return False
     found = find(results, step.column, step.row.method)
-    return found is not None and found[0].harness == LMMS_HARNESS
+    if found is None or found[0].harness != LMMS_HARNESS:
+        return False
+    return found[0].method == step.row.method
 
 
 def environment(step: Step) -> dict[str, str]:

@@ -181,7 +181,8 @@ class Method(ABC):
         and newlines
     newline : mosaic rows that end in an image_newline: "rows" with a kept patch, "all" or "none"
     tower_attention : "sdpa" replaces the vision tower's eager attention by torch's fused one, as
-        transformers before 4.46 has none (same up to rounding); "stock" leaves it
+        transformers before 4.46 has none (the same up to rounding, which in half precision moves
+        choices between patches); "stock" leaves it, as the released codes do
     tower_dtype : "model" runs the tower in the dtype of the images, which is the language model's;
         "stock" in its own, float32 where LLaVA's scripts load a LLaVA-1.5
 
