@@ -177,10 +177,11 @@ class Account:
 
 
 def _facts(model: Any) -> dict[str, str]:
-    tower = model.get_vision_tower()
+    from llava_hvp.host.tower import tower_facts
+
     return {
         "dtype": str(model.dtype).removeprefix("torch."),
-        "vision_tower_dtype": str(tower.dtype).removeprefix("torch."),
+        **tower_facts(model.get_vision_tower()),
         "device": str(model.device),
         "quantization": str(getattr(model, "quantization_method", None) or "none"),
     }

@@ -19,11 +19,13 @@ def check_before_loading(model_path: str, methods: Iterable[Method | None]) -> N
     model = _config(model_path)
     tower = _config(str(model.get("mm_vision_tower")))
     vision = tower.get("vision_config", tower)
-    names = ("num_hidden_layers", "image_size", "patch_size")
-    depth, image, patch = (vision.get(name) for name in names)
-    select = model.get("mm_vision_select_layer")
-    if not all(isinstance(value, int) for value in (depth, image, patch, select)):
+    if not isinstance(vision, dict):
         return
+    names = ("num_hidden_layers", "image_size", "patch_size")
+    found: list[Any] = [*map(vision.get, names), model.get("mm_vision_select_layer")]
+    if not all(isinstance(value, int) for value in found) or found[2] < 1:
+        return
+    depth, image, patch, select = found
     side = image // patch
     for method in methods:
         if method is not None:

@@ -57,7 +57,13 @@ def test_a_tower_of_the_hub_is_looked_for_in_the_cache_only(checkpoint, tmp_path
 
 
 @pytest.mark.parametrize(
-    "vision", [{"num_hidden_layers": "12"}, {"vision_config": {}}, {"image_size": 3}]
+    "vision",
+    [
+        {"num_hidden_layers": "12"},
+        {"vision_config": {}},
+        {"vision_config": 3},
+        VISION | {"patch_size": 0},
+    ],
 )
 def test_where_the_files_do_not_tell_nothing_is_refused(vision, checkpoint, tmp_path):
     for path in (checkpoint(**vision), "nowhere at all", str(tmp_path), "../x", ""):

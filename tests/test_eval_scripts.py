@@ -16,11 +16,13 @@ from evaluation import call, environment, read_answers
 
 from llava_hvp.cli import main
 from llava_hvp.evaluation.benchmarks import BENCHMARKS
+from llava_hvp.host.versions import transformers_version
 
 SCRIPTS = Path(__file__).parents[1] / "eval_scripts"
 CPU = "--model-path llava-v1.5-tiny --data data --device cpu"
 HIVTP = "--prune-method hivtp --r-max 0.5"
 SHORT = "--max_new_tokens 6"
+STOCK = "sdpa" if transformers_version() >= (4, 46) else "eager"
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +102,10 @@ def test_pope_in_one_piece_and_in_two_pruned_and_with_everything_kept(place):
         1,
     )
     assert everything["kept_tokens"] == 64
-    for result in (unpruned, one):
+    for result, attention in ((unpruned, STOCK), (everything, STOCK), (one, "sdpa")):
         assert result["ttft_ms"] > 0
+        assert result["vision_tower_dtype"] == "float32"
+        assert result["vision_tower_attention"] == attention
         assert result["tokens_per_second"] > 0
         assert {"torch", "transformers", "llava-hvp"} <= set(result["versions"])
         assert "eval pope" in result["command"]

@@ -115,6 +115,7 @@ def test_the_record_says_how_the_answers_were_made(pruned):
     assert found["command"][0] == "llava.eval.model_vqa_loader"
     assert {"llava-hvp", "llava", "torch", "transformers", "python"} <= set(found["versions"])
     assert found["dtype"] == "float16"
+    assert (found["vision_tower_dtype"], found["vision_tower_attention"]) == ("float32", "sdpa")
     assert found["device"] == "cpu"
     assert found["answers"] == answers_facts(pruned[0] / "chunk0.jsonl")
 

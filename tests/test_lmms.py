@@ -111,6 +111,7 @@ def test_its_results_have_ttft_and_kept_tokens(alone):
     from llava_hvp.methods import get_method
 
     (found,) = read_results(out)
+    assert found.tower == "float32 sdpa"
     assert (found.benchmark, found.harness) == ("things", "lmms-eval")
     assert found.method == get_method("hivtp", r_max=0.5)
     assert found.kept_tokens == measured["avg_kept_tokens"]

@@ -1,6 +1,7 @@
 """The papers' figures, and measured ones beside them."""
 
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -11,8 +12,9 @@ from llava_hvp.cli import main
 from llava_hvp.errors import EvaluationError, OptionError
 from llava_hvp.evaluation.compare import compare
 from llava_hvp.evaluation.measured import read_results
-from llava_hvp.evaluation.plan import IMAGES, check_checkpoint, plan
+from llava_hvp.evaluation.plan import IMAGES, check_checkpoint, is_done, plan
 from llava_hvp.evaluation.published import TABLES, average, get_table
+from llava_hvp.evaluation.show import comparison
 from llava_hvp.lmms.arguments import method_of, model_args
 from llava_hvp.methods import get_method
 
@@ -257,7 +259,10 @@ def test_each_step_of_a_table_runs_through_its_harness(tmp_path, capsys):
     text = str(by_name["HiPrune 64 tokens", "gqa"])
     assert "CUDA_VISIBLE_DEVICES=0,1 " in text
     assert "--num_processes 2 -m lmms_eval --model llava_hvp" in text
-    assert "prune_method=hiprune,num_tokens=64 --tasks gqa" in text
+    pruned = "prune_method=hiprune,num_tokens=64,tower_attention=stock"
+    assert f"{pruned} --tasks gqa" in text
+    text = str(by_name["unpruned", "gqa"])
+    assert "prune" not in text.partition("--tasks")[0].partition("--model_args")[2]
     line = ["reproduce", "hivtp-3", "--model-path", "m", "--data", str(tmp_path), "--dry-run"]
     assert main([*line, "--only", "pope"]) == 0
     listed = capsys.readouterr().out
@@ -285,6 +290,114 @@ def test_lmms_results_of_a_checkpoint_that_has_changed_are_refused(tmp_path):
     (folder / "checkpoint.json").unlink()
     with pytest.raises(EvaluationError, match="they are from a release that knew a checkpoint by"):
         check_checkpoint(step, **given)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_is_reproduced_with_the_towers_own_attention(name, tmp_path):
+    """The released codes' own: another rounds otherwise, and keeps other patches in half."""
+    steps = plan(
+        get_table(name), model_path="m", data=tmp_path, out=tmp_path, gpus=("0",), device=None
+    )
+    for step in steps:
+        command = " ".join(step.command)
+        assert (step.row.method is None) == ("tower_attention=stock" not in command), command
+    given = {step.row.method for step in steps if step.row.method is not None}
+    assert {method.tower_attention for method in given} == {"stock"}
+
+
+def test_a_result_by_another_attention_does_not_pass_for_a_step_of_a_table(tmp_path):
+    """But it stands beside the published figures, and the table says so; its own comes first."""
+    pruned, speed = ",prune_method=hiprune,num_tokens=192", {"avg_vision tower float16 sdpa": 1.0}
+    lmms_result(tmp_path, "pope", {"pope_f1_score": 0.80}, pruned, speed)
+    table = get_table("hiprune-1")
+    arguments = {"model_path": "a/llava-v1.5-7b", "data": tmp_path, "out": tmp_path}
+    steps = plan(table, **arguments, gpus=("0",), device=None, only=["pope"])
+    (step,) = (s for s in steps if s.row.label == "HiPrune 192 tokens")
+    assert not is_done(step, tmp_path, "a/llava-v1.5-7b")
+    found = compare(table, read_results(tmp_path))
+    assert found.lines[1].cells["pope"].measured == pytest.approx(80)
+    assert (found.towers, found.fused) == (["float16 sdpa"], ["pope"])
+    text = comparison(found, "terminal")
+    assert "Vision tower in what was measured: float16 sdpa attention." in text
+    assert "keeps other patches in half precision: pope." in text
+
+    stock, speed = f"{pruned},tower_attention=stock", {"avg_vision tower float16 eager": 1.0}
+    lmms_result(tmp_path, "pope", {"pope_f1_score": 0.85}, stock, speed)
+    older = min(tmp_path.rglob("*_results.json"), key=lambda p: len(p.read_text()))
+    os.utime(older, (2e9, 2e9))  # newest, and of the other attention
+    assert is_done(step, tmp_path, "a/llava-v1.5-7b")
+    found = compare(table, read_results(tmp_path))
+    assert found.lines[1].cells["pope"].measured == pytest.approx(85)
+    assert (found.towers, found.fused) == (["float16 eager"], [])
+    assert "keeps other patches" not in comparison(found, "terminal")
+
+
+def test_how_the_tower_ran_is_listed(tmp_path, capsys):
+    tower = {"vision_tower_dtype": "bfloat16", "vision_tower_attention": "eager"}
+    stock_result(tmp_path, "gqa", {"accuracy": 60.0}, "hiprune", **tower)
+    stock_result(tmp_path, "mmbench", {"circular_accuracy": 60.0})  # of an older release
+    assert main(["table", str(tmp_path), "--format", "csv"]) == 0
+    rows = csv.DictReader(io.StringIO(capsys.readouterr().out))
+    assert {r["benchmark"]: r["vision tower"] for r in rows} == {
+        "gqa": "bfloat16 eager",
+        "mmbench": "",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value"),
+    [("hivtp-1", "layers", (7, 8, 9)), ("hiprune-1", "variant", "code")],
+)
+def test_rows_as_released_have_the_same_figures_and_the_released_rule(name, option, value):
+    table = get_table(name)
+    beside, instead = table.released(beside=True), table.released(beside=False)
+    assert [row for row in beside.rows if row in table.rows] == list(table.rows)
+    assert len(beside.rows) == 2 * len(table.rows) - 1
+    assert [row.label for row in instead.rows] == [
+        "unpruned",
+        *(f"{row.label}, as released" for row in table.rows[1:]),
+    ]
+    for row, own in zip(instead.rows[1:], table.rows[1:], strict=True):
+        assert getattr(row.method, option) == value != getattr(own.method, option)
+        assert (
+            dataclasses.replace(row.method, **{option: getattr(own.method, option)}) == own.method
+        )
+        assert (row.values, row.kept_tokens) == (own.values, own.kept_tokens)
+
+
+def test_the_commands_run_and_show_rows_as_released(tmp_path, capsys):
+    line = ["reproduce", "hivtp-1", "--model-path", "m", "--data", str(tmp_path), "--dry-run"]
+    assert main([*line, "--only", "pope"]) == 0
+    assert "layers=7+8+9" not in capsys.readouterr().out
+    assert main([*line, "--only", "pope", "--as-released"]) == 0
+    listed = capsys.readouterr().out
+    assert "5 commands" in listed
+    assert listed.count("r_max=0.5,tower_attention=stock,layers=7+8+9 ") == 1
+    line[1] = "hiprune-1"
+    assert main([*line, "--only", "mmbench", "--as-released"]) == 0
+    listed = capsys.readouterr().out
+    released = "--num-tokens 64 --prune-opt tower_attention=stock --prune-opt variant=code"
+    assert listed.count(released) == 1
+
+    released = {"num_tokens": 64, "variant": "code", "tower_attention": "stock", "layers": None}
+    stock_result(tmp_path, "mmbench", {"circular_accuracy": 60.0}, "hiprune", options=released)
+    against = ["table", str(tmp_path), "--against", "hiprune-1"]
+    assert main(against) == 0
+    text = capsys.readouterr().out
+    assert "as released" not in text
+    assert "in no figure of this table: mmbench (hiprune num_tokens=64 tower" in text
+    out = tmp_path / "plot.png"
+    assert main([*against, "--as-released", "--format", "csv", "--plot", str(out)]) == 0
+    rows = [r for r in csv.DictReader(io.StringIO(capsys.readouterr().out)) if r["measured"]]
+    (cell,) = (r for r in rows if r["figure"] == "MMBench")
+    assert cell["setting"] == "HiPrune 64 tokens, as released"
+    assert (cell["published"], cell["measured"]) == ("59.5", "60.0")
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+    assert main(["table", "--against", "hivtp-3", "--as-released"]) == 2
+    assert "hivtp-3 has no rows as released: hivtp-1, hiprune-1 have" in capsys.readouterr().err
+    assert main(["table", str(tmp_path), "--as-released"]) == 2
+    assert "--as-released goes with --against NAME" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", TABLES)

@@ -8,6 +8,7 @@ from torch.nn import functional
 from llava_hvp import HIVTP, prune
 from llava_hvp.encoder import vit
 from llava_hvp.errors import OptionError, UnsupportedModelError
+from llava_hvp.host.tower import tower_facts
 
 
 @pytest.fixture
@@ -125,6 +126,23 @@ def test_a_tower_that_cannot_change_says_so(own, photos):
         pytest.raises(UnsupportedModelError, match=r"quantised.*v_proj"),
     ):
         tower.encode(bundle.pixels(photos[0]).bfloat16(), (1,))
+
+
+def test_what_ran_is_told(eager, fused_calls):
+    bundle, _ = eager
+    tower = bundle.model.get_vision_tower()
+    assert tower_facts(tower)["vision_tower_attention"] == "eager"
+    for options, attention in (
+        ({}, "sdpa"),
+        ({"tower_attention": "stock"}, "eager"),
+        ({"r_max": 1.0}, "eager"),
+    ):
+        with prune(bundle.model, HIVTP(**options)):
+            facts = tower_facts(tower)
+        assert facts == {"vision_tower_dtype": "float32", "vision_tower_attention": attention}
+    vit.layers_of(tower.vision_tower)[4].register_forward_hook(lambda *args: None)
+    with prune(bundle.model, HIVTP()):
+        assert tower_facts(tower)["vision_tower_attention"] == "eager, sdpa"
 
 
 @pytest.mark.parametrize("option", ["tower_attention", "tower_dtype"])

@@ -31,14 +31,14 @@ def main(found: argparse.Namespace) -> int:
     return 0
 
 
-def _list(kind: type[Method], options: list[dataclasses.Field[Any]]) -> None:
+def _list(kind: type[Any], options: list[dataclasses.Field[Any]]) -> None:
     for option in options:
         print(f"    --prune-opt {option.name}={option.default}   ({option.type})")
         says = explained(kind, option.name)
         print(textwrap.fill(says, 100, initial_indent=" " * 8, subsequent_indent=" " * 8))
 
 
-def explained(kind: type[Method], option: str) -> str:
+def explained(kind: type[Any], option: str) -> str:
     """What the docstring of a method, or of one that it builds on, says of an option."""
     for each in kind.__mro__:
         found: list[str] = []

@@ -7,6 +7,7 @@ import subprocess
 from typing import Any
 
 from llava_hvp.cli.evaluate import add_arguments, gpus_of, requested
+from llava_hvp.cli.table import add_as_released
 from llava_hvp.config import Request
 from llava_hvp.errors import EvaluationError, OptionError
 from llava_hvp.evaluation.compare import compare
@@ -31,13 +32,15 @@ def add(commands: Any) -> None:
     add_arguments(parser)
     parser.add_argument("--device", choices=("cuda", "cpu"), help="cpu: run without CUDA, slowly")
     parser.add_argument("--only", metavar="NAME,NAME", default="", help="of these benchmarks")
+    add_as_released(parser)
     parser.add_argument("--dry-run", action="store_true", help="list the commands and their data")
     parser.set_defaults(main=main, passes=True)
 
 
 def main(found: argparse.Namespace) -> int:
     """Run the table, or list what would run; the exit code."""
-    table = get_table(found.table)
+    paper = get_table(found.table)
+    table = paper.released(beside=False) if found.as_released else paper
     found.model_path = named_path(found.model_path)
     request = Request(device=found.device)
     if not found.dry_run:
@@ -64,7 +67,8 @@ def main(found: argparse.Namespace) -> int:
         say(f"{number}/{len(steps)}: {table.name}, {step.row.label}, {step.column.label}")
         _run(step, found)
     results = read_results(found.out, model_name(found.model_path))
-    print(comparison(compare(table, results), "terminal"))
+    shown = paper.released(beside=True) if found.as_released else paper
+    print(comparison(compare(shown, results), "terminal"))
     return 0
 
 

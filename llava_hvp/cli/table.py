@@ -21,10 +21,21 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("results", type=Path, nargs="?", help="folder of results files")
     parser.add_argument("--against", metavar="NAME", help=f"one of {', '.join(TABLES)}")
+    add_as_released(parser)
     parser.add_argument("--model", help="only results of this model")
     parser.add_argument("--format", default=FORMATS[0], help=f"one of {', '.join(FORMATS)}")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="with --against")
     parser.set_defaults(main=main)
+
+
+def add_as_released(parser: argparse.ArgumentParser) -> None:
+    """Add --as-released."""
+    have = [name for name in TABLES if get_table(name).as_released]
+    parser.add_argument(
+        "--as-released",
+        action="store_true",
+        help=f"prune as the released code, which departs from the paper ({', '.join(have)})",
+    )
 
 
 def main(found: argparse.Namespace) -> int:
@@ -32,18 +43,21 @@ def main(found: argparse.Namespace) -> int:
     if found.format not in FORMATS:
         raise OptionError(f"--format {found.format}: give one of {', '.join(FORMATS)}")
     if found.against is None:
-        if found.plot:
-            raise OptionError("--plot goes with --against NAME")
+        if found.plot or found.as_released:
+            flag = "--plot" if found.plot else "--as-released"
+            raise OptionError(f"{flag} goes with --against NAME")
         if found.results is None:
             raise OptionError("give a folder of results, or --against NAME for a paper's figures")
         print(listing(read_results(found.results, found.model), found.format))
         return 0
     table = get_table(found.against)
     results = [] if found.results is None else read_results(found.results, found.model)
-    compared = compare(table, results)
+    shown = table.released(beside=True) if found.as_released else table
+    compared = compare(shown, results)
     print(comparison(compared, found.format))
     if compared.other_model and found.format == "csv":  # which has no place for it
         say(compared.other_model)
     if found.plot:
-        plot(compared, found.plot)
+        drawn = table.released(beside=False) if found.as_released else table
+        plot(compare(drawn, results), found.plot)
     return 0

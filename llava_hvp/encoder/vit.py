@@ -104,14 +104,29 @@ def hidden_states(model: nn.Module, images: Tensor, layer: int, *, fused: bool =
     return hidden
 
 
+def attention_of(model: nn.Module, *, fused: bool = False) -> str:
+    """Which attention the layers run, as "eager" or "sdpa"; `fused` as in `hidden_states`."""
+    kinds = {"sdpa" if fused and _is_eager(x) else _attention_of(x) for x in layers_of(model)}
+    return ", ".join(sorted(kinds))
+
+
+def _attention_of(block: Any) -> str:
+    config = getattr(block.self_attn, "config", None)
+    return getattr(config, "_attn_implementation", None) or "eager"
+
+
 def _is_eager(block: Any) -> bool:
     """Whether a layer is one of CLIP's with eager attention, and nothing watches or moves it."""
     attention = block.self_attn
-    kind = getattr(getattr(attention, "config", None), "_attn_implementation", None) or "eager"
     # accelerate's hooks carry the hidden states from device to device.
     watched = [m for m in (block, attention) if m._forward_hooks or m._forward_pre_hooks]
     moved = [m for m in (block, attention) if hasattr(m, "_hf_hook")]
-    return kind == "eager" and not watched and not moved and hasattr(attention, "out_proj")
+    return (
+        _attention_of(block) == "eager"
+        and not watched
+        and not moved
+        and hasattr(attention, "out_proj")
+    )
 
 
 def _with_fused_attention(block: Any, hidden: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import mean
 
 from llava_hvp.evaluation.measured import Measured, find
-from llava_hvp.evaluation.published import Column, Row, Table, average
+from llava_hvp.evaluation.published import Column, Row, Table, average, has_stock_attention
 from llava_hvp.naming import model_name
 
 
@@ -58,6 +58,8 @@ class Comparison:
 
     other_harness : benchmarks measured through another harness than the published figure
     unused : results that belong to no figure of the table
+    towers : how the vision tower ran in what was measured, as "float16 eager"
+    fused : benchmarks measured with pruning's fused attention
     """
 
     table: Table
@@ -65,6 +67,8 @@ class Comparison:
     lines: list[Line]
     other_harness: list[str]
     unused: list[Measured]
+    towers: list[str]
+    fused: list[str]
 
     @property
     def other_model(self) -> str | None:
@@ -116,7 +120,15 @@ def compare(table: Table, results: Sequence[Measured]) -> Comparison:
     ]
     taken = {id(result) for result in used}
     unused = [result for result in results if id(result) not in taken]
-    return Comparison(table, model, lines, other, unused)
+    return Comparison(
+        table,
+        model,
+        lines,
+        other,
+        unused,
+        sorted({result.tower for result in used if result.tower}),
+        sorted({r.benchmark for r in used if not has_stock_attention(r.method)}),
+    )
 
 
 def used_of(here: dict[str, tuple[Measured, float]]) -> list[Measured]:

@@ -10,8 +10,8 @@ from typing import Any
 from llava_hvp.errors import EvaluationError, OptionError
 from llava_hvp.evaluation.benchmarks import BENCHMARKS
 from llava_hvp.evaluation.files import RESULT, read_json
-from llava_hvp.evaluation.published import Column
-from llava_hvp.evaluation.results import KIND, STOCK_HARNESS
+from llava_hvp.evaluation.published import Column, has_stock_attention, with_stock_attention
+from llava_hvp.evaluation.results import KIND, STOCK_HARNESS, TOWER, TOWER_METRIC
 from llava_hvp.lmms.arguments import OTHERS, method_of
 from llava_hvp.methods import get_method
 from llava_hvp.methods.base import Method
@@ -43,6 +43,7 @@ class Measured:
 
     benchmark : its name here, lmms-eval's where only that has it
     variant : what else tells two results apart, as OCR tokens in the prompts
+    tower : dtype and attention of the vision tower, as "float16 eager"; "" where it is not known
     metrics : as the harness gives them
     """
 
@@ -59,6 +60,7 @@ class Measured:
     ttft_ms: float | None = None
     tokens_per_second: float | None = None
     variant: str = ""
+    tower: str = ""
 
     def value(self, column: Column) -> float | None:
         """The number that belongs in a column; None where this result has none of the kind."""
@@ -147,6 +149,7 @@ def _ours(content: dict[str, Any], path: Path) -> Measured:
         content["ttft_ms"],
         content["tokens_per_second"],
         NO_OCR if without_ocr else "",
+        " ".join(content.get(name, "") for name in TOWER).strip(),
     )
 
 
@@ -156,6 +159,8 @@ def _lmms(content: dict[str, Any], path: Path) -> list[Measured]:
     method = method_of(pairs.get("prune_method"), {k: _number(v) for k, v in options.items()})
     measured = content.get("throughput") or {}
     alone = len(content["results"]) == 1
+    marked = f"avg_{TOWER_METRIC}"
+    tower = ", ".join(sorted(n.removeprefix(marked) for n in measured if n.startswith(marked)))
     found = []
     for task, values in content["results"].items():
         metrics = {
@@ -179,6 +184,7 @@ def _lmms(content: dict[str, Any], path: Path) -> list[Measured]:
                 measured.get(f"{prefix}kept_of_patches"),
                 measured.get(f"{prefix}ttft_ms"),
                 measured.get(f"{prefix}tokens_per_second"),
+                tower=tower,
             )
         )
     return found
@@ -197,13 +203,20 @@ def _number(text: str) -> Any:
 def find(
     results: Sequence[Measured], column: Column, method: Method | None
 ) -> tuple[Measured, float] | None:
-    """The result for a column, and its number: of the column's harness if there is one."""
+    """The result for a column, and its number; None where there is none of this method.
+
+    Of the column's harness if there is one, then with the attention of the released codes, then the
+    newest.
+    """
     fitting = []
     for result in results:
         value = result.value(column)
-        if result.benchmark == column.benchmark and result.method == method and value is not None:
-            fitting.append((result.harness == column.harness, result, value))
+        alike = with_stock_attention(result.method) == with_stock_attention(method)
+        if result.benchmark == column.benchmark and alike and value is not None:
+            rank = result.harness == column.harness, has_stock_attention(result.method)
+            fitting.append((rank, result, value))
     if not fitting:
         return None
-    best = [each for each in fitting if each[0]] or fitting
-    return best[-1][1], best[-1][2]
+    most = max(rank for rank, _, _ in fitting)
+    *_, (_, result, value) = (each for each in fitting if each[0] == most)
+    return result, value

@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llava_hvp import config
@@ -18,7 +18,7 @@ from llava_hvp.evaluation.checkpoint import CACHE, difference, digests_of
 from llava_hvp.evaluation.data import find_data
 from llava_hvp.evaluation.files import read_json
 from llava_hvp.evaluation.measured import LMMS_HARNESS, find, read_results
-from llava_hvp.evaluation.published import Column, Row, Table
+from llava_hvp.evaluation.published import Column, Row, Table, with_stock_attention
 from llava_hvp.evaluation.settings import method_name
 from llava_hvp.lmms.arguments import model_args
 from llava_hvp.naming import model_name
@@ -71,6 +71,8 @@ def plan(
 ) -> list[Step]:
     """The commands of a table, setting by setting; raises OptionError for an unknown benchmark.
 
+    The vision tower keeps its own attention, as in the released codes.
+
     only : of these benchmarks
     stock : further arguments for LLaVA's scripts
     """
@@ -81,7 +83,7 @@ def plan(
     columns = [c for c in table.columns if not only or c.benchmark in only]
     sources = {c.benchmark: _source(c, data) for c in columns}
     steps = []
-    for row in table.rows:
+    for row in (replace(r, method=with_stock_attention(r.method)) for r in table.rows):
         for column in columns:
             make = _lmms if column.harness == LMMS_HARNESS else _stock
             command, environ = make(row, column, model_path, data, out, gpus, device, stock)
@@ -168,7 +170,9 @@ def is_done(step: Step, out: Path, model_path: str) -> bool:
     except OptionError:
         return False
     found = find(results, step.column, step.row.method)
-    return found is not None and found[0].harness == LMMS_HARNESS
+    if found is None or found[0].harness != LMMS_HARNESS:
+        return False
+    return found[0].method == step.row.method
 
 
 def check_checkpoint(step: Step, out: Path, model_path: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from typing import Any
 
@@ -57,6 +57,7 @@ class Table:
     """A table of a paper.
 
     checkpoint : that its model was
+    as_released : options by which the released code departs from the paper's rule
     """
 
     name: str
@@ -67,6 +68,27 @@ class Table:
     notes: tuple[str, ...]
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
+    as_released: dict[str, Any] = field(default_factory=dict)
+
+    def released(self, *, beside: bool) -> Table:
+        """The table with rows as the released code prunes, of the same published figures.
+
+        beside : each after the paper's own, else instead of it
+
+        Raises OptionError for a table that has none.
+        """
+        if not self.as_released:
+            have = [name for name in TABLES if get_table(name).as_released]
+            raise OptionError(f"{self.name} has no rows as released: {', '.join(have)} have")
+        rows: list[Row] = []
+        for row in self.rows:
+            if beside or row.method is None:
+                rows.append(row)
+            if row.method is not None:
+                method = replace(row.method, **self.as_released)
+                rows.append(replace(row, label=f"{row.label}, as released", method=method))
+        given = ", ".join(f"{name}={value}" for name, value in self.as_released.items())
+        return replace(self, rows=tuple(rows), notes=(*self.notes, f"as released: {given}"))
 
     @property
     def unpruned(self) -> Row | None:
@@ -82,15 +104,36 @@ def get_table(name: str) -> Table:
     columns = tuple(
         Column(**{**each, "flags": tuple(each.get("flags", ()))}) for each in content["columns"]
     )
-    rows = tuple(_row(each) for each in content["rows"])
-    return Table(**{**content, "notes": tuple(content["notes"]), "columns": columns, "rows": rows})
+    read = {
+        "notes": tuple(content["notes"]),
+        "columns": columns,
+        "rows": tuple(_row(each) for each in content["rows"]),
+        "as_released": _options(content.get("as_released")),
+    }
+    return Table(**{**content, **read})
 
 
 def _row(content: dict[str, Any]) -> Row:
-    name, options = content["method"], content["options"] or {}
-    given = {key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}
+    name, options = content["method"], _options(content["options"])
     rest = {key: value for key, value in content.items() if key != "options"}
-    return Row(**{**rest, "method": None if name is None else get_method(name, **given)})
+    return Row(**{**rest, "method": None if name is None else get_method(name, **options)})
+
+
+def _options(content: dict[str, Any] | None) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in (content or {}).items()}
+
+
+def with_stock_attention(method: Method | None) -> Method | None:
+    """The method in a tower that keeps its own attention, as the released codes prune.
+
+    In half precision another attention rounds otherwise, and moves choices between patches.
+    """
+    return None if method is None else replace(method, tower_attention="stock")
+
+
+def has_stock_attention(method: Method | None) -> bool:
+    """Whether the tower keeps its own attention."""
+    return method == with_stock_attention(method)
 
 
 def average(values: dict[str, float], unpruned: dict[str, float]) -> float | None:

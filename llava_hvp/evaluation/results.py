@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 KIND = "llava-hvp result"
 STOCK_HARNESS = "llava.eval"
+TOWER_METRIC = "vision tower "
+TOWER = ("vision_tower_dtype", "vision_tower_attention")
 
 
 def make_result(
@@ -48,6 +50,7 @@ def make_result(
         "questions": len(store.questions),
         **visual_tokens(calls),
         **speed(calls),
+        **{name: ", ".join(sorted({c[name] for c in calls if c.get(name)})) for name in TOWER},
         "notes": list(notes),
         "answers": answers_facts(store.answers_file),
         "settings": settings,
@@ -66,6 +69,12 @@ def visual_tokens(calls: Sequence[dict[str, Any]]) -> dict[str, Any]:
             for name in ("kept_tokens", "stock_tokens", "kept_of_stock", "kept_of_patches")
         },
     }
+
+
+def towers(calls: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """How the vision tower ran, as numbers: lmms-eval keeps nothing else. Share of all calls."""
+    kinds = [" ".join(call[name] for name in TOWER) for call in calls]
+    return {f"{TOWER_METRIC}{kind}": kinds.count(kind) / len(kinds) for kind in set(kinds)}
 
 
 def speed(calls: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -42,6 +42,9 @@ def one_line(result: dict[str, Any]) -> str:
         facts.append(f"first token after {result['ttft_ms']:.0f} ms")
     if result["tokens_per_second"] is not None:
         facts.append(f"{result['tokens_per_second']:.1f} tokens/s")
+    if result["vision_tower_dtype"]:
+        dtype, attention = result["vision_tower_dtype"], result["vision_tower_attention"]
+        facts.append(f"vision tower in {dtype} with {attention} attention")
     return f"{title} {result['metric']}: {shown} ({', '.join(facts)})"
 
 
@@ -60,6 +63,7 @@ def listing(results: Sequence[Measured], form: str) -> str:
             "of patches": _text(r.kept_of_patches, 3),
             "TTFT ms": _text(r.ttft_ms, 1),
             "tokens/s": _text(r.tokens_per_second, 2),
+            "vision tower": r.tower,
         }
         for r in results
     ]
@@ -106,6 +110,13 @@ def comparison(found: Comparison, form: str) -> str:
         parts.append(
             f"Measured through another harness than published, so not comparable to the last "
             f"digit: {', '.join(found.other_harness)}."
+        )
+    if found.towers:
+        parts.append(f"Vision tower in what was measured: {'; '.join(found.towers)} attention.")
+    if found.fused:
+        parts.append(
+            "Measured with tower_attention=sdpa, which rounds otherwise than eager attention and "
+            f"keeps other patches in half precision: {', '.join(found.fused)}."
         )
     if found.unused:
         names = sorted({f"{r.benchmark} ({_method(r)}, {r.harness})" for r in found.unused})

@@ -13,12 +13,13 @@ from llava.constants import IMAGE_TOKEN_INDEX
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from llava_hvp.host.patches import Patches
+from llava_hvp.host.tower import tower_facts
 from llava_hvp.host.versions import llava_models
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of `generate`; all but `first_token` and `seconds` are sums over its batch.
+    """One call of `generate`; counts are sums over its batch.
 
     first_token : seconds until the first tokens are there, image encoding included
     seconds : of the whole call
@@ -26,6 +27,7 @@ class Call:
     prompts, images : of the batch
     kept_tokens, stock_tokens : visual tokens sent, and those that unpruned LLaVA would send
     kept_of_stock, kept_of_patches : the two ratios of each image, added up
+    vision_tower_dtype, vision_tower_attention : in which the tower runs
     """
 
     first_token: float
@@ -37,6 +39,8 @@ class Call:
     stock_tokens: int
     kept_of_stock: float
     kept_of_patches: float
+    vision_tower_dtype: str
+    vision_tower_attention: str
 
 
 def measure_all(patches: Patches, on_call: Callable[[Call], None]) -> None:
@@ -73,6 +77,7 @@ def measured(generate: Callable[..., Any], on_call: Callable[[Call], None]) -> C
         finally:
             hook.remove()
         counts = _counts(self, inputs, kwargs.get("attention_mask"), prefill, given, pruning)
+        tower = tower_facts(self.get_vision_tower())
         on_call(
             Call(
                 first_token=(clock.first or ended) - begun,
@@ -80,6 +85,8 @@ def measured(generate: Callable[..., Any], on_call: Callable[[Call], None]) -> C
                 tokens=_tokens(output, clock.steps, self),
                 prompts=len(inputs),
                 **counts,
+                vision_tower_dtype=tower["vision_tower_dtype"],
+                vision_tower_attention=tower["vision_tower_attention"],
             )
         )
         return output

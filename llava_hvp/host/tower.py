@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from llava_hvp.encoder.capture import AttentionScores, Taps, recording
 from llava_hvp.encoder.vit import (
     Geometry,
+    attention_of,
     geometry_of,
     hidden_states,
     layers_of,
@@ -160,11 +161,15 @@ class PrunedCLIPVisionTower(CLIPVisionTower):
             self._stock_weights = StockWeights(self.vision_tower)
             self.vision_tower.to(dtype)
 
+    @property
+    def fuses_attention(self) -> bool:
+        """Whether layers whose attention is eager run torch's fused one instead."""
+        return self.prune_method.tower_attention == "sdpa" and not self.prune_method.keeps_all
+
     def see(self, images: Tensor) -> tuple[Tensor, AttentionScores]:
         """(T, 1 + N, D) output of the selected layer, and the scores that the method reads."""
-        reading, method = self.reading(), self.prune_method
-        geometry = reading.geometry
-        fused = method.tower_attention == "sdpa" and not method.keeps_all
+        reading = self.reading()
+        geometry, fused = reading.geometry, self.fuses_attention
         with recording(reading.needs, geometry.heads, geometry.patches) as scores:
             hidden = hidden_states(self.vision_tower, images, reading.select, fused=fused)
         return hidden, scores
@@ -220,6 +225,19 @@ class PrunedCLIPVisionTower(CLIPVisionTower):
         encoded = self.encode(images, (1,) * len(images))
         keep = encoded.selection.keep.to(encoded.features.device)
         return [tile[mask] for tile, mask in zip(encoded.features, keep, strict=True)]
+
+
+def tower_facts(tower: Any) -> dict[str, str]:
+    """In which dtype and by which attention a tower encodes, pruned or not, for results."""
+    fused = isinstance(tower, PrunedCLIPVisionTower) and tower.fuses_attention
+    try:
+        attention = attention_of(tower.vision_tower, fused=fused)
+    except AttributeError:  # unpruned, no CLIP
+        attention = "unknown"
+    return {
+        "vision_tower_dtype": str(tower.dtype).removeprefix("torch."),
+        "vision_tower_attention": attention,
+    }
 
 
 def check_tower(tower: Any, method: Method) -> None:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from llava_hvp import config
 from llava_hvp.checkpoint import check_before_loading
 from llava_hvp.errors import LlavaHvpError, OptionError
-from llava_hvp.evaluation.results import speed, visual_tokens
+from llava_hvp.evaluation.results import speed, towers, visual_tokens
 from llava_hvp.lmms.arguments import method_of
 from llava_hvp.stderr import say
 
@@ -184,7 +184,7 @@ class LlavaHvp(lmms):
         listed = [call for own in by_task.values() for call in own]
         if not listed:
             return
-        metrics = visual_tokens(listed) | speed(listed)
+        metrics = visual_tokens(listed) | speed(listed) | towers(listed)
         if len(by_task) > 1:
             for task, own in by_task.items():
                 metrics |= {f"{task}/{n}": v for n, v in (visual_tokens(own) | speed(own)).items()}
