@@ -15,8 +15,9 @@ from llava_hvp.evaluation.compare import Cell, Comparison, Line
 from llava_hvp.evaluation.measured import Measured
 from llava_hvp.evaluation.settings import UNPRUNED
 from llava_hvp.record import write_whole
+from llava_hvp.tables import MARKDOWN, TERMINAL, text_table
 
-STYLES = {"terminal": "simple", "markdown": "github"}
+STYLES = {"terminal": TERMINAL, "markdown": MARKDOWN}
 FORMATS = (*STYLES, "csv")
 Part = tuple[str, Callable[[Cell], float | None]]
 PARTS: tuple[Part, ...] = (
@@ -153,13 +154,7 @@ def _text(value: float | None, digits: int) -> str:
 def _render(table: list[dict[str, str]], form: str) -> str:
     if form == "csv":
         return _csv(table)
-    try:
-        from tabulate import tabulate
-    except ImportError as error:
-        raise OptionError(
-            "tabulate is missing: pip install 'llava-hvp[plots]', or give --format csv"
-        ) from error
-    return tabulate(table, headers="keys", tablefmt=STYLES[form], disable_numparse=True)
+    return text_table(table, STYLES[form])
 
 
 def _csv(table: Sequence[dict[str, Any]]) -> str:
