@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tabulate import tabulate
 from torch import Tensor
 
 from llava_hvp import get_method, list_methods
@@ -32,6 +31,7 @@ from llava_hvp.shapes import checkpoint
 from llava_hvp.shapes.drawing import draw
 from llava_hvp.shapes.questions import held_out
 from llava_hvp.shapes.scenes import Scene
+from llava_hvp.tables import MARKDOWN, text_table
 from training.pool import IGNORE, PATCHES, TEXT, View, labels
 
 BUDGETS = (0.5, 0.25, 0.11)
@@ -155,9 +155,9 @@ def main() -> None:
             "Received attention, layer by layer: how often a patch of a thing, or of the number, "
             "receives more than a patch of the background of its picture (50 would be chance), and "
             f"of how many things the best quarter of all patches holds at least {ENOUGH:.0%}.",
-            tabulate(layers, headers="keys", tablefmt="github", disable_numparse=True),
+            text_table(layers, MARKDOWN),
             f"What is kept. A thing is found if at least {ENOUGH:.0%} of its patches are kept.",
-            tabulate(methods, headers="keys", tablefmt="github", disable_numparse=True),
+            text_table(methods, MARKDOWN),
         )
     )
     print(text)

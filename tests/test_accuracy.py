@@ -1,10 +1,13 @@
 """`llava-hvp accuracy`: marks that are right, and answers that pruning has not spoiled."""
 
+import fcntl
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,9 +16,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 from llava_hvp import prune
 from llava_hvp.accuracy.exam import TEMPLATE, examine
+from llava_hvp.accuracy.store import Answers
 from llava_hvp.accuracy.tables import Score, no_better, scores_of
 from llava_hvp.bench.variants import variants
 from llava_hvp.cli import main
+from llava_hvp.errors import EvaluationError
+from llava_hvp.evaluation.files import locked
 from llava_hvp.host.opening import open_checkpoint
 from llava_hvp.shapes import checkpoint, list_checkpoints
 from llava_hvp.shapes.drawing import draw
@@ -206,6 +212,203 @@ def test_the_command_writes_table_and_plot(tmp_path, capsys):
     table = (tmp_path / "out" / "llava-shapes.md").read_text()
     assert "| hivtp" in table
     assert "existence" in printed
+
+
+# --- an interrupted measurement ---
+
+ASK = [
+    "accuracy",
+    "--questions",
+    "12",
+    "--batch",
+    "2",
+    "--methods",
+    "hivtp,hiprune++",
+    "--r-max",
+    "0.5",
+    "--device",
+    "cpu",
+]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """(rows of a run to its end, each (sheet, variant) in the order in which it was answered)."""
+    out, asked = tmp_path_factory.mktemp("undisturbed"), []
+    with pytest.MonkeyPatch.context() as patch:
+        stock = Answers.add
+
+        def add(self, sheet, variant, answered):
+            asked.append((sheet, variant))
+            stock(self, sheet, variant, answered)
+
+        patch.setattr(Answers, "add", add)
+        assert main([*ASK, "--out", str(out)]) == 0
+    return rows_of(out), asked
+
+
+def rows_of(out):
+    """The rows of a results file, less the time that it took."""
+    found = json.loads((out / "llava-shapes.json").read_text())["rows"]
+    return [{name: value for name, value in row.items() if name != "time"} for row in found]
+
+
+def lines_of(out):
+    path = out / "llava-shapes.unfinished" / "answers.jsonl"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """The folder of a run that `kill -9` ended in the middle, its last line half written."""
+    out = tmp_path_factory.mktemp("killed")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "llava_hvp", *ASK, "--out", out], stderr=subprocess.DEVNULL
+    )
+    while len(lines_of(out)) < 5:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    with (out / "llava-shapes.unfinished" / "answers.jsonl").open("a") as file:
+        file.write('{"sheet": 2, "var')
+    return out
+
+
+@pytest.fixture
+def interrupted(killed, tmp_path):
+    """A copy of that folder."""
+    return shutil.copytree(killed, tmp_path / "out")
+
+
+def test_a_killed_measurement_goes_on_where_it_stopped(
+    interrupted, undisturbed, monkeypatch, capsys
+):
+    rows, order = undisturbed
+    done = [json.loads(line) for line in lines_of(interrupted)[:-1]]
+    assert 5 <= len(done) < len(order)
+    assert [(record["sheet"], record["variant"]) for record in done] == order[: len(done)]
+    asked, stock = [], Answers.add
+
+    def add(self, sheet, variant, answered):
+        asked.append((sheet, variant))
+        stock(self, sheet, variant, answered)
+        assert json.loads(lines_of(interrupted)[-1])["said"] == answered.said
+
+    monkeypatch.setattr(Answers, "add", add)
+    assert main([*ASK, "--out", str(interrupted)]) == 0
+    assert asked == order[len(done) :]
+    assert rows_of(interrupted) == rows
+    told = capsys.readouterr().err
+    assert "half written and will be asked for again" in told
+    assert f"{sum(len(record['said']) for record in done)} answers are there" in told
+    assert not (interrupted / "llava-shapes.unfinished").exists()
+
+
+def test_finished_questions_are_not_put_to_the_model_again(interrupted, undisturbed, monkeypatch):
+    from llava.model import LlavaLlamaForCausalLM
+
+    left = len(undisturbed[1]) - len(lines_of(interrupted)[:-1])
+    calls, stock = [], LlavaLlamaForCausalLM.generate
+
+    def generate(self, *args, **kwargs):
+        calls.append(1)
+        return stock(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlavaLlamaForCausalLM, "generate", generate)
+    assert main([*ASK, "--out", str(interrupted)]) == 0
+    assert len(calls) == left + 3  # once more for each variant, since first calls are slow
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path, undisturbed, monkeypatch, capsys):
+    stock = Answers.add
+
+    def add(self, sheet, variant, answered):
+        stock(self, sheet, variant, answered)
+        if sheet == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Answers, "add", add)
+    assert main([*ASK, "--out", str(tmp_path)]) == 130
+    assert "the same command goes on from the answers that are there" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert len(lines_of(tmp_path)) == 4
+    assert main([*ASK, "--out", str(tmp_path)]) == 0
+    assert rows_of(tmp_path) == undisturbed[0]
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (("--methods", "hivtp"), "variants was ['none', 'hivtp r_max=0.5', 'hiprune++ r_max=0.5']"),
+        (("--r-max", "0.25"), "variants was"),
+        (("--prune-opt", "layers=6"), "variants was"),
+        (("--questions", "13"), "12 held-out questions"),
+        (("--batch", "3"), "up to 2 at a time"),
+    ],
+)
+def test_answers_of_other_settings_are_refused(interrupted, more, told, capsys):
+    before = lines_of(interrupted)
+    assert main([*ASK, *more, "--out", str(interrupted)]) == 2
+    error = capsys.readouterr().err
+    assert "unfinished holds answers of other settings: " in error
+    assert told in error
+    assert "--restart" in error
+    assert lines_of(interrupted) == before
+
+
+def test_answers_of_other_weights_or_versions_are_refused(tmp_path, monkeypatch, capsys):
+    model = checkpoint(tmp_path)
+    ask = [*ASK, "--methods", "none", "--model-path", str(model), "--out", str(tmp_path / "out")]
+    stock = Answers.add
+
+    def add(self, sheet, variant, answered):
+        stock(self, sheet, variant, answered)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Answers, "add", add)
+    assert main(ask) == 130
+    for weights in (model / "model.safetensors", model / "vision-tower" / "model.safetensors"):
+        content = bytearray(weights.read_bytes())
+        times = weights.stat()
+        content[-1] ^= 1  # of the same size, and of the same time
+        weights.write_bytes(content)
+        os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+        assert main(ask) == 2
+        assert "weights was" in capsys.readouterr().err
+        content[-1] ^= 1
+        weights.write_bytes(content)
+    assert main(ask) == 130
+    capsys.readouterr()
+    monkeypatch.setattr("llava_hvp.bench.machine.versions", lambda: "torch 9")
+    assert main(ask) == 2
+    assert "versions was" in capsys.readouterr().err
+
+
+def test_restart_throws_the_answers_away(interrupted, undisturbed, monkeypatch, capsys):
+    assert main([*ASK, "--questions", "6", "--restart", "--out", str(interrupted)]) == 0
+    assert "answers are there" not in capsys.readouterr().err
+    assert {row["questions"] for row in rows_of(interrupted)} == {6}
+
+
+def test_two_measurements_in_one_folder_are_refused(interrupted, capsys):
+    before = lines_of(interrupted)
+    with locked(interrupted / "llava-shapes.unfinished"):
+        assert main([*ASK, "--out", str(interrupted)]) == 2
+    assert "another run is at work in" in capsys.readouterr().err
+    assert lines_of(interrupted) == before
+
+
+def test_a_folder_that_a_run_has_just_taken_away_is_not_locked(tmp_path, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", lambda *_: shutil.rmtree(tmp_path / "out"))
+    with pytest.raises(EvaluationError, match="another run is at work"), locked(tmp_path / "out"):
+        pass
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_a_model_is_loaded(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main([*ASK, "--out", str(tmp_path / "file" / "out")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
 
 
 def test_there_is_no_plot_of_nothing_pruned(tmp_path):

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from llava_hvp.accuracy.store import Answered, Answers
 from llava_hvp.bench.applied import applied
 from llava_hvp.bench.variants import Variant
 from llava_hvp.shapes.drawing import draw
@@ -38,6 +39,15 @@ class Marks:
     kept_of_patches: float = 0.0
     seconds: float = 0.0
 
+    def add(self, questions: Sequence[Question], answered: Answered) -> None:
+        """Mark the answers to a sheet of questions."""
+        for said, question in zip(answered.said, questions, strict=True):
+            self.asked[question.task] += 1
+            self.right[question.task] += is_right(said, question)
+        self.kept += answered.kept
+        self.kept_of_patches += answered.kept_of_patches
+        self.seconds += answered.seconds
+
     @property
     def images(self) -> int:
         """As many as questions: each comes with its own."""
@@ -60,6 +70,7 @@ def examine(
     *,
     batch: int,
     tick: Callable[[int], None] = lambda questions: None,
+    answers: Answers | None = None,
 ) -> list[Marks]:
     """Ask every question of every variant, through LLaVA's own `generate`, greedily.
 
@@ -69,20 +80,21 @@ def examine(
     batch : questions at a time, at most; those of a batch have prompts of one length and pictures
         of one size, since stock LLaVA cannot generate from padded rows
     tick : called with the number of answers after every batch of every variant
+    answers : where they are kept; what is there is not asked for again
     """
+    answers = Answers() if answers is None else answers
     marks = [Marks(variant) for variant in variants]
-    room, first_time = _Room(opened), True
-    for sheet in _sheets(opened, list(asked), batch):
-        images = opened.images(sheet.pictures)
+    room = _Room(opened)
+    for number, sheet in enumerate(_sheets(opened, list(asked), batch)):
+        images = None
         for mark in marks:
-            if first_time:  # the first call of a process is slow
-                room.answer(sheet, images, Marks(mark.variant))
-            answers = room.answer(sheet, images, mark)
-            for said, question in zip(answers, sheet.questions, strict=True):
-                mark.asked[question.task] += 1
-                mark.right[question.task] += is_right(said, question)
-            tick(len(answers))
-        first_time = False
+            answered = answers.find(number, str(mark.variant))
+            if answered is None:
+                images = opened.images(sheet.pictures) if images is None else images
+                answered = room.answer(sheet, images, mark.variant)
+                answers.add(number, str(mark.variant), answered)
+            mark.add(sheet.questions, answered)
+            tick(len(sheet.questions))
     return marks
 
 
@@ -92,12 +104,21 @@ class _Room:
 
     opened: Any
     clip_text: Any = None
+    warm: set[str] = field(default_factory=set)
 
-    def answer(self, sheet: _Sheet, images: Any, mark: Marks) -> list[str]:
+    def answer(self, sheet: _Sheet, images: Any, variant: Variant) -> Answered:
+        """The answers; a variant's first call of a process is slow, so that it is made twice."""
+        if str(variant) not in self.warm:
+            self._answer(sheet, images, variant)
+            self.warm.add(str(variant))
+        return self._answer(sheet, images, variant)
+
+    def _answer(self, sheet: _Sheet, images: Any, variant: Variant) -> Answered:
         model, tokenizer = self.opened.model, self.opened.tokenizer
         put_on = applied(
-            mark.variant, model, self.opened.dtype, tokenizer=tokenizer, clip_text=self.clip_text
+            variant, model, self.opened.dtype, tokenizer=tokenizer, clip_text=self.clip_text
         )
+        kept, kept_of_patches = 0, 0.0
         with put_on as pruning, torch.inference_mode():
             started = time.perf_counter()
             output = model.generate(
@@ -108,12 +129,13 @@ class _Room:
                 max_new_tokens=LONGEST,
                 use_cache=True,
             )
-            mark.seconds += time.perf_counter() - started
+            seconds = time.perf_counter() - started
             if pruning is not None:
                 self.clip_text = pruning.clip_text
-                mark.kept += sum(report.kept_tokens for report in pruning.last)
-                mark.kept_of_patches += sum(report.kept_of_patches for report in pruning.last)
-        return [text.strip() for text in tokenizer.batch_decode(output, skip_special_tokens=True)]
+                kept = sum(report.kept_tokens for report in pruning.last)
+                kept_of_patches = sum(report.kept_of_patches for report in pruning.last)
+        said = tokenizer.batch_decode(output, skip_special_tokens=True)
+        return Answered([text.strip() for text in said], kept, kept_of_patches, seconds)
 
 
 def _sheets(opened: Any, asked: list[tuple[Scene, Question]], batch: int) -> Iterator[_Sheet]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from llava_hvp.accuracy.exam import Marks
-from llava_hvp.bench.tables import MARKDOWN
+from llava_hvp.tables import MARKDOWN, text_table
 
 EXPLAINED = (
     "Percent of questions answered right, asked in the template {template}, greedily; `all` with "
@@ -63,8 +63,6 @@ def _score(mark: Marks, none: Marks) -> Score:
 
 def render(about: dict[str, Any], scores: Sequence[Score], style: str) -> str:
     """The command and the machine, then a row for each variant."""
-    from tabulate import tabulate
-
     code = "    " if style == MARKDOWN else ""
     tasks = list(scores[0].tasks)
     table = [
@@ -84,7 +82,7 @@ def render(about: dict[str, Any], scores: Sequence[Score], style: str) -> str:
         f"{about['machine']}; {about['versions']}.",
         about["model"],
         EXPLAINED.format(**about),
-        tabulate(table, headers="keys", tablefmt=style, disable_numparse=True),
+        text_table(table, style),
         *no_better(scores),
     ]
     return "\n\n".join(parts) + "\n"

@@ -7,8 +7,8 @@ from typing import Any
 
 from llava_hvp.bench.measure import Spread
 from llava_hvp.bench.results import Row, losses
+from llava_hvp.tables import MARKDOWN, text_table
 
-TERMINAL, MARKDOWN = "simple", "github"
 EXPLAINED = (
     "`x none`: ratio to unpruned LLaVA, `x floor`: to the same patches kept without capture or "
     "choice, each in the same round (medians, TTFT with quartiles). Times below 1 and speeds "
@@ -88,8 +88,6 @@ def _flops(row: Row, none: Row) -> dict[str, str]:
 
 
 def _tabulate(rows: Sequence[Row], columns: Callable[[Row], dict[str, str]], style: str) -> str:
-    from tabulate import tabulate
-
     table = [
         {
             "method": row.method,
@@ -99,8 +97,7 @@ def _tabulate(rows: Sequence[Row], columns: Callable[[Row], dict[str, str]], sty
         }
         for row in rows
     ]
-    # Numbers come formatted; tabulate would take the digits off again.
-    return tabulate(table, headers="keys", tablefmt=style, disable_numparse=True)
+    return text_table(table, style)
 
 
 def _milliseconds(spread: Spread) -> str:

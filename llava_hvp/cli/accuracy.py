@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -11,26 +13,33 @@ from typing import Any
 
 import torch
 
-from llava_hvp.accuracy.exam import TEMPLATE, examine
+from llava_hvp.accuracy.exam import TEMPLATE, Marks, examine
+from llava_hvp.accuracy.store import Answers, digest, keeping
 from llava_hvp.accuracy.tables import plot, render, scores_of
 from llava_hvp.bench.machine import about
-from llava_hvp.bench.tables import MARKDOWN, TERMINAL
-from llava_hvp.bench.variants import variants
+from llava_hvp.bench.variants import Variant, variants
 from llava_hvp.cli.arguments import (
     add_budgets,
     at_least,
     budgets,
     check_folder,
     device_of,
-    need,
     progress,
     write_results,
 )
+from llava_hvp.cli.evaluate import INTERRUPTED
+from llava_hvp.cli.extras import can_plot, need
 from llava_hvp.errors import OptionError
+from llava_hvp.evaluation.files import read_json
 from llava_hvp.methods import list_methods
 from llava_hvp.naming import model_name
 from llava_hvp.shapes import checkpoint, list_checkpoints
 from llava_hvp.shapes.exams import EXAMS, exam, exam_for
+from llava_hvp.shapes.questions import Question
+from llava_hvp.shapes.scenes import Scene
+from llava_hvp.shapes.weights import SHIPPED, TOWER
+from llava_hvp.stderr import say
+from llava_hvp.tables import MARKDOWN, TERMINAL
 
 
 def add(commands: Any) -> None:
@@ -58,7 +67,15 @@ def add(commands: Any) -> None:
     parser.add_argument("--questions", type=int, default=2000, help="held-out, 2000 by default")
     parser.add_argument("--batch", type=int, default=16, help="questions at a time, 16 by default")
     parser.add_argument("--device", help="cuda where there is one, else cpu")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for JSON, Markdown and a plot")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="for JSON, Markdown and a plot; interrupted, the same command goes on there",
+    )
+    parser.add_argument(
+        "--restart", action="store_true", help="throw away the answers of an interrupted run"
+    )
     parser.set_defaults(main=main)
 
 
@@ -69,12 +86,82 @@ def main(found: argparse.Namespace) -> int:
     if found.model_path is not None and not found.model_path.is_dir():
         raise OptionError(f"--model-path {found.model_path}: no such folder")
     check_folder(found.out)
-    need("bench", "tabulate", *(["matplotlib"] if found.out else []))
+    need("host", "PIL", "sentencepiece", "accelerate")
+    plots = found.out is not None and can_plot()
     device = device_of(found.device)
     chosen = variants(found.methods.split(","), budgets(found), found.prune_opt or ())
     name = found.model if found.model_path is None else model_name(str(found.model_path))
     pictures = found.pictures or exam_for(name)
     asked = list(exam(pictures, found.questions))
+    facts = about(
+        torch.device(device),
+        f"{name}, float32, {len(asked)} held-out questions on {pictures} pictures, up to "
+        f"{found.batch} at a time.",
+    )
+    facts["template"] = TEMPLATE
+    base = None
+    with contextlib.ExitStack() as stack:
+        answers = Answers()
+        if found.out:
+            base = found.out / (name if found.pictures is None else f"{name}-{pictures}")
+            settings = _settings(found, facts, chosen)
+            unfinished = base.with_name(f"{base.name}.unfinished")
+            answers = stack.enter_context(keeping(unfinished, settings, restart=found.restart))
+        if len(answers):
+            say(f"{len(answers)} answers are there; {answers.folder}")
+        try:
+            marks = _ask(found, name, asked, chosen, device, answers)
+        except KeyboardInterrupt:
+            say(
+                "stopped; the same command goes on from the answers that are there"
+                if found.out
+                else "stopped; with --out FOLDER it could have gone on from here"
+            )
+            return INTERRUPTED
+        scores = scores_of(marks)
+        print(render(facts, scores, TERMINAL))
+        if base is not None:
+            title = f"{facts['model']} {facts['machine']}"
+            write_results(
+                base,
+                {**facts, "rows": [asdict(score) for score in scores]},
+                render(facts, scores, MARKDOWN),
+                partial(plot, title, scores) if plots and len(scores) > 1 else None,
+            )
+            answers.throw_away()
+    return 0
+
+
+def _settings(
+    found: argparse.Namespace, facts: dict[str, str], chosen: Sequence[Variant]
+) -> dict[str, Any]:
+    """Everything that answers and their times depend on."""
+    if found.model_path is None:
+        weights = digest(SHIPPED / found.model, SHIPPED / TOWER)
+    else:
+        weights = digest(found.model_path, *_tower_of(found.model_path))
+    return {
+        **{key: value for key, value in facts.items() if key != "command"},
+        "weights": weights,
+        "variants": [str(variant) for variant in chosen],
+    }
+
+
+def _tower_of(checkpoint: Path) -> list[Path]:
+    """The folder of the vision tower that a checkpoint names, where it is one."""
+    config = read_json(checkpoint / "config.json")
+    tower = Path(str(config.get("mm_vision_tower")))
+    return [tower] if tower.is_dir() else []
+
+
+def _ask(
+    found: argparse.Namespace,
+    name: str,
+    asked: Sequence[tuple[Scene, Question]],
+    chosen: Sequence[Variant],
+    device: str,
+    answers: Answers,
+) -> list[Marks]:
     # LLaVA comes only now: whatever was typed wrong has been said.
     from llava_hvp.host.opening import open_checkpoint
 
@@ -84,21 +171,4 @@ def main(found: argparse.Namespace) -> int:
             str(path.resolve()), device, dtype=torch.float32, conv_mode=TEMPLATE
         )
         with progress(len(asked) * len(chosen), name, "answer") as bar:
-            marks = examine(opened, asked, chosen, batch=found.batch, tick=bar.more)
-    scores = scores_of(marks)
-    facts = about(
-        torch.device(device),
-        f"{name}, float32, {len(asked)} held-out questions on {pictures} pictures, up to "
-        f"{found.batch} at a time.",
-    )
-    facts["template"] = TEMPLATE
-    print(render(facts, scores, TERMINAL))
-    if found.out:
-        title = f"{facts['model']} {facts['machine']}"
-        write_results(
-            found.out / (name if found.pictures is None else f"{name}-{pictures}"),
-            {**facts, "rows": [asdict(score) for score in scores]},
-            render(facts, scores, MARKDOWN),
-            partial(plot, title, scores) if len(scores) > 1 else None,
-        )
-    return 0
+            return examine(opened, asked, chosen, batch=found.batch, tick=bar.more, answers=answers)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import io
 import json
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from typing import Any, BinaryIO, TypeVar
 
 import torch
 
+from llava_hvp.cli.extras import need
 from llava_hvp.errors import OptionError
 from llava_hvp.record import write_whole
 from llava_hvp.stderr import say
@@ -37,8 +37,10 @@ def _flag(name: str) -> str:
 
 
 def bits_of(found: argparse.Namespace) -> int | None:
-    """Of --load-4bit and --load-8bit; raises OptionError for both."""
+    """Of --load-4bit and --load-8bit; raises OptionError for both, or without bitsandbytes."""
     exclude(found, "load_4bit", "load_8bit")
+    if found.load_4bit or found.load_8bit:
+        need("quantized", "bitsandbytes")
     return 4 if found.load_4bit else 8 if found.load_8bit else None
 
 
@@ -81,13 +83,6 @@ def device_of(text: str | None) -> str:
         reason = str(error).splitlines()[0]
         raise OptionError(f"--device {device}: {reason}; give cuda or cpu") from error
     return device
-
-
-def need(extra: str, *modules: str) -> None:
-    """Raise OptionError with the extra to install, unless the modules are there."""
-    for module in modules:
-        if importlib.util.find_spec(module) is None:
-            raise OptionError(f"{module} is missing: pip install 'llava-hvp[{extra}]'")
 
 
 def check_folder(path: Path | None) -> None:

@@ -18,7 +18,7 @@ from llava_hvp.bench.machine import about
 from llava_hvp.bench.measure import FEWEST, measure, turns
 from llava_hvp.bench.phases import Bench
 from llava_hvp.bench.results import Row, rows_of
-from llava_hvp.bench.tables import MARKDOWN, TERMINAL, render
+from llava_hvp.bench.tables import render
 from llava_hvp.bench.variants import Variant, variants
 from llava_hvp.bench.workload import make_workload, pattern
 from llava_hvp.checkpoint import check_before_loading
@@ -31,14 +31,15 @@ from llava_hvp.cli.arguments import (
     device_of,
     exclude,
     listed,
-    need,
     progress,
     whole,
     write_results,
 )
+from llava_hvp.cli.extras import can_plot, need
 from llava_hvp.errors import OptionError
 from llava_hvp.methods import list_methods
 from llava_hvp.naming import named_path
+from llava_hvp.tables import MARKDOWN, TERMINAL
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -158,7 +159,8 @@ def main(found: argparse.Namespace) -> int:
     print(render(facts, rows, TERMINAL))
     if found.out:
         bits = f"-{found.bits}bit" if found.bits else ""
-        _write(found.out, f"{what.name}{bits}-{device.type}", facts, rows)
+        name = f"{what.name}{bits}-{device.type}"
+        _write(found.out / name, facts, rows, plots=found.plots)
     return 0
 
 
@@ -182,7 +184,8 @@ def _check(found: argparse.Namespace) -> None:
     if not found.max_seconds > 0:
         raise OptionError(f"--max-seconds {found.max_seconds}: give a time above 0")
     check_folder(found.out)
-    need("bench", "tabulate", *(["matplotlib"] if found.out else []))
+    need("bench", "PIL", "sentencepiece", "google.protobuf")
+    found.plots = found.out is not None and can_plot()
     found.device = device_of(found.device)
     half = found.bits is not None or torch.device(found.device).type == "cuda"
     found.dtype = DTYPES[found.dtype or ("float16" if half else "float32")]
@@ -227,13 +230,14 @@ def _pictures(found: argparse.Namespace, count: int) -> list[Any]:
     return [pattern((width, height), found.seed + number) for number in range(count)]
 
 
-def _write(folder: Path, name: str, about: dict[str, str], rows: Sequence[Row]) -> None:
+def _write(base: Path, about: dict[str, str], rows: Sequence[Row], *, plots: bool) -> None:
     """The JSON file, the Markdown table and the plot, each whole or not at all."""
     from llava_hvp.bench.plot import plot
 
+    title = f"{about['model']} {about['machine']}"
     write_results(
-        folder / name,
+        base,
         {**about, "rows": [asdict(row) for row in rows]},
         render(about, rows, MARKDOWN),
-        partial(plot, f"{about['model']} {about['machine']}", rows),
+        partial(plot, title, rows) if plots else None,
     )

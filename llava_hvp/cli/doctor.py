@@ -16,18 +16,9 @@ import torch
 
 import llava_hvp
 from llava_hvp import config
+from llava_hvp.cli.extras import HOST, NEEDED, install
 from llava_hvp.cli.interpreter import hook_in
 from llava_hvp.errors import LlavaHvpError
-
-# What only some commands need: distribution -> which ones.
-OPTIONAL = {
-    "bitsandbytes": "--load-4bit and --load-8bit",
-    "accelerate": "LLaVA's loader",
-    "peft": "LoRA checkpoints",
-    "fastapi": "the worker",
-    "uvicorn": "the worker",
-    "pandas": "model_vqa_mmbench",
-}
 
 
 @dataclass
@@ -64,9 +55,7 @@ def main(found: argparse.Namespace) -> int:
         f"{torch.__version__}, "
         + (f"CUDA: {torch.cuda.get_device_name()}" if cuda else "no CUDA: give --device cpu"),
     )
-    for name, use in OPTIONAL.items():
-        version = _version(name)
-        findings.note(name, version or f"missing, for {use}: pip install {name}")
+    _needed(findings)
     _hook(findings)
     _variables(findings)
     for name, text in findings.lines:
@@ -110,6 +99,18 @@ def _remedy(error: BaseException) -> str:
     if "No module named" in text or isinstance(cause, ModuleNotFoundError):
         return "pip install 'llava-hvp[host]'"
     return "pip install --no-deps --force-reinstall llava-torch==1.2.2.post1"
+
+
+def _needed(findings: Findings) -> None:
+    """What every command needs, in a line, and what some need."""
+    host = {each: each.version for each in NEEDED if each.extra == HOST}
+    there = [f"{each.distribution} {version}" for each, version in host.items() if version]
+    findings.note(HOST, ", ".join(there))
+    for each in (each for each, version in host.items() if version is None):
+        findings.problem(f"{each.distribution} is missing, for {each.uses}", install(HOST))
+    for each in (each for each in NEEDED if each.extra != HOST):
+        missing = f"missing, for {each.uses}: {install(each.extra)}"
+        findings.note(each.distribution, each.version or missing)
 
 
 def _hook(findings: Findings) -> None:

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from llava_hvp.cli.arguments import at_least, need
+from llava_hvp.cli.arguments import at_least
+from llava_hvp.cli.extras import need
 from llava_hvp.errors import OptionError
 from llava_hvp.record import write_whole
 from llava_hvp.shapes import checkpoint, list_checkpoints

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from llava_hvp.cli.extras import need
 from llava_hvp.errors import OptionError
 from llava_hvp.evaluation.compare import compare
 from llava_hvp.evaluation.measured import read_results
@@ -50,6 +51,8 @@ def main(found: argparse.Namespace) -> int:
             raise OptionError("give a folder of results, or --against NAME for a paper's figures")
         print(listing(read_results(found.results, found.model), found.format))
         return 0
+    if found.plot:
+        need("plots", "matplotlib")
     table = get_table(found.against)
     results = [] if found.results is None else read_results(found.results, found.model)
     shown = table.released(beside=True) if found.as_released else table

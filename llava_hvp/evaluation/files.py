@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ RESULT, SETTINGS, ANSWERS, CALLS_OF_ALL = (
     "answers.jsonl",
     "calls.jsonl",
 )
+LOCK = "lock"
 # Of one part, after its name.
 QUESTIONS, PART_ANSWERS, CALLS, ROWS, LOG = (
     ".questions",
@@ -22,6 +26,35 @@ QUESTIONS, PART_ANSWERS, CALLS, ROWS, LOG = (
     ".rows.json",
     ".log",
 )
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder; the lock of a killed process is gone with it.
+
+    Raises EvaluationError where another run is at work, or where nothing can be written.
+    """
+    import fcntl  # not on Windows
+
+    path = folder / LOCK
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+    except OSError as error:
+        raise EvaluationError(f"{folder}: cannot be written: {error}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A run that ended just now may have taken its folder away.
+            is_there = os.path.samestat(path.stat(), os.fstat(file.fileno()))
+        except OSError:
+            is_there = False
+        if not is_there:
+            raise EvaluationError(
+                f"another run is at work in {folder}: wait for its end, or give --out another "
+                "folder"
+            )
+        yield
 
 
 def beside(part: Path, suffix: str) -> Path:

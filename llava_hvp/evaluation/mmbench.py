@@ -8,7 +8,6 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from llava_hvp.errors import OptionError
 from llava_hvp.evaluation.questions import Questions, read_table
 from llava_hvp.evaluation.store import Store
 from llava_hvp.record import write_whole
@@ -30,12 +29,7 @@ def write_upload(table_path: Path, store: Store, path: Path) -> Path:
     upload = table.drop(columns=NOT_UPLOADED, errors="ignore")
     upload.insert(min(6, upload.shape[1]), "prediction", [first[row] for row in range(len(table))])
     content = io.BytesIO()
-    try:
-        upload.to_excel(content, index=False, engine="openpyxl")
-    except ImportError as error:
-        raise OptionError(
-            "openpyxl is missing, which writes MMBench's upload: pip install 'llava-hvp[mmbench]'"
-        ) from error
+    upload.to_excel(content, index=False, engine="openpyxl")
     write_whole(path, content.getvalue())
     return path
 

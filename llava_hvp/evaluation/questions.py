@@ -93,12 +93,16 @@ def read_questions(path: Path, format: str, *, without_ocr: bool = False) -> Que
 
 
 def read_table(path: Path) -> Any:
-    """A table as the stock script reads it; raises OptionError where pandas is missing."""
+    """A table as the stock script reads it.
+
+    Raises OptionError where pandas is missing, or openpyxl, which the upload is written with.
+    """
     try:
+        import openpyxl  # noqa: F401 - needed only after all answers, too late to say so
         import pandas
     except ImportError as error:
         raise OptionError(
-            "pandas is missing, which LLaVA reads MMBench with: pip install 'llava-hvp[mmbench]'"
+            f"{error.name} is missing, which MMBench needs: pip install 'llava-hvp[mmbench]'"
         ) from error
     return pandas.read_table(path)
 

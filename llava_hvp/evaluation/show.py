@@ -16,8 +16,9 @@ from llava_hvp.evaluation.measured import Measured
 from llava_hvp.evaluation.settings import UNPRUNED
 from llava_hvp.naming import model_name
 from llava_hvp.record import write_whole
+from llava_hvp.tables import MARKDOWN, TERMINAL, text_table
 
-STYLES = {"terminal": "simple", "markdown": "github"}
+STYLES = {"terminal": TERMINAL, "markdown": MARKDOWN}
 FORMATS = (*STYLES, "csv")
 Part = tuple[str, Callable[[Cell], float | None]]
 OTHER_MODEL = "*"  # marks figures of another model than the table's
@@ -172,13 +173,7 @@ def _text(value: float | None, digits: int) -> str:
 def _render(table: list[dict[str, str]], form: str) -> str:
     if form == "csv":
         return _csv(table)
-    try:
-        from tabulate import tabulate
-    except ImportError as error:
-        raise OptionError(
-            "tabulate is missing: pip install 'llava-hvp[plots]', or give --format csv"
-        ) from error
-    return tabulate(table, headers="keys", tablefmt=STYLES[form], disable_numparse=True)
+    return text_table(table, STYLES[form])
 
 
 def _csv(table: Sequence[dict[str, Any]]) -> str:

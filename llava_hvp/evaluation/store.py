@@ -24,6 +24,7 @@ from llava_hvp.evaluation.files import (
     SETTINGS,
     beside,
     complete_lines,
+    locked,
     read_json,
 )
 from llava_hvp.evaluation.questions import Questions
@@ -63,17 +64,8 @@ class Store:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other runs out of the folder; the lock of a killed process is gone with it."""
-        import fcntl  # not on Windows
-
-        self.parts.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "lock").open("a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise EvaluationError(
-                    f"another run is at work in {self.folder}: wait for its end, or give --out "
-                    "another folder"
-                ) from None
+        with locked(self.folder):
+            self.parts.mkdir(exist_ok=True)
             yield
 
     def check_settings(self, settings: dict[str, Any]) -> None:

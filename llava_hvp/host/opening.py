@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,11 +152,16 @@ def open_checkpoint(
 
     Raises
     ------
-    OptionError : a template that LLaVA does not know; what cannot be loaded, or is not a LLaVA
+    OptionError : a template that LLaVA does not know; a LoRA checkpoint without peft; what cannot
+        be loaded, or is not a LLaVA
     """
     if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
         raise OptionError(f"--model-path {path}: no such folder")
     name = get_model_name_from_path(path)
+    if base is not None and "lora" in name.lower() and importlib.util.find_spec("peft") is None:
+        raise OptionError(
+            "peft is missing, which LoRA checkpoints need: pip install 'llava-hvp[lora]'"
+        )
     conv_mode = conv_mode or default_template(name)
     if conv_mode not in conv_templates:
         known = ", ".join(sorted(conv_templates))

@@ -1,0 +1,128 @@
+"""Answers on the disk as soon as they are given, so that an interrupted measurement goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from llava_hvp.errors import EvaluationError
+from llava_hvp.evaluation.files import ANSWERS, SETTINGS, complete_lines, locked, read_json
+from llava_hvp.record import write_json, write_whole
+from llava_hvp.stderr import say
+
+# Files of a checkpoint that its answers depend on.
+MATTER = (".json", ".safetensors", ".bin", ".model")
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What one variant said to one sheet of questions.
+
+    said : an answer for each question
+    kept : visual tokens of all images
+    kept_of_patches : sum over images of kept patches / (N x tiles)
+    seconds : from images and prompts to answers
+    """
+
+    said: list[str]
+    kept: int
+    kept_of_patches: float
+    seconds: float
+
+
+class Answers:
+    """Answers by sheet and variant; with a file, each is a line of it.
+
+    folder : what `keeping` keeps them in
+    """
+
+    def __init__(self, folder: Path | None = None, file: TextIO | None = None) -> None:
+        self.folder, self._file = folder, file
+        self._found: dict[tuple[int, str], Answered] = {}
+
+    def find(self, sheet: int, variant: str) -> Answered | None:
+        """What is there already."""
+        return self._found.get((sheet, variant))
+
+    def add(self, sheet: int, variant: str, answered: Answered) -> None:
+        """Remember; once this returns, a kill loses it no more."""
+        self._found[sheet, variant] = answered
+        if self._file is not None:
+            line = json.dumps({"sheet": sheet, "variant": variant, **asdict(answered)})
+            self._file.write(line + "\n")
+            self._file.flush()
+
+    def read(self, lines: list[str]) -> None:
+        """Take in lines of an earlier run."""
+        for record in map(json.loads, lines):
+            key = record.pop("sheet"), record.pop("variant")
+            self._found[key] = Answered(**record)
+
+    def __len__(self) -> int:
+        return sum(len(answered.said) for answered in self._found.values())
+
+    def throw_away(self) -> None:
+        """The folder goes, once the results are written."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder)
+
+
+@contextlib.contextmanager
+def keeping(folder: Path, settings: dict[str, Any], *, restart: bool = False) -> Iterator[Answers]:
+    """Answers kept in a folder, with those that an earlier run of the same settings left there.
+
+    Parameters
+    ----------
+    settings : everything that the answers depend on, as JSON gives it back
+    restart : throw away what is there
+
+    Raises
+    ------
+    EvaluationError : another run is at work there, or it holds answers of other settings
+    """
+    with locked(folder):
+        path = folder / ANSWERS
+        if restart:
+            path.unlink(missing_ok=True)
+        lines, rest = complete_lines(path)
+        if lines:
+            _refuse_others(folder, settings)
+        if rest:
+            say(f"{path}: the last answers were half written and will be asked for again")
+        write_json(folder / SETTINGS, settings)
+        write_whole(path, "".join(f"{line}\n" for line in lines).encode())
+        with path.open("a", encoding="utf-8") as file:
+            answers = Answers(folder, file)
+            answers.read(lines)
+            yield answers
+
+
+def _refuse_others(folder: Path, settings: dict[str, Any]) -> None:
+    path = folder / SETTINGS
+    before = read_json(path) if path.exists() else {}
+    for name in {**before, **settings}:
+        then, now = before.get(name), settings.get(name)
+        if then != now:
+            raise EvaluationError(
+                f"{folder} holds answers of other settings: {name} was {then!r} and is {now!r} "
+                "now. Give the settings of then, or --out another folder, or --restart to throw "
+                "those answers away"
+            )
+
+
+def digest(*folders: Path) -> str:
+    """Of the content of all that answers depend on in a checkpoint's folders."""
+    total = hashlib.sha256()
+    for path in sorted(path for folder in folders for path in folder.iterdir()):
+        if path.suffix in MATTER:
+            total.update(f"{path.name} {path.stat().st_size}\n".encode())
+            with path.open("rb") as file:
+                while piece := file.read(2**24):
+                    total.update(piece)
+    return total.hexdigest()[:16]
