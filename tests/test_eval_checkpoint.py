@@ -144,6 +144,8 @@ def hub(tmp_path, monkeypatch):
     """A function that puts a revision of a model into a cache of the hub."""
     cache = tmp_path / "hub"
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    for name in ("TRANSFORMERS_CACHE", "PYTORCH_TRANSFORMERS_CACHE"):
+        monkeypatch.delenv(name, raising=False)
 
     def put(name, revision, **blobs):
         root = cache / f"models--{name.replace('/', '--')}"
@@ -171,6 +173,17 @@ def test_of_the_hubs_cache_nothing_is_read(look, hub):
     assert difference(first, without) == "the files of the vision tower are no longer here"
     hub("a/llava", "r2", config_json="e" * 40)
     assert difference(first, look("a/llava")[0]) == "config.json of the model has changed"
+
+
+@pytest.mark.parametrize(("version", "finds"), [("4.57.6", True), ("5.23.0", False)])
+def test_the_older_variable_counts_where_transformers_reads_it(
+    version, finds, look, hub, tmp_path, monkeypatch
+):
+    hub("a/llava", "r1", config_json="c" * 40)
+    monkeypatch.setattr(checkpoint.importlib.metadata, "version", lambda name: version)
+    monkeypatch.setenv("TRANSFORMERS_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "nowhere"))
+    assert (look("a/llava")[0]["model"] is not None) == finds
 
 
 def test_a_folder_that_only_looks_like_the_hubs_is_read(look, folder, tmp_path):

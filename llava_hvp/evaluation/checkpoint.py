@@ -10,11 +10,12 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import hashlib
+import importlib.metadata
 import json
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,21 +92,22 @@ def _folder(name: str) -> Path | None:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
-    for cache in _hub_caches():
-        root = cache / f"models--{name.strip('/').replace('/', '--')}"
-        with contextlib.suppress(OSError):  # nothing of that name, or not downloaded as `main`
-            snapshot = root / "snapshots" / (root / "refs" / "main").read_text().strip()
-            if snapshot.is_dir():
-                return snapshot
+    root = _hub_cache() / f"models--{name.strip('/').replace('/', '--')}"
+    with contextlib.suppress(OSError):  # nothing of that name, or not downloaded as `main`
+        snapshot = root / "snapshots" / (root / "refs" / "main").read_text().strip()
+        if snapshot.is_dir():
+            return snapshot
     return None
 
 
-def _hub_caches() -> Iterator[Path]:
+def _hub_cache() -> Path:
+    """Where transformers looks; up to release 4 it has variables of its own."""
     from huggingface_hub import constants
 
-    older = [os.environ.get(n) for n in ("TRANSFORMERS_CACHE", "PYTORCH_TRANSFORMERS_CACHE")]
-    yield from (Path(name) for name in older if name)
-    yield Path(constants.HF_HUB_CACHE)
+    if int(importlib.metadata.version("transformers").partition(".")[0]) < 5:
+        older = [os.environ.get(n) for n in ("TRANSFORMERS_CACHE", "PYTORCH_TRANSFORMERS_CACHE")]
+        return Path(next(filter(None, older), constants.HF_HUB_CACHE))
+    return Path(constants.HF_HUB_CACHE)
 
 
 def _tower(folder: Path | None) -> str | None:
