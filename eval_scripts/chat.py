@@ -22,10 +22,10 @@ import torch
 from llava.mm_utils import tokenizer_image_token
 
 from llava_hvp import HIVTP, prune
-from llava_hvp.bench.geometry import get_geometry, list_geometries
 from llava_hvp.bench.machine import machine, versions
-from llava_hvp.host import compat
-from llava_hvp.host.synthetic import build_model, build_text
+from llava_hvp.checkpoints.geometry import get_geometry, list_geometries
+from llava_hvp.checkpoints.synthetic import build_model, build_text
+from llava_hvp.hosts.llava import compat
 
 TURNS = ("What is in the picture?", "And what is behind it?", "What could happen next?")
 VARIANTS = ("stock", "hivtp, encoded at every turn", "hivtp, encoded once")

@@ -25,7 +25,7 @@ from torch import Tensor
 from llava_hvp import get_method, list_methods
 from llava_hvp.accuracy.exam import TEMPLATE
 from llava_hvp.bench.machine import versions
-from llava_hvp.host.viewer import Viewer
+from llava_hvp.checkpoints.viewer import Viewer
 from llava_hvp.methods.base import Method
 from llava_hvp.shapes import checkpoint
 from llava_hvp.shapes.drawing import draw

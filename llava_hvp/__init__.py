@@ -17,7 +17,7 @@ from llava_hvp.methods.random import Random
 from llava_hvp.methods.uniform import Uniform
 
 if TYPE_CHECKING:
-    from llava_hvp.host.pruning import Pruning
+    from llava_hvp.pruning.pruning import Pruning
 
 __version__ = "0.1.0"
 __all__ = [
@@ -58,13 +58,13 @@ def prune(model: Any, method: Method, *, tokenizer: Any = None) -> Pruning:
     LlavaHvpError : not a LLaVA model, no vision tower or one that cannot be read, already pruned,
         layers or a budget that this tower cannot meet, no text encoder. The model is as before.
     """
-    from llava_hvp.host.pruning import attach
+    from llava_hvp.pruning.pruning import attach
 
     return attach(model, method, tokenizer=tokenizer)
 
 
 def unprune(model: Any) -> None:
     """Give the model back as it was before `prune`; raises LlavaHvpError if it is not pruned."""
-    from llava_hvp.host.pruning import detach
+    from llava_hvp.pruning.pruning import detach
 
     detach(model)

@@ -76,8 +76,8 @@ class LlavaFinder:
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         """The spec of `llava`, with our loader around its own; None for every other name."""
-        if name == "llava.train" and "llava_hvp.session" in sys.modules:
-            _or_exit(sys.modules["llava_hvp.session"].training_begins)
+        if name == "llava.train" and "llava_hvp.hook.process" in sys.modules:
+            _or_exit(sys.modules["llava_hvp.hook.process"].training_begins)
         if name != "llava" or self._busy:
             return None
         import importlib.util
@@ -112,7 +112,7 @@ class _Loader:
 
 
 def _begin(command: str) -> Any:
-    from llava_hvp import session
+    from llava_hvp.hook import process as session
 
     return session.begin(command)
 
@@ -125,7 +125,7 @@ def _or_exit(step: Callable[[], Any]) -> Any:
     try:
         return step()
     except Exception as error:
-        session = sys.modules.get("llava_hvp.session")
+        session = sys.modules.get("llava_hvp.hook.process")
         if session is None:
             _say(f"llava-hvp: error: cannot prune: {type(error).__name__}: {error}")
             code = 1

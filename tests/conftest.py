@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from repacking import bfloat16_units
 
-from llava_hvp.host import compat
+from llava_hvp.hosts.llava import compat
 from llava_hvp.testing import make_checkpoint, make_clip
 
 # Tiny tensors: more threads only wait for each other.

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from llava_hvp import HIVTP
-from llava_hvp.account import Account
 from llava_hvp.config import Request
+from llava_hvp.hook.audit import Account
 
 
 @pytest.fixture

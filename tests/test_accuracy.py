@@ -18,11 +18,11 @@ from llava_hvp import prune
 from llava_hvp.accuracy.exam import TEMPLATE, examine
 from llava_hvp.accuracy.store import Answers
 from llava_hvp.accuracy.tables import Score, no_better, scores_of
-from llava_hvp.bench.variants import variants
+from llava_hvp.checkpoints.checkpoint import open_checkpoint
+from llava_hvp.checkpoints.variants import variants
 from llava_hvp.cli import main
 from llava_hvp.errors import EvaluationError
 from llava_hvp.evaluation.files import locked
-from llava_hvp.host.opening import open_checkpoint
 from llava_hvp.shapes import checkpoint, list_checkpoints
 from llava_hvp.shapes.drawing import draw
 from llava_hvp.shapes.exams import EXAMS, exam, exam_for

@@ -7,10 +7,10 @@ import pytest
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 
 from llava_hvp import HIVTP, HiPrune
-from llava_hvp.checkpoint import check_before_loading
+from llava_hvp.checkpoints.before_loading import check_before_loading
 from llava_hvp.cli import main
 from llava_hvp.errors import LayerError, OptionError
-from llava_hvp.host import builder
+from llava_hvp.hosts.llava import builder
 
 VISION = {"num_hidden_layers": 12, "image_size": 96, "patch_size": 16}
 

@@ -10,17 +10,17 @@ from llava_hvp import HIVTP, HiPrune, get_method
 from llava_hvp.bench import measure as module
 from llava_hvp.bench.clock import Clock
 from llava_hvp.bench.flops import complete
-from llava_hvp.bench.geometry import get_geometry, list_geometries
 from llava_hvp.bench.measure import Measured, measure, turns
 from llava_hvp.bench.phases import Bench
 from llava_hvp.bench.results import losses, rows_of
-from llava_hvp.bench.variants import Floor, Variant, variants
 from llava_hvp.bench.workload import make_workload, pattern, random_prompt
+from llava_hvp.checkpoints.geometry import get_geometry, list_geometries
+from llava_hvp.checkpoints.synthetic import build_model, build_text, geometry_of
+from llava_hvp.checkpoints.variants import Floor, Variant, variants
 from llava_hvp.cli import main
 from llava_hvp.errors import OptionError
-from llava_hvp.host.pruning import attach
-from llava_hvp.host.synthetic import build_model, build_text, geometry_of
-from llava_hvp.host.versions import transformers_version
+from llava_hvp.hosts.llava.compat.versions import transformers_version
+from llava_hvp.pruning.pruning import attach
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,7 @@ from conftest import load
 from evaluation import call
 
 from llava_hvp import HiPrune, prune
-from llava_hvp.host.versions import transformers_version
+from llava_hvp.hosts.llava.compat.versions import transformers_version
 
 QUESTIONS = ("What is this?", "And what is behind it?", "Why?")
 CHAT = (

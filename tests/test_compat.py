@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from llava_hvp import HIVTP, prune
 from llava_hvp.errors import UnsupportedVersionError
-from llava_hvp.host import compat, loading, versions
+from llava_hvp.hosts.llava import compat, loading, versions
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_the_error_that_llava_swallows_is_shown(tmp_path):
         "import a_missing_library\n"
     )
     result = subprocess.run(
-        [sys.executable, "-c", "import llava_hvp.host"],
+        [sys.executable, "-c", "import llava_hvp.hosts.llava"],
         capture_output=True,
         text=True,
         env={"PYTHONPATH": f"{tmp_path}:{':'.join(p for p in sys.path if p)}", "PATH": "/usr/bin"},

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from llava_hvp.host.device import bridge_to_cpu
-from llava_hvp.host.patches import Patches
+from llava_hvp.hosts.llava.compat.device import bridge_to_cpu
+from llava_hvp.pruning.monkeypatch import Patches
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ from huggingface_hub import constants
 
 from llava_hvp.config import Request
 from llava_hvp.errors import EvaluationError
-from llava_hvp.evaluation import checkpoint
+from llava_hvp.evaluation import digests as checkpoint
 from llava_hvp.evaluation.benchmarks import get_benchmark
-from llava_hvp.evaluation.checkpoint import difference, digests_of
 from llava_hvp.evaluation.data import find_data
+from llava_hvp.evaluation.digests import difference, digests_of
 from llava_hvp.evaluation.run import Job, evaluate
 from llava_hvp.evaluation.settings import settings_of
 from llava_hvp.evaluation.store import Store

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from benchdata import WRITERS, write_mmbench, write_scienceqa, write_textvqa
 
+from llava_hvp.checkpoints.naming import model_name
 from llava_hvp.config import Request
 from llava_hvp.errors import EvaluationError, OptionError
 from llava_hvp.evaluation.benchmarks import get_benchmark
@@ -19,7 +20,6 @@ from llava_hvp.evaluation.settings import is_next, method_name, settings_of
 from llava_hvp.evaluation.store import Store
 from llava_hvp.evaluation.workers import chunks
 from llava_hvp.methods import get_method
-from llava_hvp.naming import model_name
 
 
 def answered(folder, name, texts, **options):

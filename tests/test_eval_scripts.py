@@ -16,7 +16,7 @@ from evaluation import call, environment, read_answers
 
 from llava_hvp.cli import main
 from llava_hvp.evaluation.benchmarks import BENCHMARKS
-from llava_hvp.host.versions import transformers_version
+from llava_hvp.hosts.llava.compat.versions import transformers_version
 
 SCRIPTS = Path(__file__).parents[1] / "eval_scripts"
 CPU = "--model-path llava-v1.5-tiny --data data --device cpu"

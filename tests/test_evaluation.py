@@ -6,7 +6,7 @@ import shutil
 import pytest
 from evaluation import COMMANDS, PICTURES, call, python_line, read_answers, write_data
 
-from llava_hvp.record import answers_facts
+from llava_hvp.pruning.record import answers_facts
 
 # Stock commands in one process, unpruned: only `.cuda()` and the gaps of versions are bridged.
 BASELINE = """

@@ -7,9 +7,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from llava_hvp import HIVTP, prune
 from llava_hvp.bench.flops import as_published, complete
-from llava_hvp.bench.geometry import get_geometry, list_geometries
+from llava_hvp.checkpoints.geometry import get_geometry, list_geometries
+from llava_hvp.checkpoints.synthetic import geometry_of
 from llava_hvp.errors import OptionError
-from llava_hvp.host.synthetic import geometry_of
 
 ROTARY = 3e-5  # the angles of the positions are a small product in newer transformers
 

@@ -110,9 +110,9 @@ def test_the_slow_hiprune_keeps_what_the_released_code_keeps(case):
 
 @pytest.fixture(scope="module")
 def host():
-    """`llava_hvp.host.layout`, where LLaVA is installed."""
+    """`llava_hvp.pruning.layout`, where LLaVA is installed."""
     pytest.importorskip("llava")
-    from llava_hvp.host import layout
+    from llava_hvp.pruning import layout
 
     return layout
 

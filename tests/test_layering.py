@@ -37,7 +37,7 @@ def test_importing_the_package_loads_no_host():
 
 
 def test_the_check_sees_a_host_that_is_loaded():
-    assert hosts_loaded_by("import llava_hvp.host") == HOSTS
+    assert hosts_loaded_by("import llava_hvp.hosts.llava") == HOSTS
 
 
 def imports(path):
@@ -54,32 +54,43 @@ def imports(path):
         ("select.py", {"transformers", "llava", "llava_hvp"}),
         (
             "methods",
-            {"transformers", "llava", "llava_hvp.encoder", "llava_hvp.host", "llava_hvp.cli"},
+            {
+                "transformers",
+                "llava",
+                "llava_hvp.encoder",
+                "llava_hvp.hosts.llava",
+                "llava_hvp.cli",
+            },
         ),
-        ("encoder", {"llava", "llava_hvp.host", "llava_hvp.cli"}),
+        ("encoder", {"llava", "llava_hvp.hosts.llava", "llava_hvp.cli"}),
         (
             "host",
             {
-                *("llava_hvp.cli", "llava_hvp.session", "llava_hvp.config", "llava_hvp.account"),
+                *(
+                    "llava_hvp.cli",
+                    "llava_hvp.hook.process",
+                    "llava_hvp.config",
+                    "llava_hvp.hook.audit",
+                ),
                 *("llava_hvp.methods.hivtp", "llava_hvp.methods.hiprune"),
             },
         ),
-        ("checkpoint.py", {"transformers", "llava", "llava_hvp.host", "llava_hvp.cli"}),
-        ("config.py", {"transformers", "llava", "llava_hvp.host", "llava_hvp.session"}),
-        ("account.py", {"llava", "llava_hvp.cli", "llava_hvp.session"}),
+        ("checkpoint.py", {"transformers", "llava", "llava_hvp.hosts.llava", "llava_hvp.cli"}),
+        ("config.py", {"transformers", "llava", "llava_hvp.hosts.llava", "llava_hvp.hook.process"}),
+        ("account.py", {"llava", "llava_hvp.cli", "llava_hvp.hook.process"}),
         ("session.py", {"llava", "llava_hvp.cli"}),
         ("cli", {"llava"}),
-        ("report.py", {"PIL", "transformers", "llava", "llava_hvp.host", "llava_hvp.cli"}),
-        ("show", {"transformers", "llava", "llava_hvp.host", "llava_hvp.cli"}),
+        ("report.py", {"PIL", "transformers", "llava", "llava_hvp.hosts.llava", "llava_hvp.cli"}),
+        ("show", {"transformers", "llava", "llava_hvp.hosts.llava", "llava_hvp.cli"}),
         (
             "evaluation",
-            {"llava", "transformers", "lmms_eval", "llava_hvp.cli", "llava_hvp.session"},
+            {"llava", "transformers", "lmms_eval", "llava_hvp.cli", "llava_hvp.hook.process"},
         ),
-        ("shapes", {"torch", "transformers", "llava", "llava_hvp.host", "llava_hvp.cli"}),
-        ("accuracy", {"transformers", "llava", "llava_hvp.cli", "llava_hvp.session"}),
-        ("bench", {"transformers", "llava", "llava_hvp.cli", "llava_hvp.session"}),
+        ("shapes", {"torch", "transformers", "llava", "llava_hvp.hosts.llava", "llava_hvp.cli"}),
+        ("accuracy", {"transformers", "llava", "llava_hvp.cli", "llava_hvp.hook.process"}),
+        ("bench", {"transformers", "llava", "llava_hvp.cli", "llava_hvp.hook.process"}),
         ("lmms", {"llava", "transformers", "llava_hvp.cli"}),
-        ("testing", {"llava", "llava_hvp.host", "llava_hvp.encoder", "llava_hvp.methods"}),
+        ("testing", {"llava", "llava_hvp.hosts.llava", "llava_hvp.encoder", "llava_hvp.methods"}),
     ],
 )
 def test_no_import_against_the_arrows(part, forbidden):

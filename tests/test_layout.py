@@ -14,7 +14,7 @@ from llava.model.llava_arch import LlavaMetaForCausalLM
 from PIL import Image
 
 from llava_hvp import HIVTP, HiPrune, Random, Uniform, prune
-from llava_hvp.host.layout import NEWLINE, Arrangement, layout
+from llava_hvp.pruning.layout import NEWLINE, Arrangement, layout
 from llava_hvp.shapes.weights import checkpoint
 
 # side of a tile, patches along it, pinpoints

@@ -16,8 +16,8 @@ from llava_hvp.errors import (
     TextEncoderError,
     UnsupportedModelError,
 )
-from llava_hvp.host import builder
-from llava_hvp.host.tower import PrunedCLIPVisionTower
+from llava_hvp.hosts.llava import builder
+from llava_hvp.hosts.llava.tower import PrunedCLIPVisionTower
 from llava_hvp.testing import make_checkpoint, make_clip
 
 

@@ -11,8 +11,8 @@ from conftest import Bundle
 from safetensors.torch import load_file, save_file
 
 from llava_hvp import HIVTP, HiPrune, prune
-from llava_hvp.host import builder
-from llava_hvp.host.versions import transformers_version
+from llava_hvp.hosts.llava import builder
+from llava_hvp.hosts.llava.compat.versions import transformers_version
 
 # A tower inside has layers of the names that the adapter is for, and no adapter of its own.
 pytestmark = pytest.mark.filterwarnings(

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from llava_hvp import HIVTP, prune
-from llava_hvp.host.measure import measure_all, measured
-from llava_hvp.host.patches import Patches
+from llava_hvp.checkpoints.generate_stats import measure_all, measured
+from llava_hvp.pruning.monkeypatch import Patches
 
 
 def generate(bundle, photo, calls=None, tokens=5, **kwargs):

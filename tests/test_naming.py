@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from llava_hvp.checkpoints.naming import model_name, named_path
 from llava_hvp.cli import main
 from llava_hvp.config import Request
 from llava_hvp.errors import OptionError
@@ -12,7 +13,6 @@ from llava_hvp.evaluation.benchmarks import get_benchmark
 from llava_hvp.evaluation.plan import plan
 from llava_hvp.evaluation.published import get_table
 from llava_hvp.evaluation.run import Job
-from llava_hvp.naming import model_name, named_path
 from llava_hvp.shapes import checkpoint
 
 ODD = (

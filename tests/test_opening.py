@@ -13,13 +13,13 @@ from llava.model import builder as stock
 from llava.serve import cli
 
 from llava_hvp.bench import subject
+from llava_hvp.checkpoints.checkpoint import open_checkpoint
+from llava_hvp.checkpoints.conversation import default_template
+from llava_hvp.checkpoints.viewer import Viewer
 from llava_hvp.config import Request
-from llava_hvp.conversation import default_template
 from llava_hvp.errors import OptionError
 from llava_hvp.evaluation.benchmarks import get_benchmark
 from llava_hvp.evaluation.run import Job, _defaults
-from llava_hvp.host.opening import open_checkpoint
-from llava_hvp.host.viewer import Viewer
 
 # Published checkpoints, and one that LLaVA's trainer left.
 NAMES = {

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llava_hvp.host.versions import transformers_version
+from llava_hvp.hosts.llava.compat.versions import transformers_version
 
 FOLDER = Path(__file__).parents[1] / "patches"
 PATCHES = {path.stem: path for path in sorted(FOLDER.glob("*.patch"))}

@@ -10,7 +10,7 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from llava_hvp import HiPrunePlus, prune
 from llava_hvp.encoder.text import ClipText, relevance
-from llava_hvp.host.prompt import last_user_turn, read_prompt, rows_of_images
+from llava_hvp.hosts.llava.prompt import last_user_turn, read_prompt, rows_of_images
 
 QUESTION = "Is there a red car, or a USER manual?"
 CHATS = {name: t for name, t in conv_templates.items() if t.sep_style != SeparatorStyle.PLAIN}

@@ -22,7 +22,7 @@ from llava_hvp import (
     prune,
 )
 from llava_hvp.encoder.vit import transformer
-from llava_hvp.select import top_k
+from llava_hvp.methods.masks import top_k
 
 BOTH = ["llava-1.5-llama", "llava-next-llama"]
 METHODS = {

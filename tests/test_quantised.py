@@ -14,9 +14,10 @@ from torch import nn
 
 from llava_hvp import HIVTP, HiPrune, HiPrunePlus, prune, unprune
 from llava_hvp.encoder.vit import transformer
-from llava_hvp.host import builder, loading
-from llava_hvp.host.tower import PrunedCLIPVisionTower
-from llava_hvp.host.versions import transformers_version
+from llava_hvp.hosts.llava import builder
+from llava_hvp.hosts.llava.compat import loading
+from llava_hvp.hosts.llava.compat.versions import transformers_version
+from llava_hvp.hosts.llava.tower import PrunedCLIPVisionTower
 
 functions = pytest.importorskip("bitsandbytes").functional
 ON_CPU = transformers_version() >= (4, 46)

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from llava_hvp import Selection
-from llava_hvp.record import Totals, answers_facts, record_path, summary, write_json
-from llava_hvp.report import ImageReport
+from llava_hvp.files import write_json
+from llava_hvp.pruning.record import Totals, answers_facts, record_path, summary
+from llava_hvp.pruning.report import ImageReport
 
 
 def report(kept, stock, tiles=1):

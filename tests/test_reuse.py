@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llava_hvp import HIVTP, HiPrunePlus, prune
-from llava_hvp.host.tower import PrunedCLIPVisionTower
+from llava_hvp.hosts.llava.tower import PrunedCLIPVisionTower
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from evaluation import environment
 
 from llava_hvp import HIVTP, HiPrune, HiPrunePlus, prune, unprune
 from llava_hvp.encoder.vit import transformer
-from llava_hvp.host import builder
-from llava_hvp.host.tower import PrunedCLIPVisionTower
+from llava_hvp.hosts.llava import builder
+from llava_hvp.hosts.llava.tower import PrunedCLIPVisionTower
 
 FRESH = """
 import sys, torch

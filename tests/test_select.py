@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llava_hvp.select import flat_neighbours, neighbours, top_k, top_k_per_block
+from llava_hvp.methods.masks import flat_neighbours, neighbours, top_k, top_k_per_block
 
 CROSS = ((-1, 0), (1, 0), (0, -1), (0, 1))
 SQUARE = tuple((i, j) for i in (-1, 0, 1) for j in (-1, 0, 1) if (i, j) != (0, 0))

@@ -9,7 +9,7 @@ from llava_hvp import HIVTP, HiPrune, HiPrunePlus, Uniform, prune
 from llava_hvp.encoder.capture import Taps, recording
 from llava_hvp.encoder.vit import hidden_states, layers_of
 from llava_hvp.errors import UnsupportedModelError
-from llava_hvp.host.versions import transformers_version
+from llava_hvp.hosts.llava.compat.versions import transformers_version
 from llava_hvp.methods.base import Needs
 
 POLICY = r"injection_policy={LlamaDecoderLayer: \(\"self_attn.o_proj\", \"mlp.down_proj\"\)}"

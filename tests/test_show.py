@@ -10,7 +10,7 @@ from PIL import Image
 from llava_hvp import HIVTP, HiPrune, Random, prune
 from llava_hvp.errors import PictureError
 from llava_hvp.methods.base import Selection
-from llava_hvp.report import ImageReport
+from llava_hvp.pruning.report import ImageReport
 from llava_hvp.show.colours import colours_of, heat
 from llava_hvp.show.frame import counts_of
 

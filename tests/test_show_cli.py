@@ -42,7 +42,7 @@ def show(checkpoints, photo, monkeypatch):
 
 @pytest.fixture
 def viewer(checkpoints):
-    from llava_hvp.host.viewer import Viewer
+    from llava_hvp.checkpoints.viewer import Viewer
 
     return Viewer.load(str(checkpoints("llava-1.5-llama")), None, "cpu", bits=None)
 
@@ -110,7 +110,7 @@ def test_none_is_the_picture_as_the_model_sees_it(show, viewer, photos, flag):
 
 @pytest.mark.parametrize("name", ["llava-1.5-llama", "llava-next-llama"])
 def test_none_keeps_what_unpruned_llava_sends(checkpoints, loaded, photos, name):
-    from llava_hvp.host.viewer import Viewer
+    from llava_hvp.checkpoints.viewer import Viewer
 
     viewer, stock = Viewer.load(str(checkpoints(name)), None, "cpu", bits=None), loaded(name)
     ids = viewer.prompt("Why?")

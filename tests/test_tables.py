@@ -12,10 +12,10 @@ from llava_hvp.cli import main
 from llava_hvp.errors import EvaluationError, OptionError
 from llava_hvp.evaluation.compare import compare
 from llava_hvp.evaluation.measured import read_results
+from llava_hvp.evaluation.model_args import method_of, model_args
 from llava_hvp.evaluation.plan import IMAGES, check_checkpoint, is_done, plan
 from llava_hvp.evaluation.published import TABLES, average, get_table
-from llava_hvp.evaluation.show import comparison
-from llava_hvp.lmms.arguments import method_of, model_args
+from llava_hvp.evaluation.rendering import comparison
 from llava_hvp.methods import get_method
 
 

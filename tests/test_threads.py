@@ -9,9 +9,9 @@ import pytest
 
 from llava_hvp import HIVTP, Uniform, prune, unprune
 from llava_hvp.errors import PrunedStateError, TextEncoderError
-from llava_hvp.host import builder
-from llava_hvp.host.pruning import Pruning
-from llava_hvp.host.tower import PrunedCLIPVisionTower
+from llava_hvp.hosts.llava import builder
+from llava_hvp.hosts.llava.tower import PrunedCLIPVisionTower
+from llava_hvp.pruning.pruning import Pruning
 
 
 class Meeting:

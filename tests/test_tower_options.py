@@ -8,7 +8,7 @@ from torch.nn import functional
 from llava_hvp import HIVTP, prune
 from llava_hvp.encoder import vit
 from llava_hvp.errors import OptionError, UnsupportedModelError
-from llava_hvp.host.tower import tower_facts
+from llava_hvp.hosts.llava.tower import tower_facts
 
 
 @pytest.fixture

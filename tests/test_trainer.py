@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from llava_hvp import HIVTP
-from llava_hvp.host import builder
-from llava_hvp.host.patches import Patches
-from llava_hvp.host.training import bridge_training
-from llava_hvp.host.versions import llava_models, transformers_version
+from llava_hvp.hosts.llava import builder
+from llava_hvp.hosts.llava.compat.training import bridge_training
+from llava_hvp.hosts.llava.compat.versions import llava_models, transformers_version
+from llava_hvp.pruning.monkeypatch import Patches
 
 METHOD = HIVTP(r_max=0.5)
 ANSWERS = ("A rocket and a tower.", "A cup.")

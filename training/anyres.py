@@ -2,7 +2,7 @@
 
 Features of all tiles come from the frozen tower and are computed once. A picture is its base tile,
 then the sub-images as one mosaic without padding, an `image_newline` after each row: the indices
-are those that `llava_hvp.host.layout` gives for stock LLaVA.
+are those that `llava_hvp.pruning.layout` gives for stock LLaVA.
 
     python -m training.anyres TOWER_FOLDER LANGUAGE_FOLDER OUT
 """
@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from llava_hvp.host.layout import NEWLINE, Arrangement, layout
+from llava_hvp.pruning.layout import NEWLINE, Arrangement, layout
 from llava_hvp.shapes.drawing import draw
 from llava_hvp.shapes.exams import detail_recipe
 from llava_hvp.shapes.scenes import Recipe, Scene, make_scene, split_of

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from llava_hvp.accuracy.store import Answered, Answers
-from llava_hvp.bench.applied import applied
-from llava_hvp.bench.variants import Variant
+from llava_hvp.checkpoints.applied import applied
+from llava_hvp.checkpoints.variants import Variant
 from llava_hvp.shapes.drawing import draw
 from llava_hvp.shapes.questions import Question, is_right
 from llava_hvp.shapes.scenes import Scene
@@ -76,7 +76,7 @@ def examine(
 
     Parameters
     ----------
-    opened : the checkpoint, of `llava_hvp.host.opening`
+    opened : the checkpoint, of `llava_hvp.checkpoints.checkpoint`
     batch : questions at a time, at most; those of a batch have prompts of one length and pictures
         of one size, since stock LLaVA cannot generate from padded rows
     tick : called with the number of answers after every batch of every variant

@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from llava_hvp.console import say
 from llava_hvp.errors import EvaluationError
 from llava_hvp.evaluation.files import ANSWERS, SETTINGS, complete_lines, locked, read_json
-from llava_hvp.record import write_json, write_whole
-from llava_hvp.stderr import say
+from llava_hvp.files import write_json, write_whole
 
 # Files of a checkpoint that its answers depend on.
 MATTER = (".json", ".safetensors", ".bin", ".model")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llava_hvp.bench.geometry import Geometry
+from llava_hvp.checkpoints.geometry import Geometry
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from llava_hvp.bench.geometry import Vision
 from llava_hvp.bench.phases import Bench
-from llava_hvp.bench.variants import Floor, Variant
+from llava_hvp.checkpoints.geometry import Vision
+from llava_hvp.checkpoints.variants import Floor, Variant
 
 WARM_UP = 1  # rounds that are not counted
 FEWEST = 2  # rounds, of which quartiles can be had

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from llava_hvp.bench.applied import applied
 from llava_hvp.bench.clock import Clock
-from llava_hvp.bench.geometry import Vision
-from llava_hvp.bench.variants import Variant
 from llava_hvp.bench.workload import Workload
+from llava_hvp.checkpoints.applied import applied
+from llava_hvp.checkpoints.geometry import Vision
+from llava_hvp.checkpoints.variants import Variant
 
 Call = Callable[..., Any]
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from llava_hvp.bench.flops import Flops, as_published, complete
-from llava_hvp.bench.geometry import Geometry
 from llava_hvp.bench.measure import Measured, Samples, Spread
 from llava_hvp.bench.workload import Workload
+from llava_hvp.checkpoints.geometry import Geometry
 
 # Of the seconds of one round, what is reported. Speeds are tokens/s of the whole batch.
 TIMES = ("encode", "prefill", "ttft")

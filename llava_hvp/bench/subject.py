@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava_hvp.bench.geometry import Geometry, get_geometry
 from llava_hvp.bench.workload import random_prompt
-from llava_hvp.naming import model_name
+from llava_hvp.checkpoints.geometry import Geometry, get_geometry
+from llava_hvp.checkpoints.naming import model_name
 
 QUESTION = "What is in the picture?"
 
@@ -45,7 +45,7 @@ def of_geometry(
     seed: int,
 ) -> Subject:
     """Random weights."""
-    from llava_hvp.host.synthetic import build_model, build_text
+    from llava_hvp.checkpoints.synthetic import build_model, build_text
     from llava_hvp.testing.tokenizers import LLAMA_VOCAB_SIZE
 
     geometry = get_geometry(name)
@@ -71,8 +71,8 @@ def of_checkpoint(
 
     Raises OptionError for what cannot be loaded, or a template that LLaVA does not know.
     """
-    from llava_hvp.host.opening import open_checkpoint
-    from llava_hvp.host.synthetic import geometry_of
+    from llava_hvp.checkpoints.checkpoint import open_checkpoint
+    from llava_hvp.checkpoints.synthetic import geometry_of
 
     opened = open_checkpoint(path, device, base=base, bits=bits, dtype=dtype, conv_mode=conv_mode)
     name, model, prompt = model_name(path), opened.model, opened.prompt(question)

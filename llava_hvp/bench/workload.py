@@ -66,7 +66,7 @@ def make_workload(
 
     prompt : (L,) int64, with one image token
     """
-    from llava_hvp.host.pictures import send
+    from llava_hvp.hosts.llava.pictures import send
 
     images = send(pictures, model.get_vision_tower().image_processor, model, dtype)
     ids = prompt.to(device).expand(len(pictures), -1)

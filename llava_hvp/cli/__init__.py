@@ -19,8 +19,8 @@ from llava_hvp.cli import (
     show,
     table,
 )
+from llava_hvp.console import say
 from llava_hvp.errors import LlavaHvpError
-from llava_hvp.stderr import say
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -17,7 +17,8 @@ from llava_hvp.accuracy.exam import TEMPLATE, Marks, examine
 from llava_hvp.accuracy.store import Answers, digest, keeping
 from llava_hvp.accuracy.tables import plot, render, scores_of
 from llava_hvp.bench.machine import about
-from llava_hvp.bench.variants import Variant, variants
+from llava_hvp.checkpoints.naming import model_name
+from llava_hvp.checkpoints.variants import Variant, variants
 from llava_hvp.cli.arguments import (
     add_budgets,
     at_least,
@@ -29,16 +30,15 @@ from llava_hvp.cli.arguments import (
 )
 from llava_hvp.cli.evaluate import INTERRUPTED
 from llava_hvp.cli.extras import can_plot, need
+from llava_hvp.console import say
 from llava_hvp.errors import OptionError
 from llava_hvp.evaluation.files import read_json
 from llava_hvp.methods import list_methods
-from llava_hvp.naming import model_name
 from llava_hvp.shapes import checkpoint, list_checkpoints
 from llava_hvp.shapes.exams import EXAMS, exam, exam_for
 from llava_hvp.shapes.questions import Question
 from llava_hvp.shapes.scenes import Scene
 from llava_hvp.shapes.weights import SHIPPED, TOWER
-from llava_hvp.stderr import say
 from llava_hvp.tables import MARKDOWN, TERMINAL
 
 
@@ -163,7 +163,7 @@ def _ask(
     answers: Answers,
 ) -> list[Marks]:
     # LLaVA comes only now: whatever was typed wrong has been said.
-    from llava_hvp.host.opening import open_checkpoint
+    from llava_hvp.checkpoints.checkpoint import open_checkpoint
 
     with tempfile.TemporaryDirectory(prefix="llava-hvp-") as folder:
         path = found.model_path or checkpoint(folder, name)

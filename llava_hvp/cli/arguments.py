@@ -13,9 +13,9 @@ from typing import Any, BinaryIO, TypeVar
 import torch
 
 from llava_hvp.cli.extras import need
+from llava_hvp.console import say
 from llava_hvp.errors import OptionError
-from llava_hvp.record import write_whole
-from llava_hvp.stderr import say
+from llava_hvp.files import write_whole
 
 Value = TypeVar("Value")
 

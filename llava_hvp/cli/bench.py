@@ -13,15 +13,16 @@ import torch
 
 from llava_hvp.bench import subject
 from llava_hvp.bench.clock import Clock
-from llava_hvp.bench.geometry import list_geometries
 from llava_hvp.bench.machine import about
 from llava_hvp.bench.measure import FEWEST, measure, turns
 from llava_hvp.bench.phases import Bench
 from llava_hvp.bench.results import Row, rows_of
 from llava_hvp.bench.tables import render
-from llava_hvp.bench.variants import Variant, variants
 from llava_hvp.bench.workload import make_workload, pattern
-from llava_hvp.checkpoint import check_before_loading
+from llava_hvp.checkpoints.before_loading import check_before_loading
+from llava_hvp.checkpoints.geometry import list_geometries
+from llava_hvp.checkpoints.naming import named_path
+from llava_hvp.checkpoints.variants import Variant, variants
 from llava_hvp.cli.arguments import (
     add_budgets,
     at_least,
@@ -38,7 +39,6 @@ from llava_hvp.cli.arguments import (
 from llava_hvp.cli.extras import can_plot, need
 from llava_hvp.errors import OptionError
 from llava_hvp.methods import list_methods
-from llava_hvp.naming import named_path
 from llava_hvp.tables import MARKDOWN, TERMINAL
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -124,7 +124,7 @@ def main(found: argparse.Namespace) -> int:
     if found.model_path is not None:
         check_before_loading(found.model_path, [v.method for v in chosen])
     # LLaVA and the model come only now: whatever was typed wrong has been said.
-    from llava_hvp.host import compat
+    from llava_hvp.hosts.llava import compat
 
     compat.bridge()  # unpruned LLaVA runs on no newer transformers without
     what = _subject(found)

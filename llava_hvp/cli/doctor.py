@@ -78,7 +78,7 @@ def _llava(findings: Findings) -> None:
     """LLaVA and transformers: there, of a known version, and importable."""
     findings.note("transformers", _version("transformers") or "missing")
     try:
-        from llava_hvp.host import gaps, versions
+        from llava_hvp.hosts.llava.compat import gaps, versions
     except LlavaHvpError as error:
         findings.note("llava", _version("llava-torch") or _version("llava") or "missing")
         findings.problem(str(error), _remedy(error))

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from llava_hvp import config
+from llava_hvp.checkpoints.naming import named_path
 from llava_hvp.cli.interpreter import hook_in
 from llava_hvp.config import Request
+from llava_hvp.console import say
 from llava_hvp.errors import OptionError
 from llava_hvp.evaluation.benchmarks import BENCHMARKS, get_benchmark
 from llava_hvp.evaluation.data import DEFAULT_DATA
+from llava_hvp.evaluation.rendering import one_line
 from llava_hvp.evaluation.run import Job, evaluate
-from llava_hvp.evaluation.show import one_line
-from llava_hvp.naming import named_path
-from llava_hvp.stderr import say
 
 INTERRUPTED = 130
 

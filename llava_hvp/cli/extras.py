@@ -6,8 +6,8 @@ import importlib.metadata
 import importlib.util
 from dataclasses import dataclass
 
+from llava_hvp.console import say
 from llava_hvp.errors import OptionError
-from llava_hvp.stderr import say
 
 
 @dataclass(frozen=True)

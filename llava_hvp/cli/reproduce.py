@@ -6,17 +6,17 @@ import argparse
 import subprocess
 from typing import Any
 
+from llava_hvp.checkpoints.naming import model_name, named_path
 from llava_hvp.cli.evaluate import add_arguments, gpus_of, requested
 from llava_hvp.cli.table import add_as_released
 from llava_hvp.config import Request
+from llava_hvp.console import say
 from llava_hvp.errors import EvaluationError, OptionError
 from llava_hvp.evaluation.compare import compare
 from llava_hvp.evaluation.measured import read_results
 from llava_hvp.evaluation.plan import Step, check, check_checkpoint, environment, is_done, plan
 from llava_hvp.evaluation.published import TABLES, get_table
-from llava_hvp.evaluation.show import comparison
-from llava_hvp.naming import model_name, named_path
-from llava_hvp.stderr import say
+from llava_hvp.evaluation.rendering import comparison
 
 
 def add(commands: Any) -> None:

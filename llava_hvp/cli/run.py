@@ -20,9 +20,9 @@ from typing import Any
 
 from llava_hvp import config
 from llava_hvp.cli.interpreter import hook_in, python_of
+from llava_hvp.console import say
 from llava_hvp.errors import OptionError
-from llava_hvp.record import summary
-from llava_hvp.stderr import say
+from llava_hvp.pruning.record import summary
 
 FORWARDED = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
 NOT_FOUND, NOT_EXECUTABLE, FAILED = 127, 126, 1

@@ -10,13 +10,13 @@ from typing import Any
 
 from llava_hvp.cli.arguments import at_least
 from llava_hvp.cli.extras import need
+from llava_hvp.console import say
 from llava_hvp.errors import OptionError
-from llava_hvp.record import write_whole
+from llava_hvp.files import write_whole
 from llava_hvp.shapes import checkpoint, list_checkpoints
 from llava_hvp.shapes.exams import exam, exam_for
 from llava_hvp.shapes.questions import Question
 from llava_hvp.shapes.scenes import Scene
-from llava_hvp.stderr import say
 
 
 def add(commands: Any) -> None:

@@ -8,13 +8,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from llava_hvp.bench.variants import NONE, Variant, variants
-from llava_hvp.checkpoint import check_before_loading
+from llava_hvp.checkpoints.before_loading import check_before_loading
+from llava_hvp.checkpoints.variants import NONE, Variant, variants
 from llava_hvp.cli.arguments import at_least, bits_of, device_of, exclude, listed
+from llava_hvp.console import say
 from llava_hvp.errors import OptionError
+from llava_hvp.files import write_whole
 from llava_hvp.methods import list_methods, method_class
-from llava_hvp.record import write_whole
-from llava_hvp.stderr import say
 
 BUDGETS = "0.9,0.75,0.67,0.5,0.4,0.33,0.25,0.16,0.11,0.05"  # of a page
 QUESTION = "What is in the picture?"  # where none is asked; methods that read it insist on one
@@ -70,7 +70,7 @@ def main(found: argparse.Namespace) -> int:
 
     image, notes = open_picture(found.image_file)
     # LLaVA and the model come only now: whatever was typed wrong has been said.
-    from llava_hvp.host.viewer import Viewer
+    from llava_hvp.checkpoints.viewer import Viewer
 
     viewer = Viewer.load(
         found.model_path,

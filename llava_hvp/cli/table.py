@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from llava_hvp.cli.extras import need
+from llava_hvp.console import say
 from llava_hvp.errors import OptionError
 from llava_hvp.evaluation.compare import compare
 from llava_hvp.evaluation.measured import read_results
 from llava_hvp.evaluation.published import TABLES, get_table
-from llava_hvp.evaluation.show import FORMATS, comparison, listing, plot
-from llava_hvp.stderr import say
+from llava_hvp.evaluation.rendering import FORMATS, comparison, listing, plot
 
 
 def add(commands: Any) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from llava_hvp.errors import UnsupportedModelError
-from llava_hvp.select import Grid
+from llava_hvp.methods.masks import Grid
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
 
+from llava_hvp.checkpoints.naming import model_name
 from llava_hvp.evaluation.measured import Measured, find
 from llava_hvp.evaluation.published import Column, Row, Table, average, has_stock_attention
-from llava_hvp.naming import model_name
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llava_hvp.checkpoints.naming import model_name
 from llava_hvp.errors import EvaluationError, OptionError
 from llava_hvp.evaluation.benchmarks import BENCHMARKS
 from llava_hvp.evaluation.files import RESULT, read_json
+from llava_hvp.evaluation.model_args import OTHERS, method_of
 from llava_hvp.evaluation.published import Column, has_stock_attention, with_stock_attention
 from llava_hvp.evaluation.results import KIND, STOCK_HARNESS, TOWER, TOWER_METRIC
-from llava_hvp.lmms.arguments import OTHERS, method_of
 from llava_hvp.methods import get_method
 from llava_hvp.methods.base import Method
-from llava_hvp.naming import model_name
 
 LMMS_HARNESS = "lmms-eval"
 NO_OCR = "no OCR"

@@ -10,7 +10,7 @@ from typing import Any
 
 from llava_hvp.evaluation.questions import Questions, read_table
 from llava_hvp.evaluation.store import Store
-from llava_hvp.record import write_whole
+from llava_hvp.files import write_whole
 
 LETTERS = "ABCD"
 # Rotations of one question have indices that differ by multiples of this.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llava_hvp.errors import EvaluationError
 from llava_hvp.evaluation.store import Store
-from llava_hvp.record import write_whole
+from llava_hvp.files import write_whole
 
 PERCEPTION = (
     *("existence", "count", "position", "color", "posters"),

@@ -11,18 +11,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llava_hvp import config
+from llava_hvp.checkpoints.naming import model_name
 from llava_hvp.config import Request
 from llava_hvp.errors import EvaluationError, OptionError
 from llava_hvp.evaluation.benchmarks import get_benchmark
-from llava_hvp.evaluation.checkpoint import CACHE, difference, digests_of
 from llava_hvp.evaluation.data import find_data
+from llava_hvp.evaluation.digests import CACHE, difference, digests_of
 from llava_hvp.evaluation.files import read_json
 from llava_hvp.evaluation.measured import LMMS_HARNESS, find, read_results
+from llava_hvp.evaluation.model_args import model_args
 from llava_hvp.evaluation.published import Column, Row, Table, with_stock_attention
 from llava_hvp.evaluation.settings import method_name
-from llava_hvp.lmms.arguments import model_args
-from llava_hvp.naming import model_name
-from llava_hvp.record import write_json
+from llava_hvp.files import write_json
 
 # Images of lmms-eval's tasks, for estimates.
 IMAGES = {

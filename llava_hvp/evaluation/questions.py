@@ -12,7 +12,7 @@ from typing import Any
 from llava_hvp.errors import EvaluationError, OptionError
 from llava_hvp.evaluation.benchmarks import JSON, JSONL, TSV
 from llava_hvp.evaluation.files import QUESTIONS, ROWS, beside
-from llava_hvp.record import write_whole
+from llava_hvp.files import write_whole
 
 OCR_LINE = "Reference OCR token:"
 Key = tuple[Any, ...]

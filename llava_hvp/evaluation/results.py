@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from llava_hvp.checkpoints.naming import model_name
 from llava_hvp.evaluation.benchmarks import Benchmark
 from llava_hvp.evaluation.settings import UNPRUNED
 from llava_hvp.evaluation.store import Store
-from llava_hvp.naming import model_name
-from llava_hvp.record import answers_facts
+from llava_hvp.pruning.record import answers_facts
 
 if TYPE_CHECKING:
     from llava_hvp.evaluation.scores import Score

@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from llava_hvp import config
-from llava_hvp.checkpoint import check_before_loading
+from llava_hvp.checkpoints.before_loading import check_before_loading
+from llava_hvp.checkpoints.conversation import default_template
+from llava_hvp.checkpoints.naming import model_name
 from llava_hvp.config import Request
-from llava_hvp.conversation import default_template
+from llava_hvp.console import say
 from llava_hvp.errors import EvaluationError, OptionError
 from llava_hvp.evaluation import workers
 from llava_hvp.evaluation.benchmarks import Benchmark
-from llava_hvp.evaluation.checkpoint import CACHE, digests_of
 from llava_hvp.evaluation.data import Data, find_data
+from llava_hvp.evaluation.digests import CACHE, digests_of
 from llava_hvp.evaluation.files import RESULT
 from llava_hvp.evaluation.results import make_result
 from llava_hvp.evaluation.scores import score
@@ -29,9 +31,7 @@ from llava_hvp.evaluation.settings import (
     settings_of,
 )
 from llava_hvp.evaluation.store import Store
-from llava_hvp.naming import model_name
-from llava_hvp.record import write_json, write_whole
-from llava_hvp.stderr import say
+from llava_hvp.files import write_json, write_whole
 
 # Flags of the stock scripts that the driver has to know about.
 OURS = ("--question-file", "--image-folder", "--annotation-file", "--answers-file", "--model-base")

@@ -20,7 +20,7 @@ from llava_hvp.evaluation.benchmarks import Benchmark
 from llava_hvp.evaluation.data import Data
 from llava_hvp.evaluation.files import read_json
 from llava_hvp.evaluation.store import Store
-from llava_hvp.record import write_whole
+from llava_hvp.files import write_whole
 
 STOCK = "llava.eval"
 OWN = "llava-hvp"

@@ -12,12 +12,12 @@ from typing import Any
 
 import llava_hvp
 from llava_hvp import config
+from llava_hvp.checkpoints.naming import model_name
 from llava_hvp.config import Request
 from llava_hvp.evaluation.benchmarks import Benchmark
-from llava_hvp.evaluation.checkpoint import digests_of
+from llava_hvp.evaluation.digests import digests_of
 from llava_hvp.evaluation.questions import Questions
 from llava_hvp.methods.base import Method
-from llava_hvp.naming import model_name
 
 UNPRUNED = "unpruned"
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llava_hvp.console import say
 from llava_hvp.errors import EvaluationError
 from llava_hvp.evaluation.benchmarks import TSV
-from llava_hvp.evaluation.checkpoint import Digests, difference
+from llava_hvp.evaluation.digests import Digests, difference
 from llava_hvp.evaluation.files import (
     ANSWERS,
     CALLS,
@@ -28,8 +29,7 @@ from llava_hvp.evaluation.files import (
     read_json,
 )
 from llava_hvp.evaluation.questions import Questions
-from llava_hvp.record import write_json, write_whole
-from llava_hvp.stderr import say
+from llava_hvp.files import write_json, write_whole
 
 CHECKPOINT = "checkpoint"  # of the settings
 
@@ -38,7 +38,7 @@ CHECKPOINT = "checkpoint"  # of the settings
 class Answer:
     """An answer as the stock script wrote it, and the measurement of its `generate`.
 
-    call : as llava_hvp.host.measure.Call; None where it was lost
+    call : as llava_hvp.checkpoints.generate_stats.Call; None where it was lost
     """
 
     line: str

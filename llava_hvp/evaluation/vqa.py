@@ -11,12 +11,12 @@ from llava_hvp.evaluation.data import Data
 from llava_hvp.evaluation.files import complete_lines, read_json
 from llava_hvp.evaluation.questions import Questions
 from llava_hvp.evaluation.store import Store
-from llava_hvp.record import write_whole
+from llava_hvp.files import write_whole
 
 
 def write_vqav2_upload(data: Data, store: Store, path: Path) -> Path:
     """An answer to every question of the whole test split; empty for those that were not asked."""
-    from llava_hvp.host.answers import normalise
+    from llava_hvp.hosts.llava.answers import normalise
 
     texts = {a.record["question_id"]: a.record["text"] for a in store.in_order}
     asked = [json.loads(line)["question_id"] for line in complete_lines(data.scoring["upload"])[0]]
@@ -28,7 +28,7 @@ def write_vqav2_upload(data: Data, store: Store, path: Path) -> Path:
 
 def write_vizwiz_upload(data: Data, store: Store, path: Path) -> Path:
     """An answer to each picture."""
-    from llava_hvp.host.answers import normalise
+    from llava_hvp.hosts.llava.answers import normalise
 
     listed = [
         {"image": data.questions.images[row], "answer": normalise(answers[0].record["text"])}
@@ -47,7 +47,7 @@ def count(annotations: Path, questions: Questions, store: Store) -> float:
 
     annotations : VQAv2's (by question) or VizWiz's (by picture)
     """
-    from llava_hvp.host.answers import accuracy
+    from llava_hvp.hosts.llava.answers import accuracy
 
     content = read_json(annotations)
     listed = content["annotations"] if isinstance(content, dict) else content

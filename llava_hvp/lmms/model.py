@@ -18,11 +18,11 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from tqdm import tqdm
 
 from llava_hvp import config
-from llava_hvp.checkpoint import check_before_loading
+from llava_hvp.checkpoints.before_loading import check_before_loading
+from llava_hvp.console import say
 from llava_hvp.errors import LlavaHvpError, OptionError
+from llava_hvp.evaluation.model_args import method_of
 from llava_hvp.evaluation.results import speed, towers, visual_tokens
-from llava_hvp.lmms.arguments import method_of
-from llava_hvp.stderr import say
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 # What LLaVA's own generate is given where a task says nothing.
@@ -91,8 +91,8 @@ class LlavaHvp(lmms):
         self._device = self._choose_device(device)
         check_before_loading(pretrained, [method])
         # LLaVA comes only now: whatever was typed wrong has been said.
-        from llava_hvp.host.opening import open_checkpoint
-        from llava_hvp.host.pruning import attach
+        from llava_hvp.checkpoints.checkpoint import open_checkpoint
+        from llava_hvp.pruning.pruning import attach
 
         self.checkpoint = open_checkpoint(
             pretrained,

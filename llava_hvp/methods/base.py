@@ -9,10 +9,10 @@ from typing import ClassVar
 import torch
 
 from llava_hvp.errors import ContextError, OptionError, UnsupportedModelError, shown
+from llava_hvp.methods.checks import choice, integer, number
 from llava_hvp.methods.context import Needs, VisionContext, raise_unless_finite
-from llava_hvp.methods.options import choice, integer, number
+from llava_hvp.methods.masks import Grid
 from llava_hvp.methods.selection import Mix, Selection
-from llava_hvp.select import Grid
 
 __all__ = ["Method", "Mix", "Needs", "Selection", "VisionContext", "raise_unless_finite"]
 

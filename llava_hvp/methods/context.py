@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llava_hvp.errors import ContextError, ScoreError
-from llava_hvp.select import Grid
+from llava_hvp.methods.masks import Grid
 
 # Of one entry a layer; of one tensor for all tiles.
 _BY_LAYER = ("received", "cls", "keys", "queries")

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from llava_hvp.methods.base import Method, Needs, Selection, VisionContext
-from llava_hvp.methods.options import checked_layers, choice, integer, number, scaled_layers
-from llava_hvp.select import Grid, flat_neighbours, neighbours, top_k
+from llava_hvp.methods.checks import checked_layers, choice, integer, number, scaled_layers
+from llava_hvp.methods.masks import Grid, flat_neighbours, neighbours, top_k
 
 BUFFERS: dict[str, tuple[Grid, ...]] = {
     "cross": ((-1, 0), (1, 0), (0, -1), (0, 1)),

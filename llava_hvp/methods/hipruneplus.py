@@ -10,9 +10,9 @@ import torch
 
 from llava_hvp.errors import ContextError
 from llava_hvp.methods.base import Needs, Selection, VisionContext
+from llava_hvp.methods.checks import choice, number
 from llava_hvp.methods.hiprune import HiPrune
-from llava_hvp.methods.options import choice, number
-from llava_hvp.select import top_k
+from llava_hvp.methods.masks import top_k
 
 
 @dataclass(frozen=True, kw_only=True)

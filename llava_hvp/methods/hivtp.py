@@ -10,8 +10,8 @@ import torch
 
 from llava_hvp.errors import OptionError, shown
 from llava_hvp.methods.base import Method, Needs, Selection, VisionContext
-from llava_hvp.methods.options import checked_layers, integer, number, scaled_layers
-from llava_hvp.select import Grid, top_k_per_block
+from llava_hvp.methods.checks import checked_layers, integer, number, scaled_layers
+from llava_hvp.methods.masks import Grid, top_k_per_block
 
 
 @dataclass(frozen=True, kw_only=True)

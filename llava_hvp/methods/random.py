@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 
 from llava_hvp.methods.base import Method, Selection, VisionContext
-from llava_hvp.methods.options import integer
-from llava_hvp.select import top_k
+from llava_hvp.methods.checks import integer
+from llava_hvp.methods.masks import top_k
 
 LARGEST_SEED = 2**64 - 1  # of torch's generators
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from llava_hvp.errors import OptionError, PictureError
 
 if TYPE_CHECKING:
-    from llava_hvp.report import ImageReport
+    from llava_hvp.pruning.report import ImageReport
 
 # States of a patch besides its role, which is 1, 2, … in the order of the selection's roles.
 PRUNED, CUT = 0, 255
@@ -43,7 +43,7 @@ class Panel:
 
 
 class View(Protocol):
-    """How a model sees pictures; `llava_hvp.host.view` has LLaVA's."""
+    """How a model sees pictures; `llava_hvp.hosts.llava.view` has LLaVA's."""
 
     def panels(self, tiles: int, size: tuple[int, int] | None) -> tuple[Panel, ...]:
         """Where the patches of an image of `tiles` tiles lie."""

@@ -16,7 +16,7 @@ from llava_hvp.show.colours import DIMMED, colours_of
 from llava_hvp.show.frame import counts_of, places_of, states_of
 
 if TYPE_CHECKING:
-    from llava_hvp.report import ImageReport
+    from llava_hvp.pruning.report import ImageReport
 
 SIDE = 10  # pixels along a patch
 LIGHT = (190, 190, 190)  # in place of the photo

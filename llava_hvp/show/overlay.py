@@ -33,7 +33,7 @@ from llava_hvp.show.sheet import (
 )
 
 if TYPE_CHECKING:
-    from llava_hvp.report import ImageReport
+    from llava_hvp.pruning.report import ImageReport
 
 WIDEST, LARGEST = 1100, 4  # pixels of an overlay, times the size that the model sees
 NARROWEST = 360  # pixels, so that a legend has room

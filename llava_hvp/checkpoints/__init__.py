@@ -1,0 +1,1 @@
+"""Checkpoints opened, asked, looked into, measured; models of a published shape."""

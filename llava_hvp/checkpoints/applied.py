@@ -1,0 +1,40 @@
+"""A variant put on a model and taken off again."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from llava_hvp.checkpoints.attentions import all_attentions
+from llava_hvp.checkpoints.variants import Variant
+
+
+@contextlib.contextmanager
+def applied(
+    variant: Variant,
+    model: Any,
+    dtype: torch.dtype,
+    *,
+    tokenizer: Any = None,
+    clip_text: Any = None,
+) -> Iterator[Any]:
+    """The pruning, or None for stock. Every image is encoded, though it came before.
+
+    dtype : of the images
+    tokenizer, clip_text : for methods that read the prompt, where the model's own cannot be loaded
+    """
+    if variant.method is None:
+        yield None
+        return
+    from llava_hvp.pruning.pruning import attach
+
+    with attach(model, variant.method, tokenizer=tokenizer, clip_text=clip_text) as pruning:
+        pruning.reuse = False
+        tower = model.get_vision_tower()
+        if variant.method.tower_dtype == "model":
+            tower.take_dtype(dtype)  # once a model, so not a part of any phase
+        with all_attentions(tower) if variant.all_attentions else contextlib.nullcontext():
+            yield pruning

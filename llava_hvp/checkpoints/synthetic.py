@@ -1,0 +1,254 @@
+"""LLaVA models of a published shape with random weights, made straight on their device.
+
+Of LLaVA's own classes, for measurements that need no weights: no file is read or written, and no
+weight is ever in host memory unless the model is to be there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+from llava.model.language_model.llava_mistral import LlavaMistralConfig, LlavaMistralForCausalLM
+from torch import nn
+
+from llava_hvp.checkpoints.geometry import Geometry, Language, Vision
+from llava_hvp.encoder.text import ClipText
+from llava_hvp.testing.tokenizers import write_clip_tokenizer, write_llama_tokenizer
+
+# (width, height) in tiles: what the published LLaVA-NeXT checkpoints choose from.
+NEXT_GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+SCALE = 0.02  # standard deviation of the weights that are drawn
+
+
+def build_model(
+    geometry: Geometry,
+    device: str,
+    dtype: torch.dtype,
+    *,
+    tower_dtype: torch.dtype | None = None,
+    bits: int | None = None,
+) -> Any:
+    """A LLaVA model, its vision tower loaded, in eval mode.
+
+    Parameters
+    ----------
+    dtype : of the language model and the projector
+    tower_dtype : of the vision tower; by default as LLaVA's scripts leave it: float32 for 1.5,
+        whose tower is loaded from its own checkpoint, and `dtype` for NeXT, which brings it along
+    bits : 4 or 8 quantises as `--load-4bit` and `--load-8bit` do
+    """
+    if tower_dtype is None:
+        tower_dtype = dtype if geometry.is_next else torch.float32
+    vision = _clip_config(geometry.vision)
+    with tempfile.TemporaryDirectory(prefix="llava-hvp-") as folder:
+        # LLaVA reads the tower's shape from a folder while the model is built.
+        Path(folder, "config.json").write_text(json.dumps(vision.to_dict(), default=str))
+        config, kind = _llava_config(geometry, folder)
+        with _defaults(device, dtype):
+            model = kind(config) if bits is None else _quantised(kind, config, bits)
+    tower = model.get_vision_tower()
+    with _defaults(device, tower_dtype):
+        tower.vision_tower = _module("CLIPVisionModel")(vision).requires_grad_(False)
+        if bits is not None and geometry.is_next:  # the tower comes within the checkpoint
+            quantise(tower.vision_tower, bits)
+    tower.image_processor = _image_processor(geometry.vision.image)
+    tower.is_loaded = True
+    newline = getattr(model.get_model(), "image_newline", None)
+    if newline is not None:
+        newline.data.normal_(std=SCALE)
+    return model.eval()
+
+
+def build_text(geometry: Geometry, device: str) -> tuple[Any, ClipText]:
+    """The tokenizer and the CLIP text encoder that prompt-aware methods read the prompt with."""
+    from transformers import AutoTokenizer, CLIPTextConfig, CLIPTokenizer
+
+    with tempfile.TemporaryDirectory(prefix="llava-hvp-") as folder:
+        write_llama_tokenizer(Path(folder), model_max_length=4096)
+        tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=False)
+    with tempfile.TemporaryDirectory(prefix="llava-hvp-") as folder:
+        write_clip_tokenizer(Path(folder))
+        clip_tokenizer = CLIPTokenizer.from_pretrained(folder)
+    # The text side of CLIP-L; a tiny tower gets a tiny one.
+    wide = 768 if geometry.vision.hidden == 1024 else geometry.vision.hidden
+    config = CLIPTextConfig(
+        hidden_size=wide,
+        intermediate_size=4 * wide,
+        num_hidden_layers=geometry.vision.layers // 2,
+        num_attention_heads=wide // 64,
+        bos_token_id=clip_tokenizer.bos_token_id,
+        eos_token_id=clip_tokenizer.eos_token_id,
+        projection_dim=wide,
+    )
+    with _defaults(device, torch.float32):
+        encoder = _module("CLIPTextModel")(config).eval()
+        text, patches = nn.Linear(wide, wide, bias=False), nn.Linear(geometry.vision.hidden, wide)
+    length = config.max_position_embeddings
+    return tokenizer, ClipText(
+        clip_tokenizer, getattr(encoder, "text_model", encoder), text, patches, length
+    )
+
+
+def geometry_of(model: Any, name: str, tiles: int) -> Geometry:
+    """The shapes of a loaded model, for one whose weights are real.
+
+    tiles : that the encoder sees of one image
+    """
+    tower, config = model.get_vision_tower(), model.config
+    vision = tower.vision_tower.config
+    layers = vision.num_hidden_layers
+    select = tower.select_layer if tower.select_layer >= 0 else layers + 1 + tower.select_layer
+    return Geometry(
+        name,
+        Vision(
+            hidden=vision.hidden_size,
+            layers=layers,
+            heads=vision.num_attention_heads,
+            mlp=vision.intermediate_size,
+            image=vision.image_size,
+            patch=vision.patch_size,
+            select=select,
+        ),
+        Language(
+            hidden=config.hidden_size,
+            layers=config.num_hidden_layers,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            mlp=config.intermediate_size,
+            vocab=config.vocab_size,
+        ),
+        tiles,
+    )
+
+
+def quantise(model: nn.Module, bits: int) -> None:
+    """Replace the Linear modules by quantised ones of random weights, one at a time.
+
+    As bitsandbytes under LLaVA's `--load-4bit` and `--load-8bit`; the logits stay as they are.
+    """
+    import bitsandbytes as bnb
+
+    for name, module in list(model.named_modules()):
+        if type(module) is not nn.Linear or name.endswith("lm_head"):
+            continue
+        weight = module.weight
+        shape = (module.in_features, module.out_features, module.bias is not None)
+        new: nn.Module
+        if bits == 4:
+            new = bnb.nn.Linear4bit(
+                *shape, compute_dtype=torch.float16, quant_type="nf4", device="meta"
+            )
+            new.weight = bnb.nn.Params4bit(
+                weight.data, requires_grad=False, quant_type="nf4", module=new
+            )
+        else:
+            new = bnb.nn.Linear8bitLt(*shape, has_fp16_weights=False, threshold=6.0, device="meta")
+            new.weight = bnb.nn.Int8Params(weight.data, requires_grad=False, has_fp16_weights=False)
+        if module.bias is not None:
+            new.bias = module.bias
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, new.to(weight.device))
+
+
+def _quantised(kind: type, config: Any, bits: int) -> Any:
+    """Layer by layer, so that one layer at a time exists in full precision."""
+    total, config.num_hidden_layers = config.num_hidden_layers, 1
+    model = kind(config)
+    quantise(model, bits)
+    layers = model.get_model().layers
+    for index in range(1, total):
+        layer = type(layers[0])(config, index)
+        quantise(layer, bits)
+        layers.append(layer)
+    config.num_hidden_layers = total
+    return model
+
+
+@contextlib.contextmanager
+def _defaults(device: str, dtype: torch.dtype) -> Iterator[None]:
+    """Tensors that are made in the block are made there, and of this dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device), torch.no_grad():
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _clip_config(vision: Vision) -> Any:
+    from transformers import CLIPVisionConfig
+
+    return CLIPVisionConfig(
+        hidden_size=vision.hidden,
+        intermediate_size=vision.mlp,
+        num_hidden_layers=vision.layers,
+        num_attention_heads=vision.heads,
+        image_size=vision.image,
+        patch_size=vision.patch,
+    )
+
+
+def _llava_config(geometry: Geometry, tower: str) -> tuple[Any, type]:
+    language, side = geometry.language, geometry.vision.image
+    mistral = language.kv_heads != language.heads
+    kinds = (
+        (LlavaMistralConfig, LlavaMistralForCausalLM)
+        if mistral
+        else (LlavaConfig, LlavaLlamaForCausalLM)
+    )
+    config = kinds[0](
+        hidden_size=language.hidden,
+        intermediate_size=language.mlp,
+        num_hidden_layers=language.layers,
+        num_attention_heads=language.heads,
+        num_key_value_heads=language.kv_heads,
+        vocab_size=language.vocab,
+        max_position_embeddings=4096,
+        use_cache=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        tie_word_embeddings=False,
+        **({"sliding_window": None} if mistral else {}),
+    )
+    llava = {
+        "mm_hidden_size": geometry.vision.hidden,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_feature": "patch",
+        "mm_vision_select_layer": geometry.vision.select - geometry.vision.layers - 1,
+        "mm_vision_tower": tower,
+        "image_aspect_ratio": "anyres" if geometry.is_next else "pad",
+        "mm_patch_merge_type": "spatial_unpad" if geometry.is_next else "flat",
+        "image_grid_pinpoints": [[w * side, h * side] for w, h in NEXT_GRIDS],
+        "tokenizer_model_max_length": 4096,
+        "tokenizer_padding_side": "right",
+        "tune_mm_mlp_adapter": False,
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "use_mm_proj": True,
+    }
+    for name, value in llava.items():
+        setattr(config, name, value)
+    return config, kinds[1]
+
+
+def _image_processor(side: int) -> Any:
+    from transformers import CLIPImageProcessor
+
+    return CLIPImageProcessor(
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+    )
+
+
+def _module(name: str) -> Any:
+    import transformers
+
+    return getattr(transformers, name)

@@ -1,0 +1,111 @@
+"""What is compared: unpruned LLaVA, a method at a budget, and the floor below each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+from torch import Tensor
+
+from llava_hvp.checkpoints.geometry import Vision
+from llava_hvp.config import describe, read_option
+from llava_hvp.errors import OptionError
+from llava_hvp.methods import get_method, list_methods, method_class
+from llava_hvp.methods.base import Method, Needs, Selection, VisionContext
+
+NONE = "none"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """method : None for LLaVA without us
+    all_attentions : see as the released methods do, for comparison
+    """
+
+    method: Method | None = None
+    all_attentions: bool = False
+
+    @property
+    def name(self) -> str:
+        """The method's name, or none."""
+        name = NONE if self.method is None else self.method.name
+        return name + ", all attentions" * self.all_attentions
+
+    @property
+    def options(self) -> str:
+        """As r_max=0.5."""
+        return "" if self.method is None else describe(self.method).partition(" ")[2]
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.options}".strip()
+
+    def captures(self, vision: Vision) -> bool:
+        """Whether it reads anything of the encoder or the prompt, and so has a floor below it."""
+        if self.method is None:
+            return False
+        return self.method.needs(vision.layers, vision.select) != Needs()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Floor(Method):
+    """Keeps what another method kept, known beforehand: captures nothing, chooses nothing.
+
+    `random` at the same count on every tile, less its draw: what the model would take had the
+    image only the kept tokens to begin with.
+
+    keep : (T, N) bool, on the CPU
+    """
+
+    name: ClassVar[str] = "floor"
+    summary: ClassVar[str] = "a selection that is there already"
+    roles: ClassVar[tuple[str, ...]] = ("floor",)
+    listed: ClassVar[bool] = False
+
+    keep: Tensor
+
+    @classmethod
+    def below(cls, method: Method, keep: Tensor) -> Floor:
+        """The floor of a method that kept `keep`."""
+        shared = {field.name: getattr(method, field.name) for field in fields(Method)}
+        return cls(keep=keep, **shared)
+
+    def choose(self, context: VisionContext, budget: int) -> Selection:
+        return Selection.of(floor=self.keep)
+
+
+def variants(
+    names: Sequence[str],
+    budgets: Sequence[dict[str, float | int]],
+    options: Sequence[str] = (),
+) -> list[Variant]:
+    """`none` first, whether or not it is named, then every method at every budget.
+
+    options : KEY=VALUE, each for the methods that have it
+
+    Raises OptionError for an unknown name, an option that no method has, or a value out of range.
+    """
+    valid = (NONE, *list_methods())
+    for name in names:
+        if name not in valid:
+            raise OptionError(f"unknown method {name!r}: give some of {', '.join(valid)}")
+    chosen = [name for name in dict.fromkeys(names) if name != NONE]
+    if options and not chosen:
+        raise OptionError(f"--prune-opt {options[0]}: {NONE} is unpruned, it has no options")
+    read = {name: dict(read_option(name, text) for text in options) for name in chosen}
+    known = {name: {field.name for field in fields(method_class(name))} for name in chosen}
+    for key in {key for given in read.values() for key in given}:
+        if not any(key in known[name] for name in chosen):
+            raise OptionError(f"--prune-opt {key}: none of {', '.join(chosen)} has it")
+    return [
+        Variant(),
+        *(
+            Variant(
+                get_method(
+                    name, **budget, **{k: read[name][k] for k in read[name] if k in known[name]}
+                )
+            )
+            for name in chosen
+            for budget in budgets
+        ),
+    ]

@@ -1,0 +1,155 @@
+"""A loaded checkpoint and one picture: what each method keeps of it, and what is answered then."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llava_hvp.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from llava_hvp.encoder.capture import Taps, recording
+from llava_hvp.encoder.text import ClipText
+from llava_hvp.encoder.vit import hidden_states, layers_of, read_geometry
+from llava_hvp.errors import LayerError
+from llava_hvp.hosts.llava.tower import check_tower
+from llava_hvp.hosts.llava.view import LlavaView
+from llava_hvp.methods.base import Method, Needs, Selection
+from llava_hvp.methods.uniform import Uniform
+from llava_hvp.pruning.layout import Arrangement
+from llava_hvp.pruning.pruning import Pruning, attach, detach
+from llava_hvp.pruning.report import ImageReport
+from llava_hvp.show.colours import UNPRUNED
+
+
+@dataclass
+class Viewer:
+    """A model on its device, and how it sees pictures."""
+
+    checkpoint: Checkpoint
+    view: LlavaView
+    clip_text: ClipText | None = None  # loaded by the first method that reads the prompt
+
+    @classmethod
+    def load(
+        cls,
+        path: str,
+        base: str | None,
+        device: str,
+        *,
+        bits: int | None,
+        conv_mode: str | None = None,
+    ) -> Viewer:
+        """By LLaVA's own loader; raises OptionError if it fails.
+
+        conv_mode : conversation template, by default that of the checkpoint's name
+        """
+        checkpoint = open_checkpoint(path, device, base=base, bits=bits, conv_mode=conv_mode)
+        tower = checkpoint.model.get_vision_tower()
+        check_tower(tower, Uniform())
+        grid = read_geometry(tower.vision_tower).grid
+        arrangement = Arrangement.of(checkpoint.model.config, grid, tower.config.image_size)
+        return cls(checkpoint, LlavaView.of(tower, arrangement))
+
+    @property
+    def name(self) -> str:
+        """Of the checkpoint."""
+        return self.checkpoint.name
+
+    @property
+    def model(self) -> Any:
+        """The LLaVA model."""
+        return self.checkpoint.model
+
+    @property
+    def select(self) -> int:
+        """The layer whose output goes to the projector, numbered from 1."""
+        tower = self.model.get_vision_tower()
+        return read_geometry(tower.vision_tower).normalised(tower.select_layer)
+
+    def reads(self, method: Method | None) -> Needs:
+        """What a method goes by, whatever its budget; raises LayerError for layers not there."""
+        if method is None:
+            return Needs()
+        depth = read_geometry(self.model.get_vision_tower().vision_tower).depth
+        return method.reads(depth, self.select)
+
+    def prompt(self, question: str) -> Tensor:
+        """(1, L) token ids of a question about one image, in the conversation template."""
+        return self.checkpoint.prompt(question)[None]
+
+    def pixels(self, image: Any) -> Tensor:
+        """What the model is given: (1, 3, H, W), or (1, tiles, 3, H, W) of AnyRes."""
+        pixels = self.view.pixels(image).to(self.model.device, self.checkpoint.dtype)
+        return pixels[None] if self.view.arrangement.aspect_ratio == "anyres" else pixels
+
+    @torch.inference_mode()
+    def received(self, image: Any, layers: tuple[int, ...] | None = None) -> dict[int, Tensor]:
+        """layer -> (tiles, N) float32, the received attention of some layers, of all by default.
+
+        Layers past the one that goes to the projector influence nothing, and are not run. Raises
+        LayerError for one of those or beyond.
+        """
+        wanted = layers or tuple(range(1, self.select + 1))
+        wrong = [layer for layer in wanted if not 1 <= layer <= self.select]
+        if wrong:
+            raise LayerError(f"--layers {wrong[0]}: give layers from 1 to {self.select}, or all")
+        tower = self.model.get_vision_tower()
+        geometry = read_geometry(tower.vision_tower)
+        needs = Needs(received=tuple(dict.fromkeys(wanted)))
+        pixels = self.pixels(image).flatten(0, -4).to(tower.device, tower.dtype)
+        taps = Taps(layers_of(tower.vision_tower), needs)
+        try:
+            with recording(needs, geometry.heads, geometry.patches) as scores:
+                hidden_states(tower.vision_tower, pixels, max(wanted))
+        finally:
+            taps.remove()
+        return {layer: scores.received[layer].cpu() for layer in sorted(needs.received)}
+
+    @torch.inference_mode()
+    def look(self, method: Method | None, image: Any, ids: Tensor) -> ImageReport:
+        """What a method keeps of a picture, by the way that it takes in every command.
+
+        For None all that unpruned LLaVA sends, in the one role `unpruned`.
+        """
+        if method is None:
+            # With every patch kept a pruned model sends what stock LLaVA does.
+            report = self.look(Uniform(r_max=1), image, ids)
+            everything = Selection.of(**{UNPRUNED: report.selection.keep})
+            return replace(report, method="none", selection=everything)
+        pruning = self._attach(method)
+        try:
+            self.model.prepare_inputs_labels_for_multimodal(
+                ids, None, None, None, None, self.pixels(image), [image.size]
+            )
+            return pruning.last[0]
+        finally:
+            detach(self.model)
+
+    @torch.inference_mode()
+    def answer(
+        self, method: Method | None, image: Any, ids: Tensor, new_tokens: int
+    ) -> tuple[str, ImageReport | None]:
+        """The greedy answer, pruned by a method or (None) not, and what was kept for it."""
+        pruning = self._attach(method) if method else None
+        try:
+            out = self.model.generate(
+                ids,
+                images=self.pixels(image),
+                image_sizes=[image.size],
+                do_sample=False,
+                max_new_tokens=new_tokens,
+            )
+            text = self.checkpoint.tokenizer.batch_decode(out, skip_special_tokens=True)[0].strip()
+            return text, pruning.last[0] if pruning is not None else None
+        finally:
+            if pruning is not None:
+                detach(self.model)
+
+    def _attach(self, method: Method) -> Pruning:
+        pruning = attach(
+            self.model, method, tokenizer=self.checkpoint.tokenizer, clip_text=self.clip_text
+        )
+        self.clip_text = pruning.clip_text
+        return pruning

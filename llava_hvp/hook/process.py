@@ -1,0 +1,234 @@
+"""A process that was asked to prune, from the import of LLaVA to its first model.
+
+The startup hook calls `begin`, imports LLaVA and calls `switch_on`. From then on either images are
+pruned or the process ends with an error: silence is not among the outcomes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import llava_hvp_startup as startup
+
+import llava_hvp
+from llava_hvp import config
+from llava_hvp.config import Request
+from llava_hvp.console import say
+from llava_hvp.errors import LlavaHvpError, OptionError, UnsupportedModelError
+from llava_hvp.hook.audit import Account, leave_report
+from llava_hvp.pruning.record import Totals
+
+USAGE, FAILED = 2, 1  # exit codes: what was asked for is wrong, or could not be done
+_current: Session | None = None
+
+
+def begin(command: str) -> Session:
+    """Read what was asked for, and take our flags out of `sys.argv`.
+
+    Raises OptionError for what cannot be right, before any model is loaded.
+    """
+    global _current
+    _current = session = Session(command, config.from_environment(os.environ))
+    session.read_flags()
+    return session
+
+
+def begin_parsed(request: Request) -> Session:
+    """As `begin` and `switch_on` where LLaVA's own parser has read our flags (patches/0001).
+
+    Gives the session that there is, if the startup hook was here before.
+    """
+    global _current
+    if _current is None:
+        session = Session(startup.llava_command(), config.from_environment(os.environ))
+        session.take(request)
+        session.switch_on()
+        _current = session
+    return _current
+
+
+def refuse(error: BaseException) -> int:
+    """Say in one line why nothing can be pruned; return the exit code."""
+    hidden = isinstance(error, ImportError) and (error.name or "llava").startswith("llava")
+    if hidden and not isinstance(error, LlavaHvpError):
+        # LLaVA hides the reason behind a later ImportError; our check of versions finds it.
+        try:
+            importlib.import_module("llava_hvp.hosts.llava")
+        except LlavaHvpError as reason:
+            error = reason
+    known = isinstance(error, LlavaHvpError)
+    say(f"error: {error}" if known else f"error: cannot prune: {type(error).__name__}: {error}")
+    if _current is not None:
+        leave_report(_current.request, _current.command, "failed", Totals(), str(error))
+    return USAGE if isinstance(error, OptionError) else FAILED
+
+
+def training_begins() -> None:
+    """LLaVA's trainer is being imported: it trains unpruned unless `--prune-train` was given."""
+    if _current is not None and (_current.prunes or _current.request.device == "cpu"):
+        _current.training_begins()
+
+
+class Session:
+    """What one process was asked, and the switches for it.
+
+    command : as `llava.eval.model_vqa`; "" for a command that is not LLaVA's own
+    """
+
+    def __init__(self, command: str, request: Request) -> None:
+        self.command = command
+        self.request = request
+        self._account: Account | None = None
+
+    @property
+    def prunes(self) -> bool:
+        """Whether pruning was asked for."""
+        return self.request.method is not None
+
+    # --- before LLaVA is imported ---
+
+    def read_flags(self) -> None:
+        """Our flags of the command line, which win over the environment."""
+        flags = Request()
+        if self.command in startup.EVALUATING | startup.SERVING | startup.TRAINING:
+            has_device = self.command in startup.EVALUATING
+            flags, sys.argv[1:] = config.parse(sys.argv[1:], device=has_device)
+            if {"-h", "--help"} & set(sys.argv[1:]):
+                _show_flags_in_help(has_device, self.command in startup.TRAINING)
+        self.take(flags)
+
+    def take(self, flags: Request) -> None:
+        """Put the flags before the environment; raises a LlavaHvpError for what does not fit."""
+        training = self.command in startup.TRAINING
+        if flags.train and not training:
+            raise OptionError("--prune-train belongs to llava.train.train: leave it out")
+        if flags.method is not None:
+            if training and not flags.train:
+                raise OptionError(
+                    "--prune-method on a training command: training stays unpruned unless "
+                    "--prune-train is given too"
+                )
+            self.request = dataclasses.replace(self.request, method=flags.method, train=flags.train)
+        if self.command == "llava.serve.sglang_worker" and self.prunes:
+            raise UnsupportedModelError(
+                "llava.serve.sglang_worker runs LLaVA in sglang's own code, which cannot be "
+                "pruned: use llava.serve.model_worker"
+            )
+        if flags.device is not None:
+            self.request = dataclasses.replace(self.request, device=flags.device)
+        if self.request.device == "cpu":
+            # Before torch looks: on a machine with a GPU the model would be loaded there.
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+    # --- after LLaVA is imported ---
+
+    def switch_on(self) -> None:
+        """Prune every model that is loaded from now on, and watch that it happens."""
+        method = self.request.method
+        if method is None and self.request.device != "cpu" and self.request.part is None:
+            return
+        from llava_hvp.hosts.llava import builder, compat
+        from llava_hvp.hosts.llava.compat.device import bridge_to_cpu
+        from llava_hvp.pruning.monkeypatch import Patches
+
+        if self.request.device == "cpu":
+            bridge_to_cpu(Patches())
+        if method is None:
+            compat.bridge()
+            self._answer_part(lambda: 0)
+            return
+        found = {"llava-hvp": llava_hvp.__version__, **compat.found_versions()}
+        self._account = account = Account(self.command, self.request, method, found)
+        builder.install(method, on_model=account.watch)
+        loader = importlib.import_module("llava.model.builder")
+        clip = importlib.import_module("llava.model.multimodal_encoder.clip_encoder")
+        self._patches = Patches()
+        self._patches.replace(
+            loader, "load_pretrained_model", self._checking(loader.load_pretrained_model)
+        )
+        tower = clip.CLIPVisionTower
+        self._patches.replace(tower, "forward", _counting(tower.forward, account))
+        self._answer_part(lambda: account.unpruned)
+
+    def _answer_part(self, unpruned: Callable[[], int]) -> None:
+        """Be a part of `llava-hvp eval`, if this process is one."""
+        if self.request.part is not None:
+            from llava_hvp.evaluation.worker_hooks import answer_part
+
+            answer_part(Path(self.request.part), unpruned)
+
+    def training_begins(self) -> None:
+        """Bridge the trainer's gaps; take pruning back, unless training was to be pruned."""
+        from llava_hvp.hosts.llava import builder
+        from llava_hvp.hosts.llava.compat.training import bridge_training
+        from llava_hvp.pruning.monkeypatch import Patches
+
+        if self.prunes and not self.request.train:
+            builder.uninstall()
+            self._patches.undo()
+            self.request = dataclasses.replace(self.request, method=None)
+            say("training stays unpruned: give --prune-train to prune it too")
+        if self.prunes or self.request.device == "cpu":
+            bridge_training(Patches())
+
+    def before_load(self) -> None:
+        """A model is about to be loaded."""
+        if self._account is not None:
+            self._account.begin()
+
+    def after_load(self, tokenizer: Any, model: Any) -> None:
+        """Raise a LlavaHvpError unless the loaded model is pruned and ready for its first image."""
+        if not self.prunes:
+            return
+        from llava_hvp.hosts.llava.compat.history import bridge_history
+        from llava_hvp.pruning.pruning import check_bound
+
+        pruning = check_bound(model)
+        pruning.tokenizer = pruning.tokenizer or tokenizer
+        pruning.load_text()
+        if self.command == "llava.serve.cli":
+            bridge_history(model)
+
+    def _checking(self, stock: Callable[..., Any]) -> Callable[..., Any]:
+        """The stock loader; what it gives is pruned, or an error."""
+
+        @functools.wraps(stock)
+        def load(*args: Any, **kwargs: Any) -> Any:
+            self.before_load()
+            loaded = stock(*args, **kwargs)
+            self.after_load(*loaded[:2])
+            return loaded
+
+        return load
+
+
+def _counting(stock: Callable[..., Any], account: Account) -> Callable[..., Any]:
+    """The stock tower's forward, which a pruned model never calls."""
+
+    @functools.wraps(stock)
+    def forward(tower: Any, images: Any) -> Any:
+        account.begin()
+        account.unpruned += len(images)
+        return stock(tower, images)
+
+    return forward
+
+
+def _show_flags_in_help(device: bool, train: bool) -> None:
+    """Add our flags to the first parser that parses: the stock command's."""
+    stock = argparse.ArgumentParser.parse_known_args
+
+    def parse_known_args(parser: Any, *args: Any, **kwargs: Any) -> Any:
+        argparse.ArgumentParser.parse_known_args = stock  # type: ignore[method-assign]
+        config.add_flags(parser, device=device, train=train)
+        return stock(parser, *args, **kwargs)
+
+    argparse.ArgumentParser.parse_known_args = parse_known_args  # type: ignore[assignment,method-assign]

@@ -1,5 +1,0 @@
-"""Where pruning plugs into LLaVA. The only package that imports `llava`."""
-
-from llava_hvp.host.compat import check_versions
-
-check_versions()

@@ -1,0 +1,88 @@
+"""The entry point: while installed, the stock loader gives pruned models."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from llava_hvp.errors import PrunedStateError, UnsupportedModelError
+from llava_hvp.hosts.llava import compat
+from llava_hvp.hosts.llava.tower import PrunedCLIPVisionTower
+from llava_hvp.methods.base import Method
+from llava_hvp.pruning.monkeypatch import Patches
+from llava_hvp.pruning.pruning import Pruning, bind
+
+_INSTALLED = Patches()
+_CHANGING = threading.Lock()  # of two threads one comes first
+
+
+def install(
+    method: Method,
+    *,
+    tokenizer: Any = None,
+    on_model: Callable[[Pruning], None] | None = None,
+) -> None:
+    """From now on `load_pretrained_model` and `build_vision_tower` give what `prune` would.
+
+    It does not matter who imported them before. Models loaded so stay pruned after `uninstall`;
+    `unprune(model)` gives a stock one.
+
+    Parameters
+    ----------
+    method : what to prune by
+    tokenizer : for prompt-aware methods; by default they load the checkpoint's own
+    on_model : called with the `Pruning` of each model that is built
+
+    Raises
+    ------
+    PrunedStateError : a method is installed already
+    UnsupportedVersionError : this LLaVA or transformers is not supported
+    """
+    compat.check_versions()
+    if not isinstance(method, Method):
+        raise UnsupportedModelError(f"{method!r} is no Method: give one, as HIVTP(r_max=0.5)")
+    with _CHANGING:
+        if _INSTALLED:
+            raise PrunedStateError("a method is installed already: call uninstall() first")
+        towers = importlib.import_module("llava.model.multimodal_encoder.builder")
+        tower = functools.partial(PrunedCLIPVisionTower, method=method)
+        _INSTALLED.replace(towers, "CLIPVisionTower", tower)
+        if hasattr(towers, "CLIPVisionTowerS2"):
+            _INSTALLED.replace(towers, "CLIPVisionTowerS2", _refuse_s2)
+        compat.bridge_loading(_INSTALLED)
+        for kind in compat.llava_models():
+            stock = vars(kind).get("__init__")
+            if stock is not None:
+                _INSTALLED.replace(kind, "__init__", _binding(stock, tokenizer, on_model))
+
+
+def uninstall() -> None:
+    """The stock loader gives stock models again; raises PrunedStateError if it does already."""
+    with _CHANGING:
+        if not _INSTALLED:
+            raise PrunedStateError("no method is installed: nothing to undo")
+        _INSTALLED.undo()
+
+
+def _refuse_s2(*args: Any, **kwargs: Any) -> None:
+    raise UnsupportedModelError(
+        "this checkpoint has an S2 vision tower, which has no one grid of patches: pruning "
+        "supports CLIPVisionTower"
+    )
+
+
+def _binding(
+    stock: Callable[..., None], tokenizer: Any, on_model: Callable[[Pruning], None] | None
+) -> Callable[..., None]:
+    @functools.wraps(stock)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        stock(self, *args, **kwargs)
+        if "llava_hvp" not in vars(self):
+            pruning = bind(self, tokenizer)
+            if on_model is not None:
+                on_model(pruning)
+
+    return init

@@ -1,0 +1,86 @@
+"""The two methods of `LlavaMetaForCausalLM` that pruning overrides, on one instance.
+
+`prepare_inputs_labels_for_multimodal` encodes, selects and packs, then calls the stock method with
+a stand-in for `images`, for which `encode_images` hands the packed features back: stock indexes
+them as it would its own, ragged or not. No line of the stock method is repeated, and nothing is
+stored on the model between the two calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llava_hvp.pruning.packing import Packed, pack
+
+
+def encode_images(self: Any, images: Any) -> list[Tensor]:
+    """As stock, but a (kept, D) tensor for each image; for the stand-in, its features."""
+    if isinstance(images, Packed):
+        return images.features
+    return pack(self, images, None, None).features
+
+
+def prepare_inputs_labels_for_multimodal(
+    self: Any,
+    input_ids: Tensor,
+    position_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    past_key_values: Any,
+    labels: Tensor | None,
+    images: Any,
+    image_sizes: Sequence[Any] | None = None,
+) -> tuple[Any, ...]:
+    """As stock, with pruned images; a ragged batch gets the mask and the padding that it needs.
+
+    Where nothing was pruned, what stock gives is given, bit for bit.
+    """
+
+    def stock(images: Any, mask: Tensor | None) -> tuple[Any, ...]:
+        return type(self).prepare_inputs_labels_for_multimodal(
+            self, input_ids, position_ids, mask, past_key_values, labels, images, image_sizes
+        )
+
+    if images is None or input_ids.shape[1] == 1 or self.get_vision_tower() is None:
+        return stock(images, attention_mask)
+    prompts = _without_padding(input_ids, attention_mask)
+    packed = pack(self, images, image_sizes, prompts)
+    if not packed.pruned or labels is not None or len(prompts) == 1:
+        return stock(packed, attention_mask)
+    # Stock returns no mask where it got none, and pads on the right: generation from a ragged
+    # batch would attend to the padding and go on after it.
+    mask = (
+        torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask
+    )
+    nothing, positions, mask, cache, embeds, no_labels = stock(packed, mask)
+    if bool(mask.all()):
+        return (
+            nothing,
+            positions,
+            None if attention_mask is None else mask,
+            cache,
+            embeds,
+            no_labels,
+        )
+    source = _left_padded(mask.bool())
+    embeds = embeds.gather(1, source[..., None].expand_as(embeds))
+    positions = None if positions is None else positions.gather(1, source)
+    return nothing, positions, mask.gather(1, source), cache, embeds, no_labels
+
+
+def _without_padding(input_ids: Tensor, attention_mask: Tensor | None) -> list[Tensor]:
+    """The rows as stock sees them."""
+    if attention_mask is None:
+        return list(input_ids)
+    return [ids[mask] for ids, mask in zip(input_ids, attention_mask.bool(), strict=True)]
+
+
+def _left_padded(mask: Tensor) -> Tensor:
+    """(B, L) int64, for each column of a row the column to take so that padding comes first."""
+    length = mask.shape[1]
+    padding = length - mask.sum(1, keepdim=True)
+    first = mask.int().argmax(1, keepdim=True)
+    return (torch.arange(length, device=mask.device) - padding + first) % length

@@ -1,0 +1,1 @@
+"""The core: encode, select, lay out, pack, report. It knows no host."""

@@ -1,0 +1,97 @@
+"""What pruning did to an image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from llava_hvp.methods.base import Selection
+from llava_hvp.methods.masks import Grid
+
+if TYPE_CHECKING:
+    from llava_hvp.show.frame import View
+
+
+@dataclass(frozen=True, repr=False)
+class ImageReport:
+    """One image of one call.
+
+    method : name of the method
+    tiles : the encoder saw: 1, or the base tile and the sub-images of AnyRes
+    stock_tokens : visual tokens that unpruned LLaVA would send for this image
+    kept_tokens : visual tokens sent, image_newline included
+    sent : (tiles, N) bool, the patches sent: of those selected, the ones outside the padding that
+        AnyRes cuts off
+    grid : (rows, columns) of patches of a tile
+    size : (width, height) of the picture in pixels where known
+    selection : masks of this image, (tiles, N) each, on the CPU
+    stock : (tiles, N) bool, the patches that unpruned LLaVA would send; None for all
+    view : how the model sees pictures, to draw on one; None where unknown
+    """
+
+    method: str
+    tiles: int
+    stock_tokens: int
+    kept_tokens: int
+    sent: Tensor
+    grid: Grid
+    size: tuple[int, int] | None
+    selection: Selection
+    stock: Tensor | None = None
+    view: View | None = None
+
+    @property
+    def kept_patches(self) -> int:
+        """Visual tokens sent, image_newline left out."""
+        return int(self.sent.sum())
+
+    @property
+    def kept_of_stock(self) -> float:
+        """Kept tokens / stock tokens of this image."""
+        return self.kept_tokens / self.stock_tokens
+
+    @property
+    def kept_of_patches(self) -> float:
+        """Kept patches / (N * tiles): what `r_max` bounds, so newlines do not count."""
+        return self.kept_patches / (self.grid[0] * self.grid[1] * self.tiles)
+
+    def __repr__(self) -> str:
+        tiles = "1 tile" if self.tiles == 1 else f"{self.tiles} tiles"
+        patches = self.grid[0] * self.grid[1] * self.tiles
+        return (
+            f"<{self.method}: {tiles}, {self.kept_tokens} of {self.stock_tokens} tokens "
+            f"({self.kept_of_stock:.1%}), {self.kept_patches} of {patches} patches "
+            f"({self.kept_of_patches:.1%})>"
+        )
+
+    def overlay(self, image: Any, *, scale: int | None = None) -> Any:
+        """What was kept, drawn on the picture as the model sees it: a PIL image.
+
+        The picture's area begins in the top left corner (LLaVA-NeXT: the base tile, then the
+        mosaic); a legend with counts stands below.
+
+        Parameters
+        ----------
+        image : the PIL image that the model was given. As LLaVA does, it is converted to RGB and
+            not turned by its EXIF orientation.
+        scale : pixels drawn for one that the model sees; what fits a screen by default
+
+        Raises
+        ------
+        PictureError : another picture than the report is of, or one that LLaVA cannot process
+        """
+        from llava_hvp.show.overlay import overlay
+
+        return overlay(self, image, scale=scale)
+
+    def _repr_png_(self) -> bytes | None:
+        from llava_hvp.show.notebook import png_of
+
+        return png_of(self)
+
+    def _repr_html_(self) -> str:
+        from llava_hvp.show.notebook import html_of
+
+        return html_of(self)
