@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from llava_hvp.errors import LlavaHvpError
+from llava_hvp.hosts import host_of
 from llava_hvp.methods import get_method, list_methods
 from llava_hvp.methods.base import Method, Mix, Needs, Selection, VisionContext
 from llava_hvp.methods.hiprune import HiPrune
@@ -15,11 +16,11 @@ from llava_hvp.methods.hipruneplus import HiPrunePlus
 from llava_hvp.methods.hivtp import HIVTP
 from llava_hvp.methods.random import Random
 from llava_hvp.methods.uniform import Uniform
+from llava_hvp.version import __version__
 
 if TYPE_CHECKING:
     from llava_hvp.pruning.pruning import Pruning
 
-__version__ = "0.1.0"
 __all__ = [
     "HIVTP",
     "HiPrune",
@@ -32,6 +33,7 @@ __all__ = [
     "Selection",
     "Uniform",
     "VisionContext",
+    "__version__",
     "get_method",
     "list_methods",
     "prune",
@@ -58,13 +60,9 @@ def prune(model: Any, method: Method, *, tokenizer: Any = None) -> Pruning:
     LlavaHvpError : not a LLaVA model, no vision tower or one that cannot be read, already pruned,
         layers or a budget that this tower cannot meet, no text encoder. The model is as before.
     """
-    from llava_hvp.pruning.pruning import attach
-
-    return attach(model, method, tokenizer=tokenizer)
+    return host_of(model).attach(model, method, tokenizer=tokenizer)
 
 
 def unprune(model: Any) -> None:
     """Give the model back as it was before `prune`; raises LlavaHvpError if it is not pruned."""
-    from llava_hvp.pruning.pruning import detach
-
-    detach(model)
+    host_of(model).detach(model)

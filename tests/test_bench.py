@@ -20,7 +20,7 @@ from llava_hvp.checkpoints.variants import Floor, Variant, variants
 from llava_hvp.cli import main
 from llava_hvp.errors import OptionError
 from llava_hvp.hosts.llava.compat.versions import transformers_version
-from llava_hvp.pruning.pruning import attach
+from llava_hvp.hosts.llava.host import attach
 
 CPU = torch.device("cpu")
 
@@ -191,11 +191,11 @@ def test_none_is_stock_and_a_pruned_turn_encodes_every_time(bench, monkeypatch):
         bench.time_answer(2)
     assert seen == ["stock", "stock"]
     with bench.applied(Variant(HIVTP(r_max=0.5))) as pruning:
-        ours = tower.see
-        tower.see = lambda images: seen.append("pruned") or ours(images)
+        ours = tower.run_to_layer
+        tower.run_to_layer = lambda images: seen.append("pruned") or ours(images)
         bench.time_parts(pruning)
         bench.time_answer(2)
-        del tower.see
+        del tower.run_to_layer
     assert seen[2:] == ["pruned", "pruned"]
 
 

@@ -5,7 +5,7 @@ import torch
 from transformers import CLIPVisionModel
 
 from llava_hvp.encoder import capture
-from llava_hvp.encoder.capture import Taps, recording, reduce_attention
+from llava_hvp.encoder.capture import QKHooks, recording, reduce_attention
 from llava_hvp.encoder.vit import hidden_states, layers_of
 from llava_hvp.errors import UnsupportedModelError
 from llava_hvp.methods.base import Needs
@@ -74,10 +74,10 @@ def tower(checkpoints):
 def test_hooks_see_what_eager_attention_computes(tower):
     model, eager, images = tower
     needs = Needs(received=(3, 9, 23), cls=(1, 23))
-    taps = Taps(layers_of(model), needs)
+    hooks = QKHooks(layers_of(model), needs)
     with recording(needs, 4, 64) as scores:
         hidden_states(model, images, 23)
-    taps.remove()
+    hooks.remove()
     with torch.no_grad():
         maps = eager(images, output_attentions=True).attentions
     assert set(scores.received) == {3, 9, 23}
@@ -99,10 +99,10 @@ def test_hidden_states_have_the_bits_of_a_full_pass(layer, tower):
 def test_nothing_is_recorded_outside_a_recording_and_removed_hooks_are_gone(tower):
     model, _, images = tower
     layers = layers_of(model)
-    taps = Taps(layers, Needs(received=(5,)))
+    hooks = QKHooks(layers, Needs(received=(5,)))
     hidden_states(model, images, 23)  # no recording: the hooks must stay silent
     assert len(layers[4].self_attn.q_proj._forward_hooks) == 1
-    taps.remove()
+    hooks.remove()
     assert not layers[4].self_attn.q_proj._forward_hooks
 
 
@@ -117,11 +117,11 @@ def test_a_layer_whose_hooks_do_not_fire_is_an_error(tower):
 
 def test_only_the_named_layers_are_hooked(tower):
     model, _, _ = tower
-    taps = Taps(layers_of(model), Needs(received=(7, 8)))
+    hooks = QKHooks(layers_of(model), Needs(received=(7, 8)))
     hooked = [
         number
         for number, layer in enumerate(layers_of(model), 1)
         if layer.self_attn.q_proj._forward_hooks or layer.self_attn.k_proj._forward_hooks
     ]
-    taps.remove()
+    hooks.remove()
     assert hooked == [7, 8]

@@ -9,6 +9,7 @@ import reference
 import torch
 
 from llava_hvp import HIVTP, HiPrune, VisionContext, get_method, list_methods
+from llava_hvp.pruning.layout import NEWLINE
 
 GOLDEN = Path(__file__).parent / "golden"
 GRID, SIDE, PATCHES = (24, 24), 336, 576
@@ -109,16 +110,16 @@ def test_the_slow_hiprune_keeps_what_the_released_code_keeps(case):
 
 
 @pytest.fixture(scope="module")
-def host():
-    """`llava_hvp.pruning.layout`, where LLaVA is installed."""
+def tiling():
+    """LLaVA's tiling, imported late: the golden selections themselves need no host."""
     pytest.importorskip("llava")
-    from llava_hvp.pruning import layout
+    from llava_hvp.hosts.llava import tiling
 
-    return layout
+    return tiling
 
 
-def arrangement_of(host):
-    return host.Arrangement(
+def tiling_of(tiling):
+    return tiling.TilingConfig(
         merge_type="spatial_unpad",
         aspect_ratio="anyres",
         pinpoints=str(PINPOINTS),
@@ -139,16 +140,16 @@ each_size = pytest.mark.parametrize("size", reference.STOCK_TOKENS, ids="{0[0]}x
 
 
 @pytest.mark.parametrize("case", [*filter(several_tiles, cases("hiprune"))], ids=case_id)
-def test_tokens_are_packed_in_the_order_of_the_released_code(host, case):
+def test_tokens_are_packed_in_the_order_of_the_released_code(tiling, case):
     size, tiles = tuple(case["image_size"]), case["tiles"]
-    place = host.layout(arrangement_of(host), tiles, size, "spatial")
+    place = tiling.layout(tiling_of(tiling), tiles, size, "spatial")
     assert tiles == tiles_of(size)
     assert place.kept(hiprune_selection(case).keep.flatten(), "rows").tolist() == case["kept"]
 
 
 @each_size
-def test_stock_sends_as_many_tokens_as_llava_does(host, size):
-    place = host.layout(arrangement_of(host), tiles_of(size), size, "stock")
+def test_stock_sends_as_many_tokens_as_llava_does(tiling, size):
+    place = tiling.layout(tiling_of(tiling), tiles_of(size), size, "stock")
     everything = torch.ones(tiles_of(size) * PATCHES, dtype=torch.bool)
     assert place.stock_tokens == reference.STOCK_TOKENS[size]
     assert len(place.kept(everything, "rows")) == reference.STOCK_TOKENS[size]
@@ -156,9 +157,9 @@ def test_stock_sends_as_many_tokens_as_llava_does(host, size):
 
 
 @each_size
-def test_without_unpad_and_newline_every_patch_is_a_token(host, size):
+def test_without_unpad_and_newline_every_patch_is_a_token(tiling, size):
     tiles = tiles_of(size)
-    place = host.layout(arrangement_of(host), tiles, size, "spatial")
+    place = tiling.layout(tiling_of(tiling), tiles, size, "spatial")
     everything = torch.ones(tiles * PATCHES, dtype=torch.bool)
     assert place.stock_tokens == tiles * PATCHES
     assert sorted(place.kept(everything, "rows").tolist()) == list(range(tiles * PATCHES))
@@ -166,7 +167,7 @@ def test_without_unpad_and_newline_every_patch_is_a_token(host, size):
 
 @pytest.mark.parametrize("r_max", [0.75, 0.5, 0.4, 0.25, 0.111])
 @pytest.mark.parametrize("name", list_methods())
-def test_pruned_images_stay_within_their_budget_and_below_stock(host, name, r_max):
+def test_pruned_images_stay_within_their_budget_and_below_stock(tiling, name, r_max):
     method = get_method(name, r_max=r_max)
     needs = method.needs(24, 23)
     budget = reference.p_max(PATCHES, r_max=r_max)
@@ -186,10 +187,10 @@ def test_pruned_images_stay_within_their_budget_and_below_stock(host, name, r_ma
         keep = method.select(context).keep.flatten()
         assert keep.sum() <= budget * tiles
         for merge, limit in (("stock", stock_tokens), ("spatial", tiles * PATCHES)):
-            place = host.layout(arrangement_of(host), tiles, size, merge)
+            place = tiling.layout(tiling_of(tiling), tiles, size, merge)
             for newline in ("rows", "all", "none"):
                 tokens = place.kept(keep, newline)
-                patches = tokens[tokens != host.NEWLINE]
+                patches = tokens[tokens != NEWLINE]
                 assert len(tokens) <= limit, f"{size} {merge} {newline}"
                 assert len(patches) <= budget * tiles
                 assert keep[patches].all()

@@ -14,7 +14,8 @@ from llava.model.llava_arch import LlavaMetaForCausalLM
 from PIL import Image
 
 from llava_hvp import HIVTP, HiPrune, Random, Uniform, prune
-from llava_hvp.pruning.layout import NEWLINE, Arrangement, layout
+from llava_hvp.hosts.llava.tiling import TilingConfig, layout
+from llava_hvp.pruning.layout import NEWLINE
 from llava_hvp.shapes.weights import checkpoint
 
 # side of a tile, patches along it, pinpoints
@@ -75,11 +76,11 @@ class Numbered:
 def ours(kind, sizes):
     """The layouts of the same sizes, and how many patches each image has."""
     side, patches, pinpoints = kind
-    arrangement = Arrangement("spatial_unpad", "anyres", str(pinpoints), (patches, patches), side)
+    tiling = TilingConfig("spatial_unpad", "anyres", str(pinpoints), (patches, patches), side)
     for size in sizes:
         across, down = get_anyres_image_grid_shape(size, pinpoints, side)
         tiles = 1 + across * down
-        yield layout(arrangement, tiles, size, "stock"), tiles * patches**2
+        yield layout(tiling, tiles, size, "stock"), tiles * patches**2
 
 
 @pytest.mark.parametrize("turned", [False, True], ids=["tall", "wide"])

@@ -6,7 +6,7 @@ from conftest import load
 from torch import nn
 
 from llava_hvp import HIVTP, HiPrune, HiPrunePlus, Uniform, prune
-from llava_hvp.encoder.capture import Taps, recording
+from llava_hvp.encoder.capture import QKHooks, recording
 from llava_hvp.encoder.vit import hidden_states, layers_of
 from llava_hvp.errors import UnsupportedModelError
 from llava_hvp.hosts.llava.compat.versions import transformers_version
@@ -104,7 +104,7 @@ def test_a_narrow_projection_of_a_layer_that_is_read_is_refused(bundle, names, k
         setattr(attention, name, KINDS[kind](getattr(attention, name)))
 
     def read():
-        Taps(layers_of(model), needs)
+        QKHooks(layers_of(model), needs)
         with recording(needs, 4, 64):
             hidden_states(model, pixels, 6)
 

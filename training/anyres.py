@@ -21,7 +21,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from llava_hvp.pruning.layout import NEWLINE, Arrangement, layout
+from llava_hvp.hosts.llava.tiling import TilingConfig, layout
+from llava_hvp.pruning.layout import NEWLINE
 from llava_hvp.shapes.drawing import draw
 from llava_hvp.shapes.exams import detail_recipe
 from llava_hvp.shapes.scenes import Recipe, Scene, make_scene, split_of
@@ -34,7 +35,7 @@ from training.prompts import VOCABULARY, Prompts
 from training.tower import WIDTH, normalise
 
 PINPOINTS = [[SIDE * w, SIDE * h] for w, h in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))]
-ARRANGEMENT = Arrangement("spatial_unpad", "anyres", str(PINPOINTS), (GRID, GRID), SIDE)
+ARRANGEMENT = TilingConfig("spatial_unpad", "anyres", str(PINPOINTS), (GRID, GRID), SIDE)
 # Width, height, and how often.
 SIZES = (
     ((336, 168), 3),

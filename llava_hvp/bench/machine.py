@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-import llava_hvp
+from llava_hvp.version import __version__
 
 MATTERS = ("torch", "transformers", "llava-torch", "bitsandbytes")
 
@@ -39,7 +39,7 @@ def machine(device: torch.device) -> str:
 
 def versions() -> str:
     """Of what is installed of all that matters."""
-    found = [f"llava-hvp {llava_hvp.__version__}", f"Python {platform.python_version()}"]
+    found = [f"llava-hvp {__version__}", f"Python {platform.python_version()}"]
     for name in MATTERS:
         try:
             found.append(f"{name} {version(name)}")

@@ -29,7 +29,7 @@ def applied(
     if variant.method is None:
         yield None
         return
-    from llava_hvp.pruning.pruning import attach
+    from llava_hvp.hosts.llava.host import attach
 
     with attach(model, variant.method, tokenizer=tokenizer, clip_text=clip_text) as pruning:
         pruning.reuse = False

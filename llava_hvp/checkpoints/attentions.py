@@ -25,22 +25,22 @@ def all_attentions(tower: Any) -> Iterator[None]:
     before = [getattr(config, "_attn_implementation", None) for config in configs]
     for config in configs:
         config._attn_implementation = "eager"
-    tower.see = lambda images: _see(tower, images)
+    tower.run_to_layer = lambda images: _run_to_layer(tower, images)
     try:
         yield
     finally:
-        del tower.see
+        del tower.run_to_layer
         for config, kind in zip(configs, before, strict=True):
             config._attn_implementation = kind
 
 
-def _see(tower: Any, images: Tensor) -> tuple[Tensor, AttentionScores]:
-    reading = tower.reading()
+def _run_to_layer(tower: Any, images: Tensor) -> tuple[Tensor, AttentionScores]:
+    plan = tower.plan()
     output = tower.vision_tower(images, output_attentions=True, output_hidden_states=True)
     if not output.attentions or output.attentions[0] is None:
         raise UnsupportedModelError("this transformers gives no attentions of its CLIP tower")
-    needs = reading.needs
-    return output.hidden_states[reading.select], AttentionScores(
+    needs = plan.needs
+    return output.hidden_states[plan.feature_layer], AttentionScores(
         {
             layer: output.attentions[layer - 1].float().mean((1, 2))[:, 1:]
             for layer in needs.received

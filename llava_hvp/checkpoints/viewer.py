@@ -9,16 +9,17 @@ import torch
 from torch import Tensor
 
 from llava_hvp.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from llava_hvp.encoder.capture import Taps, recording
+from llava_hvp.encoder.capture import QKHooks, recording
 from llava_hvp.encoder.text import ClipText
 from llava_hvp.encoder.vit import hidden_states, layers_of, read_geometry
 from llava_hvp.errors import LayerError
+from llava_hvp.hosts.llava.host import attach, detach
+from llava_hvp.hosts.llava.tiling import TilingConfig
 from llava_hvp.hosts.llava.tower import check_tower
 from llava_hvp.hosts.llava.view import LlavaView
 from llava_hvp.methods.base import Method, Needs, Selection
 from llava_hvp.methods.uniform import Uniform
-from llava_hvp.pruning.layout import Arrangement
-from llava_hvp.pruning.pruning import Pruning, attach, detach
+from llava_hvp.pruning.pruning import Pruning
 from llava_hvp.pruning.report import ImageReport
 from llava_hvp.show.colours import UNPRUNED
 
@@ -49,8 +50,8 @@ class Viewer:
         tower = checkpoint.model.get_vision_tower()
         check_tower(tower, Uniform())
         grid = read_geometry(tower.vision_tower).grid
-        arrangement = Arrangement.of(checkpoint.model.config, grid, tower.config.image_size)
-        return cls(checkpoint, LlavaView.of(tower, arrangement))
+        tiling = TilingConfig.of(checkpoint.model.config, grid, tower.config.image_size)
+        return cls(checkpoint, LlavaView.of(tower, tiling))
 
     @property
     def name(self) -> str:
@@ -82,7 +83,7 @@ class Viewer:
     def pixels(self, image: Any) -> Tensor:
         """What the model is given: (1, 3, H, W), or (1, tiles, 3, H, W) of AnyRes."""
         pixels = self.view.pixels(image).to(self.model.device, self.checkpoint.dtype)
-        return pixels[None] if self.view.arrangement.aspect_ratio == "anyres" else pixels
+        return pixels[None] if self.view.tiling.aspect_ratio == "anyres" else pixels
 
     @torch.inference_mode()
     def received(self, image: Any, layers: tuple[int, ...] | None = None) -> dict[int, Tensor]:
@@ -99,12 +100,12 @@ class Viewer:
         geometry = read_geometry(tower.vision_tower)
         needs = Needs(received=tuple(dict.fromkeys(wanted)))
         pixels = self.pixels(image).flatten(0, -4).to(tower.device, tower.dtype)
-        taps = Taps(layers_of(tower.vision_tower), needs)
+        hooks = QKHooks(layers_of(tower.vision_tower), needs)
         try:
             with recording(needs, geometry.heads, geometry.patches) as scores:
                 hidden_states(tower.vision_tower, pixels, max(wanted))
         finally:
-            taps.remove()
+            hooks.remove()
         return {layer: scores.received[layer].cpu() for layer in sorted(needs.received)}
 
     @torch.inference_mode()

@@ -63,7 +63,7 @@ _RECORDING: ContextVar[_Recording | None] = ContextVar("llava_hvp_recording", de
 
 
 @dataclass(frozen=True)
-class _Tap:
+class _QKHook:
     """A forward hook; silent unless the thread it runs in is recording."""
 
     layer: int
@@ -77,7 +77,7 @@ class _Tap:
             recording.take(self.layer, self.side, output)
 
 
-class Taps:
+class QKHooks:
     """The hooks that a method needs on the layers of one encoder.
 
     Raises UnsupportedModelError for layers that are known to hold a part of the heads only; of
@@ -90,7 +90,8 @@ class Taps:
         for module, layer, side in self._named():
             refuse_sharded(f"{side}_proj of layer {layer}", *_known_widths(module))
         self._handles: list[RemovableHandle] = [
-            module.register_forward_hook(_Tap(layer, side)) for module, layer, side in self._named()
+            module.register_forward_hook(_QKHook(layer, side))
+            for module, layer, side in self._named()
         ]
 
     def _named(self) -> Iterator[tuple[nn.Module, int, str]]:

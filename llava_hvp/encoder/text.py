@@ -87,7 +87,7 @@ class ClipText:
 
 
 @torch.no_grad()
-def relevance(patches: Tensor, prompts: Tensor) -> Tensor:
+def cosine_relevance(patches: Tensor, prompts: Tensor) -> Tensor:
     """Cosine of each patch and its tile's prompt.
 
     Parameters

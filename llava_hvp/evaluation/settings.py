@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import llava_hvp
 from llava_hvp import config
 from llava_hvp.checkpoints.naming import model_name
 from llava_hvp.config import Request
@@ -18,6 +17,7 @@ from llava_hvp.evaluation.benchmarks import Benchmark
 from llava_hvp.evaluation.digests import digests_of
 from llava_hvp.evaluation.questions import Questions
 from llava_hvp.methods.base import Method
+from llava_hvp.version import __version__
 
 UNPRUNED = "unpruned"
 
@@ -63,7 +63,7 @@ def plain(value: Any) -> Any:
 
 def versions() -> dict[str, str]:
     """Of what takes part, without importing it."""
-    found = {"llava-hvp": llava_hvp.__version__, "python": platform.python_version()}
+    found = {"llava-hvp": __version__, "python": platform.python_version()}
     for name in ("torch", "transformers", "llava-torch", "llava"):
         try:
             found[name] = importlib.metadata.version(name)

@@ -18,13 +18,13 @@ from typing import Any
 
 import llava_hvp_startup as startup
 
-import llava_hvp
 from llava_hvp import config
 from llava_hvp.config import Request
 from llava_hvp.console import say
 from llava_hvp.errors import LlavaHvpError, OptionError, UnsupportedModelError
 from llava_hvp.hook.audit import Account, leave_report
 from llava_hvp.pruning.record import Totals
+from llava_hvp.version import __version__
 
 USAGE, FAILED = 2, 1  # exit codes: what was asked for is wrong, or could not be done
 _current: Session | None = None
@@ -145,7 +145,7 @@ class Session:
             compat.bridge()
             self._answer_part(lambda: 0)
             return
-        found = {"llava-hvp": llava_hvp.__version__, **compat.found_versions()}
+        found = {"llava-hvp": __version__, **compat.found_versions()}
         self._account = account = Account(self.command, self.request, method, found)
         builder.install(method, on_model=account.watch)
         loader = importlib.import_module("llava.model.builder")
@@ -189,7 +189,7 @@ class Session:
         if not self.prunes:
             return
         from llava_hvp.hosts.llava.compat.history import bridge_history
-        from llava_hvp.pruning.pruning import check_bound
+        from llava_hvp.hosts.llava.host import check_bound
 
         pruning = check_bound(model)
         pruning.tokenizer = pruning.tokenizer or tokenizer

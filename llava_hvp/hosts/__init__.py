@@ -1,1 +1,35 @@
-"""The frameworks whose LLaVA can be pruned, a folder each. Importing this imports none of them."""
+"""The frameworks whose models can be pruned, a folder each. Importing this imports none of them."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+from llava_hvp.errors import UnsupportedModelError
+
+# Host -> a class that all of its models have among their bases.
+MARKS = {"llava": "LlavaMetaForCausalLM"}
+
+
+def host_of(model: Any) -> Any:
+    """The module `host` of the framework that a model, or one inside a wrapper, is of.
+
+    Raises UnsupportedModelError where there is none.
+    """
+    names = {kind.__name__ for part in _parts(model) for kind in type(part).__mro__}
+    for host, mark in MARKS.items():
+        if mark in names:
+            return importlib.import_module(f"{__name__}.{host}.host")
+    raise UnsupportedModelError(
+        f"{type(model).__name__} is not a LLaVA model: give what llava.model.builder."
+        "load_pretrained_model returns (transformers' own LlavaForConditionalGeneration is another "
+        "implementation)"
+    )
+
+
+def _parts(model: Any) -> Iterator[Any]:
+    yield model
+    modules = getattr(model, "modules", None)
+    if callable(modules):
+        yield from modules()

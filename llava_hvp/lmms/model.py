@@ -92,7 +92,7 @@ class LlavaHvp(lmms):
         check_before_loading(pretrained, [method])
         # LLaVA comes only now: whatever was typed wrong has been said.
         from llava_hvp.checkpoints.checkpoint import open_checkpoint
-        from llava_hvp.pruning.pruning import attach
+        from llava_hvp.hosts.llava.host import attach
 
         self.checkpoint = open_checkpoint(
             pretrained,

@@ -1,45 +1,84 @@
-"""The methods. Each file of this folder is one; a new file is found without a list to edit."""
+"""The methods. Each file of this folder is one; a new file is found without a list to edit.
+
+A method of somebody else's is found by `module:Class`, or by the name that its package gives it in
+the entry-point group `llava_hvp.methods`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
+import importlib.metadata
+import inspect
+import os
 import pkgutil
+import sys
 from typing import Any
 
 from llava_hvp.errors import OptionError, shown
 from llava_hvp.methods.base import Method
+
+ENTRY_POINTS = "llava_hvp.methods"
 
 for _module in pkgutil.iter_modules(__path__, __name__ + "."):
     importlib.import_module(_module.name)
 
 
 def _registry() -> dict[str, type[Method]]:
-    found, queue = {}, [Method]
+    found: dict[str, type[Method]] = {}
+    queue: list[Any] = [Method]
     while queue:
         kinds = queue.pop().__subclasses__()
         queue += kinds
-        found.update({k.name: k for k in kinds if "name" in vars(k) and k.listed})
+        for kind in kinds:
+            # Ours were imported first, so that nobody takes a paper's name from it.
+            if "name" in vars(kind) and kind.listed and not inspect.isabstract(kind):
+                found.setdefault(kind.name, kind)
     return found
+
+
+@functools.cache
+def _plugins() -> dict[str, importlib.metadata.EntryPoint]:
+    """Methods that installed packages name, not imported yet."""
+    return {point.name: point for point in importlib.metadata.entry_points(group=ENTRY_POINTS)}
 
 
 def list_methods() -> list[str]:
     """Names of all methods, sorted; a subclass of Method defined elsewhere is listed too."""
-    return sorted(_registry())
+    return sorted({*_registry(), *_plugins()})
 
 
 def method_class(name: str) -> type[Method]:
-    """The class behind a name; raises OptionError with the valid names."""
+    """The class behind a name, or behind `module:Class`.
+
+    Raises
+    ------
+    OptionError : there is none, or it is no method; the message lists the valid names
+    """
     registry = _registry()
-    if name not in registry:
-        raise OptionError(
-            f"unknown method {shown(name)}: give one of {', '.join(sorted(registry))}"
-        )
-    return registry[name]
+    if name in registry:
+        return registry[name]
+    if name in _plugins():
+        return _own(_plugins()[name].value, f"{name!r}, which an installed package names,")
+    if ":" in name:
+        return _own(name, shown(name))
+    raise OptionError(
+        f"unknown method {shown(name)}: give one of {', '.join(list_methods())}, or one of your "
+        "own as mymodule:MyMethod"
+    )
+
+
+def method_spec(kind: type[Method]) -> str:
+    """The name by which `method_class` finds a class again, in another process too."""
+    plugin = _plugins().get(kind.name)
+    path = f"{kind.__module__}:{kind.__qualname__}"
+    is_known = kind.__module__.startswith("llava_hvp.") or (plugin and plugin.value == path)
+    return kind.name if is_known else path
 
 
 def get_method(name: str, **options: Any) -> Method:
-    """A method by name, as `get_method("hivtp", r_max=0.5)`.
+    """A method by name, as `get_method("hivtp", r_max=0.5)`, or by `module:Class`.
 
     Raises OptionError for an unknown name, option or value; the message lists the valid ones.
     """
@@ -51,3 +90,53 @@ def get_method(name: str, **options: Any) -> Method:
                 f"{name}: unknown option {shown(option)}: give one of {', '.join(valid)}"
             )
     return kind(**options)
+
+
+def _own(path: str, called: str) -> type[Method]:
+    """The class at `module:Class`; raises OptionError, with why."""
+    module, _, attribute = path.partition(":")
+    try:
+        kind: Any = _imported(module)
+        for part in attribute.split("."):
+            kind = getattr(kind, part)
+    except Exception as error:  # whatever a module of somebody else's does while it is imported
+        raise OptionError(
+            f"the method {called} cannot be had: {type(error).__name__}: {error}. Give "
+            "module:Class of a module that can be imported, or that lies in "
+            f"{_here() or 'this folder'}"
+        ) from error
+    if not (isinstance(kind, type) and issubclass(kind, Method)):
+        raise OptionError(f"the method {called} is no subclass of llava_hvp.Method")
+    if inspect.isabstract(kind):
+        missing = ", ".join(sorted(kind.__abstractmethods__))
+        raise OptionError(f"the method {called} is abstract: it lacks {missing}")
+    if not all(isinstance(vars(kind).get(n), str) for n in ("name", "summary")):
+        raise OptionError(f"the method {called} has no name and summary of its own: give it both")
+    if _registry().get(kind.name) is not kind:
+        raise OptionError(
+            f"the method {called} calls itself {kind.name!r}, as another does: rename"
+        )
+    return kind
+
+
+def _imported(module: str) -> Any:
+    """Import a module, from the folder that the command was started in if need be."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        here = _here()
+        if error.name != module.split(".")[0] or here is None or here in sys.path:
+            raise
+    sys.path.insert(0, here)
+    try:
+        importlib.invalidate_caches()
+        return importlib.import_module(module)
+    finally:
+        sys.path.remove(here)
+
+
+def _here() -> str | None:
+    try:
+        return os.getcwd()
+    except OSError:  # the folder is gone
+        return None

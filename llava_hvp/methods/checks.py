@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import ClassVar, Protocol
 
 from llava_hvp.errors import ContextError, LayerError, OptionError, shown
 
-if TYPE_CHECKING:
-    from llava_hvp.methods.base import Method
+
+class Named(Protocol):
+    """What has options and a name to put before what is wrong with them: a Method, mostly."""
+
+    name: ClassVar[str]
+
 
 REFERENCE_DEPTH = 24  # the papers number the layers of CLIP ViT-L; other depths scale from it
 
@@ -51,31 +55,31 @@ def _geometry(depth: int | None, select: int | None) -> tuple[int, int]:
 
 
 def number(
-    method: Method, option: str, *, above: float = -math.inf, least: float = -math.inf, most: float
+    options: Named, option: str, *, above: float = -math.inf, least: float = -math.inf, most: float
 ) -> None:
     """Raise OptionError unless the option is a number in the range."""
-    value = getattr(method, option)
+    value = getattr(options, option)
     ok = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not (ok and value > above and least <= value <= most):
         start = f"({above}" if above > least else f"[{least}"
         raise OptionError(
-            f"{method.name}: {option}={shown(value)}: give a number in {start}, {most}]"
+            f"{options.name}: {option}={shown(value)}: give a number in {start}, {most}]"
         )
 
 
-def integer(method: Method, option: str, *, least: int, most: int | None = None) -> None:
+def integer(options: Named, option: str, *, least: int, most: int | None = None) -> None:
     """Raise OptionError unless the option is an integer of at least `least`, at most `most`."""
-    value = getattr(method, option)
+    value = getattr(options, option)
     ok = isinstance(value, int) and not isinstance(value, bool)
     if not ok or value < least or (most is not None and value > most):
         bounds = f"at least {least}" + (f" and at most {most}" if most is not None else "")
-        raise OptionError(f"{method.name}: {option}={shown(value)}: give an integer of {bounds}")
+        raise OptionError(f"{options.name}: {option}={shown(value)}: give an integer of {bounds}")
 
 
-def choice(method: Method, option: str, valid: Iterable[object]) -> None:
+def choice(options: Named, option: str, valid: Iterable[object]) -> None:
     """Raise OptionError unless the option is one of `valid`."""
-    value, valid = getattr(method, option), tuple(valid)
+    value, valid = getattr(options, option), tuple(valid)
     if not any(type(value) is type(v) and value == v for v in valid):
         raise OptionError(
-            f"{method.name}: {option}={shown(value)}: give one of {', '.join(map(str, valid))}"
+            f"{options.name}: {option}={shown(value)}: give one of {', '.join(map(str, valid))}"
         )

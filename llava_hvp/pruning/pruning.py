@@ -1,9 +1,8 @@
-"""Putting a method on a model, and taking it off again."""
+"""A model that is being pruned: its method, what was kept, and what encodes for it."""
 
 from __future__ import annotations
 
 import copy
-import functools
 import threading
 import weakref
 from collections.abc import Callable, Iterable
@@ -11,27 +10,17 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from llava.model.llava_arch import LlavaMetaForCausalLM
-from torch import Tensor, nn
+from torch import Tensor
 
-from llava_hvp.encoder.text import ClipText, relevance
-from llava_hvp.errors import PrunedStateError, TextEncoderError, UnsupportedModelError
-from llava_hvp.hosts.llava import compat
-from llava_hvp.hosts.llava import overrides as arch
-from llava_hvp.hosts.llava.prompt import read_prompt, rows_of_images
-from llava_hvp.hosts.llava.tower import Encoded, PrunedCLIPVisionTower, Relevance
+from llava_hvp.encoder.text import ClipText, cosine_relevance
 from llava_hvp.methods.base import Method
+from llava_hvp.pruning.encoding import EncodedTiles, Relevance
+from llava_hvp.pruning.host import HostModel
 from llava_hvp.pruning.report import ImageReport
-from llava_hvp.pruning.reuse import RecentlyEncoded, stamp
-
-OVERRIDES: tuple[Callable[..., Any], ...] = (
-    arch.encode_images,
-    arch.prepare_inputs_labels_for_multimodal,
-)
-
+from llava_hvp.pruning.reuse import RecentlyEncoded, weights_version
 
 # Held while a model is looked at and changed, so that of two threads one comes first.
-_CHANGING = threading.RLock()
+CHANGING = threading.RLock()
 
 
 class Pruning:
@@ -45,9 +34,9 @@ class Pruning:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any = None, clip_text: ClipText | None = None
+        self, host_model: HostModel, tokenizer: Any = None, clip_text: ClipText | None = None
     ) -> None:
-        self.model = model
+        self.host_model = host_model
         self.tokenizer = tokenizer
         self.reuse = True
         self.on_record: Callable[[list[ImageReport]], None] | None = None
@@ -56,9 +45,14 @@ class Pruning:
         self._newest: list[ImageReport] = []
 
     @property
+    def model(self) -> Any:
+        """The model, as the host has it."""
+        return self.host_model.model
+
+    @property
     def method(self) -> Method:
         """The method in force."""
-        return self.model.get_vision_tower().prune_method
+        return self.host_model.encoder.prune_method
 
     @property
     def last(self) -> list[ImageReport]:
@@ -88,7 +82,9 @@ class Pruning:
 
         return html_of_all(self.last)
 
-    def encode(self, pixels: Tensor, tiles: tuple[int, ...], rows: list[Tensor] | None) -> Encoded:
+    def encode(
+        self, pixels: Tensor, tiles: tuple[int, ...], rows: list[Tensor] | None
+    ) -> EncodedTiles:
         """Encode and select, or find what was made of the same pixels a short while ago.
 
         Parameters
@@ -97,14 +93,14 @@ class Pruning:
         tiles : tiles of each image, T in all
         rows : token ids of each row of the batch, without padding
         """
-        tower = self.model.get_vision_tower()
+        encoder = self.host_model.encoder
         relevance = self.relevance(tiles, rows)
-        if not self.reuse or torch.is_grad_enabled() or tower.reading().needs.relevance:
-            return tower.encode(pixels, tiles, relevance)
-        made_by = stamp(tower)
+        if not self.reuse or torch.is_grad_enabled() or encoder.plan().needs.relevance:
+            return encoder.encode(pixels, tiles, relevance)
+        made_by = weights_version(encoder)
         encoded = self._recently.find(pixels, tiles, made_by)
         if encoded is None:
-            encoded = tower.encode(pixels, tiles, relevance)
+            encoded = encoder.encode(pixels, tiles, relevance)
             self._recently.add(pixels, tiles, made_by, encoded)
         return encoded
 
@@ -116,18 +112,18 @@ class Pruning:
 
     def take_back(self) -> None:
         """Unprune the model, unless this is over and another pruning in force."""
-        with _CHANGING:
+        with CHANGING:
             if self.model.__dict__.get("llava_hvp") is self:
-                detach(self.model)
+                self.host_model.detach()
 
     def load_text(self) -> None:
         """Load what a prompt-aware method reads the prompt with; raises TextEncoderError."""
-        tower = self.model.get_vision_tower()
-        text = tower.reading().needs.relevance
+        encoder = self.host_model.encoder
+        text = encoder.plan().needs.relevance
         if text is not None and self.tokenizer is None:
-            self.tokenizer = _tokenizer_of(self.model)
+            self.tokenizer = self.host_model.load_tokenizer()
         if text == "clip" and self.clip_text is None:
-            self.clip_text = ClipText.load(tower.vision_tower_name)
+            self.clip_text = ClipText.load(self.host_model.clip_checkpoint)
 
     def relevance(self, tiles: tuple[int, ...], rows: list[Tensor] | None) -> Relevance | None:
         """The function of patch features that a prompt-aware method needs; None for others.
@@ -137,150 +133,32 @@ class Pruning:
         tiles : tiles of each image
         rows : token ids of each row of the batch, without padding
         """
-        tower = self.model.get_vision_tower()
-        if tower.reading().needs.relevance is None or rows is None:
+        encoder = self.host_model.encoder
+        if encoder.plan().needs.relevance is None or rows is None:
             return None
         self.load_text()
-        prompts = [read_prompt(row, self.tokenizer) for row in rows_of_images(rows, len(tiles))]
+        prompts = self.host_model.prompts(rows, len(tiles), self.tokenizer)
         repeats = torch.tensor(tiles)
 
         def of_features(features: Tensor) -> Tensor:
             if self.clip_text is not None:
                 clip = self.clip_text.to(features.device)
-                patches = clip.patches(tower.vision_tower, features)
+                patches = clip.patches(encoder.vit, features)
                 texts = torch.stack([clip.embed(prompt) for prompt in prompts])
             else:
-                patches = self.model.get_model().mm_projector(features)
+                patches = self.host_model.project(features)
                 texts = torch.stack([self._mean_embedding(prompt) for prompt in prompts])
             texts = texts.to(patches.device)
-            return relevance(patches, texts.repeat_interleave(repeats.to(texts.device), 0))
+            return cosine_relevance(patches, texts.repeat_interleave(repeats.to(texts.device), 0))
 
         return of_features
 
     def _mean_embedding(self, prompt: str) -> Tensor:
         """(D,) float32, mean of the language model's input embeddings of the prompt."""
         ids = self.tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
-        embed = self.model.get_model().embed_tokens
-        return embed(ids.to(embed.weight.device))[0].float().mean(0)
+        return self.host_model.embed(ids[0]).float().mean(0)
 
 
 _LAST: ContextVar[tuple[weakref.ref[Pruning], list[ImageReport]] | None] = ContextVar(
     "llava_hvp_last", default=None
 )
-
-
-def attach(
-    model: Any, method: Method, *, tokenizer: Any = None, clip_text: ClipText | None = None
-) -> Pruning:
-    """See `llava_hvp.prune`.
-
-    clip_text : instead of the one in the tower's own checkpoint
-    """
-    if not isinstance(method, Method):
-        raise UnsupportedModelError(
-            f"{method!r} is no Method: give one, as HIVTP(r_max=0.5) or get_method('hivtp')"
-        )
-    model = find_llava(model)
-    with _CHANGING:
-        PrunedCLIPVisionTower.adopt(_unpruned_tower(model), method)
-        pruning = bind(model, tokenizer, clip_text)
-    try:
-        pruning.load_text()
-    except BaseException:
-        pruning.take_back()
-        raise
-    return pruning
-
-
-def _unpruned_tower(model: Any) -> Any:
-    """The vision tower of a model that nobody prunes; raises a LlavaHvpError where that is not."""
-    tower = model.get_vision_tower()
-    if tower is None:
-        raise UnsupportedModelError(
-            f"this {type(model).__name__} has no vision tower: load a LLaVA checkpoint"
-        )
-    if "llava_hvp" in model.__dict__ or isinstance(tower, PrunedCLIPVisionTower):
-        raise PrunedStateError(
-            "this model is pruned already: unprune(model) first, or leave its `with` block"
-        )
-    patched = [f.__name__ for f in OVERRIDES if f.__name__ in model.__dict__]
-    if patched:
-        raise PrunedStateError(
-            f"{', '.join(patched)} of this model is patched by something else: undo that first"
-        )
-    return tower
-
-
-def bind(model: Any, tokenizer: Any = None, clip_text: ClipText | None = None) -> Pruning:
-    """Give one model the overrides; its tower decides what they do."""
-    pruning = Pruning(model, tokenizer, clip_text)
-    model.llava_hvp = pruning
-    for override in (*OVERRIDES, *compat.instance_bridges()):
-        # No MethodType: one of those is pickled by its name, and loaded as the stock method.
-        setattr(model, override.__name__, functools.partial(override, model))
-    return pruning
-
-
-def check_bound(model: Any) -> Pruning:
-    """The pruning of a model that was loaded after `builder.install`.
-
-    Raises UnsupportedModelError if it would run unpruned.
-    """
-    model = find_llava(model)
-    tower = model.get_vision_tower()
-    if "llava_hvp" not in model.__dict__ or not isinstance(tower, PrunedCLIPVisionTower):
-        raise UnsupportedModelError(
-            f"this {type(model).__name__} with a {type(tower).__name__} was not built by LLaVA's "
-            "own builder, and would not be pruned: call prune(model, method) on it instead"
-        )
-    if not tower.is_loaded:
-        raise UnsupportedModelError(
-            "LLaVA's loader left the vision tower unloaded, as it does for names without `llava` "
-            "in them: rename the checkpoint's folder, or call the tower's load_model()"
-        )
-    return model.llava_hvp
-
-
-def detach(model: Any) -> None:
-    """See `llava_hvp.unprune`."""
-    model = find_llava(model)
-    with _CHANGING:
-        if "llava_hvp" not in model.__dict__:
-            raise PrunedStateError("this model is not pruned: nothing to undo")
-        for override in (*OVERRIDES, *compat.instance_bridges()):
-            model.__dict__.pop(override.__name__, None)
-        del model.__dict__["llava_hvp"]
-        tower = model.get_vision_tower()
-        if isinstance(tower, PrunedCLIPVisionTower):
-            tower.release()
-
-
-def find_llava(model: Any) -> Any:
-    """The LLaVA model in what the user holds: itself, or inside a wrapper (PEFT, DDP).
-
-    Raises UnsupportedModelError where there is none.
-    """
-    if isinstance(model, LlavaMetaForCausalLM):
-        return model
-    modules = model.modules() if isinstance(model, nn.Module) else ()
-    for module in modules:
-        if isinstance(module, LlavaMetaForCausalLM):
-            return module
-    raise UnsupportedModelError(
-        f"{type(model).__name__} is not a LLaVA model: give what llava.model.builder."
-        "load_pretrained_model returns (transformers' own LlavaForConditionalGeneration is another "
-        "implementation)"
-    )
-
-
-def _tokenizer_of(model: Any) -> Any:
-    from transformers import AutoTokenizer
-
-    checkpoint = model.config._name_or_path
-    try:
-        return AutoTokenizer.from_pretrained(checkpoint, use_fast=False)
-    except Exception as error:  # hub, file format, missing library: there is no tokenizer
-        raise TextEncoderError(
-            f"no tokenizer to read the prompt with in {checkpoint!r} ({error}): pass it, as "
-            "prune(model, method, tokenizer=tokenizer)"
-        ) from error

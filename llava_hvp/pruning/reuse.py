@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava_hvp.hosts.llava.tower import Encoded
+from llava_hvp.pruning.encoding import EncodedTiles, PrunedEncoder
 
 ENTRIES = 8  # a worker serves several chats in turn
 BYTES = 64 * 2**20
@@ -20,8 +20,8 @@ BYTES = 64 * 2**20
 class _Entry:
     pixels: Tensor
     tiles: tuple[int, ...]
-    stamp: Any
-    encoded: Encoded
+    made_by: Any
+    encoded: EncodedTiles
 
     @property
     def bytes(self) -> int:
@@ -42,20 +42,22 @@ class RecentlyEncoded:
         # A copied or loaded model begins with none.
         return RecentlyEncoded, ()
 
-    def find(self, pixels: Tensor, tiles: tuple[int, ...], stamp: Any) -> Encoded | None:
-        """The encoding of equal pixels, made by an encoder of the same stamp; None if new."""
+    def find(self, pixels: Tensor, tiles: tuple[int, ...], made_by: Any) -> EncodedTiles | None:
+        """The encoding of equal pixels, made by an encoder of the same version; None if new."""
         with self._lock:
-            alike = [e for e in self._entries if _alike(e, pixels, tiles) and e.stamp == stamp]
+            alike = [e for e in self._entries if _alike(e, pixels, tiles) and e.made_by == made_by]
         if not alike:
             return None
         # One transfer from the device for all of them.
         equal = torch.stack([(entry.pixels == pixels).all() for entry in alike]).tolist()
         return next((e.encoded for e, same in zip(alike, equal, strict=True) if same), None)
 
-    def add(self, pixels: Tensor, tiles: tuple[int, ...], stamp: Any, encoded: Encoded) -> None:
+    def add(
+        self, pixels: Tensor, tiles: tuple[int, ...], made_by: Any, encoded: EncodedTiles
+    ) -> None:
         """Remember an encoding; the oldest give way."""
         # A clone: the caller may fill the same memory with the next image.
-        entry = _Entry(pixels.clone(), tiles, stamp, encoded)
+        entry = _Entry(pixels.clone(), tiles, made_by, encoded)
         with self._lock:
             self._entries.append(entry)
             while sum(e.bytes for e in self._entries) > BYTES:
@@ -72,9 +74,9 @@ def _alike(entry: _Entry, pixels: Tensor, tiles: tuple[int, ...]) -> bool:
     )
 
 
-def stamp(tower: Any) -> Any:
-    """Changes when the tower's method or weights do, by a load, an optimiser or a move."""
-    weights = tower.vision_tower.parameters()
+def weights_version(encoder: PrunedEncoder) -> Any:
+    """Changes when the encoder's method or weights do, by a load, an optimiser or a move."""
+    weights = encoder.vit.parameters()
     # Inference tensors keep no count of their changes.
     versions = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in weights]
-    return tower.prune_method, versions
+    return encoder.prune_method, versions

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from llava_hvp.errors import OptionError, PictureError
-
-if TYPE_CHECKING:
-    from llava_hvp.pruning.report import ImageReport
+from llava_hvp.methods.base import Selection
+from llava_hvp.methods.masks import Grid
 
 # States of a patch besides its role, which is 1, 2, … in the order of the selection's roles.
 PRUNED, CUT = 0, 255
@@ -43,7 +42,7 @@ class Panel:
 
 
 class View(Protocol):
-    """How a model sees pictures; `llava_hvp.hosts.llava.view` has LLaVA's."""
+    """How a model sees pictures; each host has its own."""
 
     def panels(self, tiles: int, size: tuple[int, int] | None) -> tuple[Panel, ...]:
         """Where the patches of an image of `tiles` tiles lie."""
@@ -55,7 +54,38 @@ class View(Protocol):
         """What becomes of a picture of (width, height), in a line."""
 
 
-def frame_of(report: ImageReport, image: Any) -> tuple[Panel, ...]:
+class Report(Protocol):
+    """What pruning did to an image, as far as pictures show it: an `ImageReport` of the core."""
+
+    @property
+    def method(self) -> str: ...
+    @property
+    def tiles(self) -> int: ...
+    @property
+    def grid(self) -> Grid: ...
+    @property
+    def size(self) -> tuple[int, int] | None: ...
+    @property
+    def selection(self) -> Selection: ...
+    @property
+    def sent(self) -> Tensor: ...
+    @property
+    def stock(self) -> Tensor | None: ...
+    @property
+    def view(self) -> View | None: ...
+    @property
+    def stock_tokens(self) -> int: ...
+    @property
+    def kept_tokens(self) -> int: ...
+    @property
+    def kept_patches(self) -> int: ...
+    @property
+    def kept_of_stock(self) -> float: ...
+    @property
+    def kept_of_patches(self) -> float: ...
+
+
+def frame_of(report: Report, image: Any) -> tuple[Panel, ...]:
     """The panels of the picture that a report is of.
 
     Raises PictureError for a picture of another size, and for a report that does not know how the
@@ -80,7 +110,7 @@ def frame_of(report: ImageReport, image: Any) -> tuple[Panel, ...]:
     return panels
 
 
-def places_of(report: ImageReport) -> tuple[Panel, ...]:
+def places_of(report: Report) -> tuple[Panel, ...]:
     """The panels of a report without any photo; without a view, its tiles side by side."""
     if report.view is not None:
         return report.view.panels(report.tiles, report.size)
@@ -89,7 +119,7 @@ def places_of(report: ImageReport) -> tuple[Panel, ...]:
     return (Panel("", index.transpose(0, 1).reshape(rows, -1), 1),)
 
 
-def states_of(report: ImageReport) -> Tensor:
+def states_of(report: Report) -> Tensor:
     """(tiles * N,) uint8: PRUNED, the number of the role it is kept for, or CUT by unpad.
 
     Raises OptionError for a selection of more roles than a byte holds.
@@ -105,7 +135,7 @@ def states_of(report: ImageReport) -> Tensor:
     return states
 
 
-def counts_of(report: ImageReport) -> dict[str, int]:
+def counts_of(report: Report) -> dict[str, int]:
     """Patches by role, then `pruned`, and `cut` where unpad removed any; all of them together."""
     states = states_of(report)
     numbers = {role: n for n, role in enumerate(report.selection.roles, 1)}

@@ -7,22 +7,18 @@ import html
 import io
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 
 from llava_hvp.errors import PictureError
 from llava_hvp.show.colours import DIMMED, colours_of
-from llava_hvp.show.frame import counts_of, places_of, states_of
-
-if TYPE_CHECKING:
-    from llava_hvp.pruning.report import ImageReport
+from llava_hvp.show.frame import Report, counts_of, places_of, states_of
 
 SIDE = 10  # pixels along a patch
 LIGHT = (190, 190, 190)  # in place of the photo
 
 
-def png_of(report: ImageReport) -> bytes | None:
+def png_of(report: Report) -> bytes | None:
     """The map of a report's masks as PNG; None without PIL."""
     try:
         from llava_hvp.show.overlay import paint
@@ -41,7 +37,7 @@ def png_of(report: ImageReport) -> bytes | None:
     return file.getvalue()
 
 
-def html_of(report: ImageReport) -> str:
+def html_of(report: Report) -> str:
     """The map with the report's line and its counts."""
     colours = colours_of(report.selection.roles)
     counts = [
@@ -59,6 +55,6 @@ def html_of(report: ImageReport) -> str:
     )
 
 
-def html_of_all(reports: Sequence[ImageReport]) -> str:
+def html_of_all(reports: Sequence[Report]) -> str:
     """One figure for each image of a call."""
     return "".join(map(html_of, reports)) or "<p>pruned; no image seen yet</p>"

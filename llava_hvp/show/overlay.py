@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from llava_hvp.show.colours import DIMMED, Colour, colours_of
 from llava_hvp.show.frame import (
     CUT,
     Panel,
+    Report,
     counts_of,
     frame_of,
     over_pixels,
@@ -32,16 +33,13 @@ from llava_hvp.show.sheet import (
     words,
 )
 
-if TYPE_CHECKING:
-    from llava_hvp.pruning.report import ImageReport
-
 WIDEST, LARGEST = 1100, 4  # pixels of an overlay, times the size that the model sees
 NARROWEST = 360  # pixels, so that a legend has room
 LIGHT, DARK, SQUARE = 250, 222, 7  # the chequers of what unpad cuts off
 
 
 def overlay(
-    report: ImageReport,
+    report: Report,
     image: Any,
     *,
     scale: int | None = None,
@@ -117,7 +115,7 @@ def chequers(height: int, width: int) -> Tensor:
     return torch.where((down[:, None] + right) % 2 == 0, LIGHT, DARK)[..., None].to(torch.int32)
 
 
-def roles_legend(report: ImageReport, width: int) -> Image.Image:
+def roles_legend(report: Report, width: int) -> Image.Image:
     """Roles with their counts, and what pruned and cut patches look like."""
     colours = colours_of(report.selection.roles)
     swatches = {}

@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava_hvp.pruning.packing import Packed, pack
+from llava_hvp.hosts.llava.tiling import sizes_of
+from llava_hvp.pruning.packing import PackedImages, pack
 
 
 def encode_images(self: Any, images: Any) -> list[Tensor]:
     """As stock, but a (kept, D) tensor for each image; for the stand-in, its features."""
-    if isinstance(images, Packed):
+    if isinstance(images, PackedImages):
         return images.features
-    return pack(self, images, None, None).features
+    return _pack(self, images, None, None).features
 
 
 def prepare_inputs_labels_for_multimodal(
@@ -47,7 +48,7 @@ def prepare_inputs_labels_for_multimodal(
     if images is None or input_ids.shape[1] == 1 or self.get_vision_tower() is None:
         return stock(images, attention_mask)
     prompts = _without_padding(input_ids, attention_mask)
-    packed = pack(self, images, image_sizes, prompts)
+    packed = _pack(self, images, image_sizes, prompts)
     if not packed.pruned or labels is not None or len(prompts) == 1:
         return stock(packed, attention_mask)
     # Stock returns no mask where it got none, and pads on the right: generation from a ragged
@@ -69,6 +70,25 @@ def prepare_inputs_labels_for_multimodal(
     embeds = embeds.gather(1, source[..., None].expand_as(embeds))
     positions = None if positions is None else positions.gather(1, source)
     return nothing, positions, mask.gather(1, source), cache, embeds, no_labels
+
+
+def _pack(
+    model: Any, images: Any, image_sizes: Sequence[Any] | None, rows: list[Tensor] | None
+) -> PackedImages:
+    """Prune the images of one call.
+
+    Parameters
+    ----------
+    images : (B, 3, H, W), (B, tiles, 3, H, W), or a list of (3, H, W) and (tiles, 3, H, W)
+    image_sizes : (width, height) of each image; AnyRes needs it
+    rows : token ids of each row of the batch without padding
+    """
+    tiled = isinstance(images, list) or images.ndim == 5
+    stacks = [x[None] if x.ndim == 3 else x for x in images] if tiled else list(images[:, None])
+    tiles = tuple(len(stack) for stack in stacks)
+    pixels = torch.cat(stacks) if tiled else images
+    sizes = sizes_of(image_sizes, len(tiles))
+    return pack(model.llava_hvp, pixels, tiles, sizes, rows, laid_out=tiled)
 
 
 def _without_padding(input_ids: Tensor, attention_mask: Tensor | None) -> list[Tensor]:

@@ -16,7 +16,7 @@ from llava.mm_utils import process_images, select_best_resolution
 from torch import Tensor
 
 from llava_hvp.errors import LlavaHvpError, PictureError
-from llava_hvp.pruning.layout import Arrangement, mosaic
+from llava_hvp.hosts.llava.tiling import TilingConfig, mosaic
 from llava_hvp.show.frame import Panel
 
 Size = tuple[int, int]
@@ -27,29 +27,29 @@ MOST_PIXELS = 2 * 89_478_485
 @dataclass(frozen=True)
 class LlavaView:
     """processor : of the vision tower
-    arrangement : what the model's config says of aspect ratio and pinpoints
+    tiling : what the model's config says of aspect ratio and pinpoints
     patch_side : pixels along a patch
     """
 
     processor: Any
-    arrangement: Arrangement
+    tiling: TilingConfig
     patch_side: int
 
     @classmethod
-    def of(cls, tower: Any, arrangement: Arrangement) -> LlavaView:
+    def of(cls, tower: Any, tiling: TilingConfig) -> LlavaView:
         """Of a loaded vision tower."""
         # A tower that was not loaded from a checkpoint has no processor, and nothing to draw.
         processor = getattr(tower, "image_processor", None)
-        return cls(processor, arrangement, tower.config.patch_size)
+        return cls(processor, tiling, tower.config.patch_size)
 
     def panels(self, tiles: int, size: Size | None) -> tuple[Panel, ...]:
         """Where the patches of an image of `tiles` tiles lie, by `tile * N + patch`."""
-        rows, columns = self.arrangement.grid
+        rows, columns = self.tiling.grid
         index = torch.arange(tiles * rows * columns).view(tiles, rows, columns)
         if tiles == 1:
             return (Panel("", index[0], self.patch_side),)
         try:
-            rest = mosaic(self.arrangement, tiles, size)
+            rest = mosaic(self.tiling, tiles, size)
         except LlavaHvpError:  # packed flat, so that nothing said where the tiles lie
             rest = index[1:].transpose(0, 1).reshape(rows, -1)
         return (
@@ -59,16 +59,16 @@ class LlavaView:
 
     def describe(self, size: Size) -> str:
         """What becomes of a picture of (width, height), in a line."""
-        side = self.arrangement.image_side
+        side = self.tiling.image_side
         start = f"{size[0]} x {size[1]} pixels, "
-        if self.arrangement.aspect_ratio == "anyres":
-            pinpoints = ast.literal_eval(self.arrangement.pinpoints)
+        if self.tiling.aspect_ratio == "anyres":
+            pinpoints = ast.literal_eval(self.tiling.pinpoints)
             width, height = select_best_resolution(size, pinpoints)
             return (
                 f"{start}squeezed to {side} x {side} for the base tile; fitted into "
                 f"{width} x {height} for the mosaic, padded with black"
             )
-        if self.arrangement.aspect_ratio == "pad":
+        if self.tiling.aspect_ratio == "pad":
             padded = "" if size[0] == size[1] else "padded to a square and "
             return f"{start}{padded}resized to {side} x {side}"
         cropped = "" if size[0] == size[1] else "the middle square of it "
@@ -91,8 +91,8 @@ class LlavaView:
                 "shrink it first"
             )
         config = SimpleNamespace(
-            image_aspect_ratio=self.arrangement.aspect_ratio,
-            image_grid_pinpoints=self.arrangement.pinpoints,
+            image_aspect_ratio=self.tiling.aspect_ratio,
+            image_grid_pinpoints=self.tiling.pinpoints,
         )
         try:
             pixels = process_images([image], self.processor, config)[0]
@@ -106,11 +106,11 @@ class LlavaView:
     def _pixels_held(self, size: Size) -> float:
         """The most pixels that LLaVA makes of a picture of (width, height)."""
         short, long = sorted(size)
-        if self.arrangement.aspect_ratio == "anyres":
+        if self.tiling.aspect_ratio == "anyres":
             return short * long
-        if self.arrangement.aspect_ratio == "pad":
+        if self.tiling.aspect_ratio == "pad":
             return long * long  # the square of expand2square
-        return max(short * long, self.arrangement.image_side**2 * long / short)
+        return max(short * long, self.tiling.image_side**2 * long / short)
 
     def frame(self, image: Any) -> tuple[Panel, ...]:
         """The panels of a PIL image with its photo; raises PictureError as `pixels` does."""

@@ -1,0 +1,205 @@
+"""LLaVA's own classes: putting a method on a model of theirs, and taking it off again."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llava.model.llava_arch import LlavaMetaForCausalLM
+from torch import Tensor, nn
+
+from llava_hvp.encoder.text import ClipText
+from llava_hvp.errors import PrunedStateError, TextEncoderError, UnsupportedModelError
+from llava_hvp.hosts.llava import compat, overrides
+from llava_hvp.hosts.llava.prompt import read_prompt, rows_of_images
+from llava_hvp.hosts.llava.tiling import TilingConfig, layout
+from llava_hvp.hosts.llava.tower import PrunedCLIPVisionTower
+from llava_hvp.hosts.llava.view import LlavaView
+from llava_hvp.methods.base import Method
+from llava_hvp.pruning.layout import Layout, Size
+from llava_hvp.pruning.pruning import CHANGING, Pruning
+
+OVERRIDES: tuple[Callable[..., Any], ...] = (
+    overrides.encode_images,
+    overrides.prepare_inputs_labels_for_multimodal,
+)
+
+
+@dataclass(frozen=True)
+class LlavaModel:
+    """A LLaVA model as the core sees it: `llava_hvp.pruning.host.HostModel`."""
+
+    model: Any
+
+    @property
+    def encoder(self) -> PrunedCLIPVisionTower:
+        """The vision tower; raises UnsupportedModelError where it is no pruned one any more."""
+        tower = self.model.get_vision_tower()
+        if not isinstance(tower, PrunedCLIPVisionTower):
+            raise UnsupportedModelError(
+                "this model was set up for pruning, but its vision tower is a "
+                f"{type(tower).__name__} now: load the model again, or unprune(model) first"
+            )
+        return tower
+
+    def tiling(self) -> TilingConfig:
+        """What decides on the layout of its images."""
+        tower = self.encoder
+        grid = tower.plan().geometry.grid
+        return TilingConfig.of(self.model.config, grid, tower.config.image_size)
+
+    def layout(self, tiles: int, size: Size | None, merge: str) -> Layout:
+        """The tokens that LLaVA would send of an image of `tiles` tiles."""
+        return layout(self.tiling(), tiles, size, merge)
+
+    def project(self, features: Tensor) -> Tensor:
+        """(…, D) features of patches as the language model takes them."""
+        projected: Tensor = self.model.get_model().mm_projector(features)
+        return projected
+
+    def newline(self) -> Tensor:
+        """(D,) the embedding that ends a row of the mosaic."""
+        newline: Tensor = self.model.get_model().image_newline
+        return newline
+
+    def view(self) -> LlavaView:
+        """How the model sees pictures, to draw on one."""
+        return LlavaView.of(self.encoder, self.tiling())
+
+    def prompts(self, rows: Sequence[Tensor], images: int, tokenizer: Any) -> list[str]:
+        """What each image is asked: the last user turn of the row that it stands in."""
+        return [read_prompt(row, tokenizer) for row in rows_of_images(list(rows), images)]
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """(tokens, D) input embeddings of the language model."""
+        embed = self.model.get_model().embed_tokens
+        embedded: Tensor = embed(ids.to(embed.weight.device))
+        return embedded
+
+    @property
+    def clip_checkpoint(self) -> str:
+        """Name or folder of the tower's own checkpoint."""
+        return str(self.encoder.vision_tower_name)
+
+    def load_tokenizer(self) -> Any:
+        """The language model's own tokenizer; raises TextEncoderError where there is none."""
+        from transformers import AutoTokenizer
+
+        checkpoint = self.model.config._name_or_path
+        try:
+            return AutoTokenizer.from_pretrained(checkpoint, use_fast=False)
+        except Exception as error:  # hub, file format, missing library: there is no tokenizer
+            raise TextEncoderError(
+                f"no tokenizer to read the prompt with in {checkpoint!r} ({error}): pass it, as "
+                "prune(model, method, tokenizer=tokenizer)"
+            ) from error
+
+    def detach(self) -> None:
+        """Give the model back as it was."""
+        detach(self.model)
+
+
+def attach(
+    model: Any, method: Method, *, tokenizer: Any = None, clip_text: ClipText | None = None
+) -> Pruning:
+    """See `llava_hvp.prune`.
+
+    clip_text : instead of the one in the tower's own checkpoint
+    """
+    if not isinstance(method, Method):
+        raise UnsupportedModelError(
+            f"{method!r} is no Method: give one, as HIVTP(r_max=0.5) or get_method('hivtp')"
+        )
+    model = find_llava(model)
+    with CHANGING:
+        PrunedCLIPVisionTower.adopt(_unpruned_tower(model), method)
+        pruning = bind(model, tokenizer, clip_text)
+    try:
+        pruning.load_text()
+    except BaseException:
+        pruning.take_back()
+        raise
+    return pruning
+
+
+def _unpruned_tower(model: Any) -> Any:
+    """The vision tower of a model that nobody prunes; raises a LlavaHvpError where that is not."""
+    tower = model.get_vision_tower()
+    if tower is None:
+        raise UnsupportedModelError(
+            f"this {type(model).__name__} has no vision tower: load a LLaVA checkpoint"
+        )
+    if "llava_hvp" in model.__dict__ or isinstance(tower, PrunedCLIPVisionTower):
+        raise PrunedStateError(
+            "this model is pruned already: unprune(model) first, or leave its `with` block"
+        )
+    patched = [f.__name__ for f in OVERRIDES if f.__name__ in model.__dict__]
+    if patched:
+        raise PrunedStateError(
+            f"{', '.join(patched)} of this model is patched by something else: undo that first"
+        )
+    return tower
+
+
+def bind(model: Any, tokenizer: Any = None, clip_text: ClipText | None = None) -> Pruning:
+    """Give one model the overrides; its tower decides what they do."""
+    pruning = Pruning(LlavaModel(model), tokenizer, clip_text)
+    model.llava_hvp = pruning
+    for override in (*OVERRIDES, *compat.instance_bridges()):
+        # No MethodType: one of those is pickled by its name, and loaded as the stock method.
+        setattr(model, override.__name__, functools.partial(override, model))
+    return pruning
+
+
+def check_bound(model: Any) -> Pruning:
+    """The pruning of a model that was loaded after `builder.install`.
+
+    Raises UnsupportedModelError if it would run unpruned.
+    """
+    model = find_llava(model)
+    tower = model.get_vision_tower()
+    if "llava_hvp" not in model.__dict__ or not isinstance(tower, PrunedCLIPVisionTower):
+        raise UnsupportedModelError(
+            f"this {type(model).__name__} with a {type(tower).__name__} was not built by LLaVA's "
+            "own builder, and would not be pruned: call prune(model, method) on it instead"
+        )
+    if not tower.is_loaded:
+        raise UnsupportedModelError(
+            "LLaVA's loader left the vision tower unloaded, as it does for names without `llava` "
+            "in them: rename the checkpoint's folder, or call the tower's load_model()"
+        )
+    return model.llava_hvp
+
+
+def detach(model: Any) -> None:
+    """See `llava_hvp.unprune`."""
+    model = find_llava(model)
+    with CHANGING:
+        if "llava_hvp" not in model.__dict__:
+            raise PrunedStateError("this model is not pruned: nothing to undo")
+        for override in (*OVERRIDES, *compat.instance_bridges()):
+            model.__dict__.pop(override.__name__, None)
+        del model.__dict__["llava_hvp"]
+        tower = model.get_vision_tower()
+        if isinstance(tower, PrunedCLIPVisionTower):
+            tower.release()
+
+
+def find_llava(model: Any) -> Any:
+    """The LLaVA model in what the user holds: itself, or inside a wrapper (PEFT, DDP).
+
+    Raises UnsupportedModelError where there is none.
+    """
+    if isinstance(model, LlavaMetaForCausalLM):
+        return model
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    for module in modules:
+        if isinstance(module, LlavaMetaForCausalLM):
+            return module
+    raise UnsupportedModelError(
+        f"{type(model).__name__} is not a LLaVA model: give what llava.model.builder."
+        "load_pretrained_model returns (transformers' own LlavaForConditionalGeneration is another "
+        "implementation)"
+    )

@@ -1,0 +1,105 @@
+"""How LLaVA cuts an image into tiles and lays out their tokens, as indices.
+
+LLaVA's own `unpad_image` and grid shape do the arithmetic.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from llava.mm_utils import get_anyres_image_grid_shape
+from llava.model.llava_arch import unpad_image
+from torch import Tensor
+
+from llava_hvp.errors import UnsupportedModelError
+from llava_hvp.methods.masks import Grid
+from llava_hvp.pruning.layout import Layout, Size
+
+
+@dataclass(frozen=True)
+class TilingConfig:
+    """What decides on the layout besides the image: the model's config and the tower.
+
+    merge_type, aspect_ratio, pinpoints : of the config
+    grid, image_side : patches and pixels of a tile
+    """
+
+    merge_type: str
+    aspect_ratio: str
+    pinpoints: str
+    grid: Grid
+    image_side: int
+
+    @classmethod
+    def of(cls, config: Any, grid: Grid, image_side: int) -> TilingConfig:
+        """Read LLaVA's config with LLaVA's own defaults."""
+        return cls(
+            getattr(config, "mm_patch_merge_type", "flat"),
+            getattr(config, "image_aspect_ratio", "square"),
+            str(getattr(config, "image_grid_pinpoints", None)),
+            grid,
+            image_side,
+        )
+
+
+@functools.lru_cache(maxsize=256)
+def layout(tiling: TilingConfig, tiles: int, size: Size | None, merge: str) -> Layout:
+    """The layout of one image of `tiles` tiles.
+
+    Parameters
+    ----------
+    size : (width, height) of the picture; AnyRes needs it
+    merge : "stock", or "spatial" for several tiles with neither unpad nor newline
+
+    Raises
+    ------
+    UnsupportedModelError : what stock LLaVA refuses as well: a merge type or aspect ratio that it
+        does not know, tiles that do not fit the image's size
+    """
+    patches = tiling.grid[0] * tiling.grid[1]
+    if tiling.merge_type == "flat":
+        return Layout(torch.arange(tiles * patches))
+    if not tiling.merge_type.startswith("spatial"):
+        raise UnsupportedModelError(
+            f"mm_patch_merge_type={tiling.merge_type!r} in the model's config: LLaVA knows "
+            "flat, spatial and spatial_unpad"
+        )
+    unpad = merge == "stock" and "unpad" in tiling.merge_type
+    base = torch.arange(patches)
+    if tiles == 1:
+        return Layout(base, newline=unpad)
+    table = mosaic(tiling, tiles, size)
+    if unpad:
+        table = unpad_image(table[None], size)[0]
+    return Layout(base, table, newline=unpad)
+
+
+def mosaic(tiling: TilingConfig, tiles: int, size: Size | None) -> Tensor:
+    """(rows, columns) int64: the sub-images side by side as AnyRes cut them, padding included."""
+    if tiling.aspect_ratio != "anyres" or size is None:
+        raise UnsupportedModelError(
+            f"an image of {tiles} tiles with image_aspect_ratio={tiling.aspect_ratio!r} and "
+            f"image size {size}: LLaVA lays out several tiles for 'anyres' only, by image_sizes"
+        )
+    pinpoints = ast.literal_eval(tiling.pinpoints)
+    across, down = get_anyres_image_grid_shape(size, pinpoints, tiling.image_side)
+    if across * down != tiles - 1:
+        raise UnsupportedModelError(
+            f"an image of {size[0]} x {size[1]} pixels has {across} x {down} sub-images by the "
+            f"model's image_grid_pinpoints, but {tiles - 1} came: pass these images' image_sizes"
+        )
+    rows, columns = tiling.grid
+    table = torch.arange(rows * columns, tiles * rows * columns).view(down, across, rows, columns)
+    return table.transpose(1, 2).reshape(down * rows, across * columns)
+
+
+def sizes_of(image_sizes: Sequence[Any] | None, images: int) -> list[Size | None]:
+    """LLaVA's `image_sizes` as (width, height) for each of `images` images, None where unknown."""
+    if image_sizes is None:
+        return [None] * images
+    return [(int(size[0]), int(size[1])) for size in image_sizes]
