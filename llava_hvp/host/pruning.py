@@ -38,8 +38,10 @@ class Pruning:
 
     Ends with `unprune(model)`, or at the end of its `with` block.
 
-    reuse : whether an image that comes again, as in a chat, is encoded only once (where no
-        gradients are wanted and the method does not read the prompt); False for timing
+    reuse : set it to True, and an image that comes again is encoded only once, as in LLaVA's own
+        chat and worker. For several questions about one picture, as long as the vision tower's
+        weights do not change through `.data`. Without effect where gradients are wanted, where the
+        method reads the prompt, and where the weights are partitioned (ZeRO-3, FSDP).
     on_record : called with the reports of each call, from the thread that made it
     """
 
@@ -48,7 +50,7 @@ class Pruning:
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self.reuse = True
+        self.reuse = False
         self.on_record: Callable[[list[ImageReport]], None] | None = None
         self._recently = RecentlyEncoded()
         self.clip_text = clip_text
@@ -101,6 +103,8 @@ class Pruning:
         if not self.reuse or torch.is_grad_enabled() or tower.reading().needs.relevance:
             return tower.encode(pixels, tiles, relevance)
         made_by = stamp(tower)
+        if made_by is None:
+            return tower.encode(pixels, tiles, relevance)
         encoded = self._recently.find(pixels, tiles, made_by)
         if encoded is None:
             encoded = tower.encode(pixels, tiles, relevance)

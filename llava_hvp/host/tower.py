@@ -24,10 +24,12 @@ _CHANGING = threading.Lock()
 class Encoded:
     """features : (T, N, D) of the selected layer, on the device, in the images' dtype
     selection : which patches of them stay, on the CPU
+    reused : whether they were made for an earlier call
     """
 
     features: Tensor
     selection: Selection
+    reused: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,19 +119,24 @@ class PrunedCLIPVisionTower(CLIPVisionTower):
     def reading(self) -> Reading:
         """What to read of the loaded tower, hooks in place.
 
-        They are set anew where loading has replaced the modules that they sat on.
+        They are set anew where loading has replaced the modules that they sat on, and where
+        `select_layer` is another one now.
         """
         layers = layers_of(self.vision_tower)
         reading = self._reading
-        if reading is not None and reading.taps.on(layers):
+        if reading is not None and self._holds(reading, layers):
             return reading
         with _CHANGING:
             reading = self._reading
-            if reading is None or not reading.taps.on(layers):
+            if reading is None or not self._holds(reading, layers):
                 if reading is not None:
                     reading.taps.remove()
                 reading = self._reading = self._read(layers)
             return reading
+
+    def _holds(self, reading: Reading, layers: Sequence[Any]) -> bool:
+        select = reading.geometry.normalised(self.select_layer)
+        return reading.select == select and reading.taps.on(layers)
 
     def _read(self, layers: Sequence[Any]) -> Reading:
         geometry = read_geometry(self.vision_tower)
