@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from llava_hvp import HIVTP, HiPrunePlus, prune
+from llava_hvp import HIVTP, HiPrunePlus, Uniform, prune
 from llava_hvp.config import Request
 from llava_hvp.encoder.vit import layers_of
 from llava_hvp.host.reuse import PARTITIONED
@@ -184,6 +184,16 @@ def test_what_changes_at_the_tower_is_seen(bundle, photos, encodings):
         assert len(encodings) == len(changes) + 1
     with prune(bundle.model, HIVTP(r_max=0.25, layers=(7, 8))):
         assert torch.equal(bundle.embeds(*arguments)[0], last)
+
+
+def test_another_layer_is_seen_where_no_attention_is_read(bundle, photos, encodings):
+    """No hooks are set anew then."""
+    arguments = bundle.ids("x"), bundle.pixels(photos[1]), [photos[1].size]
+    with reusing(bundle.model, Uniform(r_max=0.25)):
+        bundle.embeds(*arguments)
+        bundle.model.get_vision_tower().select_layer = -3
+        bundle.embeds(*arguments)
+    assert len(encodings) == 2
 
 
 class Distributed(torch.nn.Parameter):
