@@ -98,8 +98,7 @@ def run(path: Path, picture: Path, asked: dict[str, str], out: Path, rounds: int
         times, ratios = [], []
         for _ in range(rounds):
             stock = first_token()
-            with prune(model, method, tokenizer=opened.tokenizer) as pruned:
-                pruned.reuse = False
+            with prune(model, method, tokenizer=opened.tokenizer):
                 times.append(first_token())
                 ratios.append(times[-1] / stock)
         with prune(model, method, tokenizer=opened.tokenizer) as pruned:

@@ -41,14 +41,13 @@ def test_every_turn_has_the_history_and_the_answer_of_it(chat, checkpoints, phot
     path = checkpoints("llava-1.5-llama")
     turns, result = chat(path, "--prune-method hiprune --r-max 0.33")
     assert "pruning on: hiprune r_max=0.33" in result.stderr
-    assert "3 images, kept 32.8% of stock's" in result.stderr
+    assert "llava-hvp: 1 image, sent 3 times, kept 32.8% of stock's" in result.stderr
 
     bundle = load(path)
     bundle.model.half().get_vision_tower().float()
     pixels = process_images([photos[0]], bundle.processor, bundle.model.config).half()
     history = ""
-    with prune(bundle.model, HiPrune(r_max=0.33)) as pruned:
-        pruned.reuse = False
+    with prune(bundle.model, HiPrune(r_max=0.33)):
         for question, turn in zip(QUESTIONS, turns, strict=True):
             mark = "" if history else "<image>\n"
             history += f"USER: {mark}{question} ASSISTANT:"

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from evaluation import call, environment
+from llava_hvp.record import summary
 
 from llava_hvp.cli import main
 from llava_hvp.cli.interpreter import python_of
@@ -169,6 +170,9 @@ def test_several_processes_are_summed_up(tmp_path, capsys):
     assert not tell(reports, 0)
     assert "2 processes, 8 images, kept 20.0% of stock's" in capsys.readouterr().err
     assert added([COUNTS, other])["stock_tokens"] == 200
+    chat = COUNTS | {"images": 1, "reused": 2}
+    assert added([COUNTS, chat, chat])["reused"] == 4
+    assert summary(added([COUNTS, chat])).startswith("3 images, sent 5 times, kept 50.0%")
 
 
 def test_methods_are_listed_with_their_options(capsys):

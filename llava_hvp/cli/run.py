@@ -161,7 +161,8 @@ def added(counts: list[dict[str, Any]]) -> dict[str, Any]:
     """Counts of several processes as one; means are over all images."""
     images = sum(c["images"] for c in counts)
     total: dict[str, Any] = {
-        name: sum(c[name] for c in counts) for name in ("images", "kept_tokens", "stock_tokens")
+        name: sum(c.get(name, 0) for c in counts)
+        for name in ("images", "reused", "kept_tokens", "stock_tokens")
     }
     for name in ("mean_kept_of_stock", "mean_kept_of_patches"):
         total[name] = sum(c[name] * c["images"] for c in counts) / images if images else None

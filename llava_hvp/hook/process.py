@@ -194,6 +194,8 @@ class Session:
         pruning = check_bound(model)
         pruning.tokenizer = pruning.tokenizer or tokenizer
         pruning.load_text()
+        # Several questions about one picture, and weights that stay.
+        pruning.reuse = self.command in startup.SERVING
         if self.command == "llava.serve.cli":
             bridge_history(model)
 

@@ -25,10 +25,12 @@ class EncodedTiles:
 
     features : (T, N, D) of the layer that goes on, on the device, in the images' dtype
     selection : on the CPU
+    reused : whether they were made for an earlier call
     """
 
     features: Tensor
     selection: Selection
+    reused: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,19 +104,24 @@ class PrunedEncoder:
     def plan(self) -> CapturePlan:
         """What to read of the loaded encoder, hooks in place.
 
-        They are set anew where loading has replaced the modules that they sat on.
+        They are set anew where loading has replaced the modules that they sat on, and where another
+        layer goes on now.
         """
         layers = layers_of(self.vit)
         plan = self._plan
-        if plan is not None and plan.hooks.on(layers):
+        if plan is not None and self._holds(plan, layers):
             return plan
         with _CHANGING:
             plan = self._plan
-            if plan is None or not plan.hooks.on(layers):
+            if plan is None or not self._holds(plan, layers):
                 if plan is not None:
                     plan.hooks.remove()
                 plan = self._plan = self._make_plan(layers)
             return plan
+
+    def _holds(self, plan: CapturePlan, layers: Sequence[Any]) -> bool:
+        feature_layer = plan.geometry.normalised(self.hidden_state_index)
+        return plan.feature_layer == feature_layer and plan.hooks.on(layers)
 
     def _make_plan(self, layers: Sequence[Any]) -> CapturePlan:
         geometry = read_geometry(self.vit)

@@ -72,6 +72,7 @@ def pack(
             selection,
             place.stock(selection.keep.numel()).view_as(selection.keep),
             view,
+            encoded.reused,
         )
         for count, place, tokens, size, selection in zip(
             tiles, layouts, kept, sizes, selections, strict=True

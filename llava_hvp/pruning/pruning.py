@@ -28,8 +28,10 @@ class Pruning:
 
     Ends with `unprune(model)`, or at the end of its `with` block.
 
-    reuse : whether an image that comes again, as in a chat, is encoded only once (where no
-        gradients are wanted and the method does not read the prompt); False for timing
+    reuse : set it to True, and an image that comes again is encoded only once, as in LLaVA's own
+        chat and worker. For several questions about one picture, as long as the vision tower's
+        weights do not change through `.data`. Without effect where gradients are wanted, where the
+        method reads the prompt, and where the weights are partitioned (ZeRO-3, FSDP).
     on_record : called with the reports of each call, from the thread that made it
     """
 
@@ -38,7 +40,7 @@ class Pruning:
     ) -> None:
         self.host_model = host_model
         self.tokenizer = tokenizer
-        self.reuse = True
+        self.reuse = False
         self.on_record: Callable[[list[ImageReport]], None] | None = None
         self._recently = RecentlyEncoded()
         self.clip_text = clip_text
@@ -98,6 +100,8 @@ class Pruning:
         if not self.reuse or torch.is_grad_enabled() or encoder.plan().needs.relevance:
             return encoder.encode(pixels, tiles, relevance)
         made_by = weights_version(encoder)
+        if made_by is None:
+            return encoder.encode(pixels, tiles, relevance)
         encoded = self._recently.find(pixels, tiles, made_by)
         if encoded is None:
             encoded = encoder.encode(pixels, tiles, relevance)

@@ -16,12 +16,14 @@ SUFFIX = ".hvp.json"
 class Totals:
     """Sums over all images of a process; several threads may add.
 
-    The ratios are means over images, so that an image of five tiles counts as one of one tile.
+    The ratios are means over images, so that an image of five tiles counts as one of one tile. An
+    image that comes again and is not encoded again, as in a chat, counts as `reused` only.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self.images = 0
+        self.reused = 0
         self.kept_tokens = 0
         self.stock_tokens = 0
         self._kept_of_stock = 0.0
@@ -31,6 +33,9 @@ class Totals:
         """Count the images of one call."""
         with self._lock:
             for report in reports:
+                if report.reused:
+                    self.reused += 1
+                    continue
                 self.images += 1
                 self.kept_tokens += report.kept_tokens
                 self.stock_tokens += report.stock_tokens
@@ -42,6 +47,7 @@ class Totals:
         images = self.images
         return {
             "images": images,
+            "reused": self.reused,
             "kept_tokens": self.kept_tokens,
             "stock_tokens": self.stock_tokens,
             "mean_kept_of_stock": self._kept_of_stock / images if images else None,
@@ -53,12 +59,17 @@ class Totals:
 
 
 def summary(counts: dict[str, Any]) -> str:
-    """As `12 images, kept 48.8% of stock's visual tokens and 48.8% of all patches (means)`."""
+    """As `12 images, kept 48.8% of stock's visual tokens and 48.8% of all patches (means)`.
+
+    Of a chat `1 image, sent 3 times, kept …`.
+    """
     images = counts["images"]
     if not images:
         return "no image"
+    times = f", sent {images + counts['reused']} times" if counts.get("reused") else ""
     return (
-        f"{images} image{'s' * (images != 1)}, kept {counts['mean_kept_of_stock']:.1%} of stock's "
+        f"{images} image{'s' * (images != 1)}{times}, "
+        f"kept {counts['mean_kept_of_stock']:.1%} of stock's "
         f"visual tokens and {counts['mean_kept_of_patches']:.1%} of all patches (means)"
     )
 

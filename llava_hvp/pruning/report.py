@@ -29,6 +29,7 @@ class ImageReport:
     selection : masks of this image, (tiles, N) each, on the CPU
     stock : (tiles, N) bool, the patches that unpruned LLaVA would send; None for all
     view : how the model sees pictures, to draw on one; None where unknown
+    reused : whether this is what an earlier call made of the same image, as in a chat
     """
 
     method: str
@@ -41,6 +42,7 @@ class ImageReport:
     selection: Selection
     stock: Tensor | None = None
     view: View | None = None
+    reused: bool = False
 
     @property
     def kept_patches(self) -> int:
@@ -63,7 +65,7 @@ class ImageReport:
         return (
             f"<{self.method}: {tiles}, {self.kept_tokens} of {self.stock_tokens} tokens "
             f"({self.kept_of_stock:.1%}), {self.kept_patches} of {patches} patches "
-            f"({self.kept_of_patches:.1%})>"
+            f"({self.kept_of_patches:.1%}){', encoded by an earlier call' * self.reused}>"
         )
 
     def overlay(self, image: Any, *, scale: int | None = None) -> Any:

@@ -1,10 +1,14 @@
-"""An image that comes again, as at every turn of a chat, is not encoded again."""
+"""An image that comes again, as at every turn of a chat, is not encoded again.
+
+Pays where one picture is asked about several times and the tower stays as it is. To look for a
+picture waits for the device, so that it is off where nobody asked for it.
+"""
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +18,9 @@ from llava_hvp.pruning.encoding import EncodedTiles, PrunedEncoder
 
 ENTRIES = 8  # a worker serves several chats in turn
 BYTES = 64 * 2**20
+# What ZeRO-3 and FSDP (flat, then with original parameters) put on a parameter. Ranks gather such
+# weights, and DTensors, together at each run of the tower: none of them may leave one out.
+PARTITIONED = frozenset({"ds_id", "_is_flat_param", "_fsdp_flattened"})
 
 
 @dataclass(frozen=True)
@@ -43,14 +50,15 @@ class RecentlyEncoded:
         return RecentlyEncoded, ()
 
     def find(self, pixels: Tensor, tiles: tuple[int, ...], made_by: Any) -> EncodedTiles | None:
-        """The encoding of equal pixels, made by an encoder of the same version; None if new."""
+        """The encoding of equal pixels by an encoder of the same version; None if new."""
         with self._lock:
             alike = [e for e in self._entries if _alike(e, pixels, tiles) and e.made_by == made_by]
         if not alike:
             return None
         # One transfer from the device for all of them.
         equal = torch.stack([(entry.pixels == pixels).all() for entry in alike]).tolist()
-        return next((e.encoded for e, same in zip(alike, equal, strict=True) if same), None)
+        found = next((e.encoded for e, same in zip(alike, equal, strict=True) if same), None)
+        return None if found is None else replace(found, reused=True)
 
     def add(
         self, pixels: Tensor, tiles: tuple[int, ...], made_by: Any, encoded: EncodedTiles
@@ -75,8 +83,26 @@ def _alike(entry: _Entry, pixels: Tensor, tiles: tuple[int, ...]) -> bool:
 
 
 def weights_version(encoder: PrunedEncoder) -> Any:
-    """Changes when the encoder's method or weights do, by a load, an optimiser or a move."""
-    weights = encoder.vit.parameters()
-    # Inference tensors keep no count of their changes.
-    versions = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in weights]
-    return encoder.prune_method, versions
+    """Changes when the encoder does; None where its encodings must not be used again.
+
+    Sees another method, layer, module or hook, and weights that were loaded, moved, exchanged or
+    changed by an optimiser. What changes through a parameter's `.data` in place leaves no trace: to
+    find out, all weights would have to be read at each image.
+    """
+    made_by: list[Any] = [encoder.prune_method, encoder.hidden_state_index]
+    for module in encoder.vit.modules():
+        # Numbers of hooks are given once only.
+        made_by += (id(module), *module._forward_pre_hooks, *module._forward_hooks)
+        made_by.append(id(vars(module).get("forward")))
+        for weight in module._parameters.values():
+            if weight is None:
+                continue
+            # Inference tensors keep no count of their changes.
+            if weight.is_inference() or _is_partitioned(weight):
+                return None
+            made_by += (weight.data_ptr(), weight._version)
+    return made_by
+
+
+def _is_partitioned(weight: Tensor) -> bool:
+    return not PARTITIONED.isdisjoint(vars(weight)) or hasattr(type(weight), "placements")
