@@ -7,7 +7,7 @@ import dataclasses
 from typing import Any
 
 from llava_hvp.config import BUDGET
-from llava_hvp.methods import list_methods, method_class
+from llava_hvp.methods import NONE, list_methods, method_class
 from llava_hvp.methods.base import Method
 
 
@@ -30,4 +30,8 @@ def main(found: argparse.Namespace) -> int:
     for option in dataclasses.fields(Method):
         if option.name not in BUDGET:
             print(f"    --prune-opt {option.name}={option.default}   ({option.type})")
+    print(
+        f"{NONE}: unpruned LLaVA, bridged to this transformers and accounted for; takes the flags"
+    )
+    print("    of any method and uses none of them, for loops over methods")
     return 0

@@ -11,7 +11,7 @@ from llava.conversation import conv_templates
 from llava.mm_utils import get_model_name_from_path, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 
-from llava_hvp.errors import OptionError
+from llava_hvp.errors import OptionError, PrunedStateError
 from llava_hvp.host import compat
 from llava_hvp.host.measure import Call, measured
 from llava_hvp.host.pictures import send
@@ -67,6 +67,11 @@ class Checkpoint:
         self.model = (model if dtype is None else model.to(dtype)).eval()
         # Answers begin where prompts end, so rows of a batch are filled up on their left.
         self.model.config.tokenizer_padding_side = "left"
+        if method is None and "llava_hvp" in vars(model):
+            raise PrunedStateError(
+                "the model was loaded pruned, as LLAVA_HVP asks, where unpruned LLaVA was wanted: "
+                "unset LLAVA_HVP, or name its method here"
+            )
         if method is not None:
             attach(self.model, method, tokenizer=self.tokenizer)
 

@@ -10,6 +10,8 @@ from typing import Any
 from llava_hvp.errors import OptionError
 from llava_hvp.methods.base import Method
 
+NONE = "none"  # the word for unpruned LLaVA, which is no method
+
 for _module in pkgutil.iter_modules(__path__, __name__ + "."):
     importlib.import_module(_module.name)
 
@@ -31,6 +33,12 @@ def list_methods() -> list[str]:
 def method_class(name: str) -> type[Method]:
     """The class behind a name; raises OptionError with the valid names."""
     registry = _registry()
+    if name == NONE:
+        raise OptionError(
+            f"{NONE} is unpruned LLaVA and no method: leave the model as it is (newer transformers "
+            "need llava_hvp.host.compat.bridge() before the load), or give one of "
+            + ", ".join(sorted(registry))
+        )
     if name not in registry:
         raise OptionError(f"unknown method {name!r}: give one of {', '.join(sorted(registry))}")
     return registry[name]
