@@ -8,11 +8,11 @@ import dataclasses
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from llava_hvp.errors import OptionError, shown
-from llava_hvp.methods import get_method, list_methods, method_class
-from llava_hvp.methods.base import Method
+from llava_hvp.methods import NONE, get_method, list_methods, method_class
+from llava_hvp.methods.base import Method, Selection, VisionContext
 
 VARIABLE = "LLAVA_HVP"
 DEVICE_VARIABLE = "LLAVA_HVP_DEVICE"
@@ -26,6 +26,8 @@ class Request:
     """What a command was asked to do.
 
     method : None to leave pruning off
+    unpruned : `none` was asked for: LLaVA without us, bridged to this transformers, with an account
+        of it; False where nothing was asked
     train : prune in training too
     device : "cpu" to run commands that insist on CUDA on the CPU; None leaves them as they are
     reports : folder in which each process leaves what became of it, for the launcher
@@ -38,6 +40,12 @@ class Request:
     device: str | None = None
     reports: str | None = None
     part: str | None = None
+    unpruned: bool = False
+
+    @property
+    def asked(self) -> bool:
+        """Whether a method was named, or `none`."""
+        return self.method is not None or self.unpruned
 
 
 class _Parser(argparse.ArgumentParser):
@@ -59,7 +67,7 @@ def add_flags(parser: argparse.ArgumentParser, *, device: bool, train: bool = Fa
     train : with --prune-train in the help, for commands that may train
     """
     group = parser.add_argument_group("visual token pruning (llava-hvp)")
-    group.add_argument("--prune-method", metavar="NAME", help=f"one of {', '.join(list_methods())}")
+    group.add_argument("--prune-method", metavar="NAME", help=f"one of {_names()}")
     group.add_argument(
         "--r-max",
         type=_number,
@@ -109,10 +117,11 @@ def requested(found: argparse.Namespace) -> Request:
         lonely = [f"--{name.replace('_', '-')}" for name in given]
         lonely += ["--prune-opt"] * bool(found.prune_opt) + ["--prune-train"] * found.prune_train
         if lonely:
-            raise OptionError(
-                f"{lonely[0]} without --prune-method: give one of {', '.join(list_methods())}"
-            )
+            raise OptionError(f"{lonely[0]} without --prune-method: give one of {_names()}")
         return Request(device=device, reports=reports, part=part)
+    if found.prune_method == NONE:
+        check_unused(dict(read_option(NONE, text) for text in found.prune_opt or ()) | given)
+        return Request(None, found.prune_train, device, reports, part, unpruned=True)
     for text in found.prune_opt or ():
         key, value = read_option(found.prune_method, text)
         if key in given:
@@ -120,6 +129,36 @@ def requested(found: argparse.Namespace) -> Request:
         given[key] = value
     method = get_method(found.prune_method, **given)
     return Request(method, found.prune_train, device, reports, part)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Unused(Method):
+    """The budget beside `none`."""
+
+    name: ClassVar[str] = NONE
+    summary: ClassVar[str] = "unpruned LLaVA"
+    roles: ClassVar[tuple[str, ...]] = ()
+    listed: ClassVar[bool] = False
+
+    def choose(self, context: VisionContext, budget: int) -> Selection:
+        raise NotImplementedError
+
+
+def check_unused(options: Mapping[str, Any]) -> None:
+    """Raise OptionError for options beside `none` that no method has, or a wrong budget.
+
+    All others are taken though `none` uses none of them: a loop over methods gives it theirs.
+    """
+    kinds = [method_class(name) for name in list_methods()]
+    known = {field.name for kind in kinds for field in dataclasses.fields(kind)}
+    for option in options:
+        if option not in known:
+            raise OptionError(f"{NONE}: unknown option {option!r}: no method has it")
+    _Unused(**{name: value for name, value in options.items() if name in BUDGET})
+
+
+def _names() -> str:
+    return ", ".join((*list_methods(), NONE))
 
 
 def from_environment(environ: Mapping[str, str]) -> Request:
@@ -157,6 +196,8 @@ def to_flags(request: Request) -> list[str]:
                 flags += [f"--{name.replace('_', '-')}", str(value)]
             else:
                 flags += ["--prune-opt", f"{name}={value}"]
+    elif request.unpruned:
+        flags += ["--prune-method", NONE]
     flags += ["--prune-train"] * request.train
     hidden = {"--prune-reports": request.reports, "--prune-part": request.part}
     for flag, text in {"--device": request.device, **hidden}.items():
@@ -185,7 +226,8 @@ def read_option(method: str, text: str) -> tuple[str, Any]:
         raise OptionError(
             f"--prune-opt {shown(text)}: give a value of at most {LONGEST_VALUE} characters"
         )
-    kinds = {f.name: str(f.type) for f in dataclasses.fields(method_class(method))}
+    kind = _Unused if method == NONE else method_class(method)
+    kinds = {f.name: str(f.type) for f in dataclasses.fields(kind)}
     return key, _value(value.strip(), kinds.get(key, ""))
 
 

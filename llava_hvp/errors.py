@@ -52,5 +52,9 @@ class UnsupportedVersionError(LlavaHvpError, ImportError):
     """A LLaVA or transformers release outside the supported range."""
 
 
+class RecordError(LlavaHvpError, RuntimeError):
+    """Answers that cannot be vouched for, or a record or report that cannot be written."""
+
+
 class EvaluationError(LlavaHvpError, RuntimeError):
     """Data that is missing or damaged, answers of other settings, a scorer that fails."""

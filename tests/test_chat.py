@@ -62,6 +62,14 @@ def test_every_turn_has_the_history_and_the_answer_of_it(chat, checkpoints, phot
             history += f" {turn['outputs']}</s>"
 
 
+def test_none_is_a_chat_with_its_history(chat, checkpoints):
+    turns, result = chat(checkpoints("llava-1.5-llama"), "--prune-method none", QUESTIONS[:2])
+    assert "pruning off (none)" in result.stderr
+    assert "llava-hvp: images encoded unpruned: 2\n" in result.stderr
+    assert turns[0]["outputs"]
+    assert turns[0]["outputs"] in turns[1]["prompt"]
+
+
 @pytest.mark.skipif(
     transformers_version() < (4, 46), reason="this transformers refuses to quantise without a GPU"
 )

@@ -1,11 +1,13 @@
 """Flags, LLAVA_HVP and keyword arguments say the same things, and wrong ones are named."""
 
+import argparse
 import shlex
 
 import pytest
 
 from llava_hvp import HIVTP, HiPrune, HiPrunePlus, get_method, list_methods
-from llava_hvp.config import Request, describe, from_environment, parse, to_flags
+from llava_hvp.cli.evaluate import requested
+from llava_hvp.config import Request, add_flags, describe, from_environment, parse, to_flags
 from llava_hvp.errors import OptionError
 
 
@@ -71,6 +73,11 @@ def test_options_are_read_as_the_method_has_them(line, method):
         ("--r-max 0.5", "--r-max without --prune-method"),
         ("--prune-opt alpha=1", "--prune-opt without --prune-method"),
         ("--prune-train", "--prune-train without --prune-method"),
+        ("--r-max 0.5", "give one of .*, none$"),
+        ("--prune-method none --r-max 2", r"none: r_max=2.0.*\(0, 1\]"),
+        ("--prune-method none --r-max 0.5 --num-tokens 3", "exclude each other"),
+        ("--prune-method none --prune-opt windw=3", "none: unknown option 'windw'"),
+        ("--prune-method none --prune-opt window", "KEY=VALUE"),
         ("--prune-method", "expected one argument"),
         ("--prune-method hivtp --device tpu", "'tpu'"),
     ],
@@ -135,6 +142,39 @@ def test_the_variable_carries_options_that_are_no_words():
     for method in (HIVTP(layers=(7, 8)), HIVTP(k=25.5, window=None, regions=1)):
         text = shlex.join(to_flags(Request(method)))
         assert from_environment({"LLAVA_HVP": text}).method == method
+
+
+@pytest.mark.parametrize(
+    "flags", ["", "--r-max 0.5", "--num-tokens 64", "--prune-opt window=2", "--prune-train"]
+)
+def test_none_takes_the_flags_of_a_loop_over_methods(flags):
+    request = parsed(f"--prune-method none {flags}")[0]
+    assert (request.method, request.unpruned, request.asked) == (None, True, True)
+    assert from_environment({"LLAVA_HVP": shlex.join(to_flags(request))}) == request
+    assert not Request().asked
+
+
+def test_none_is_no_method_from_python():
+    assert "none" not in list_methods()
+    with pytest.raises(OptionError, match=r"none is unpruned LLaVA.*compat\.bridge\(\).*hivtp"):
+        get_method("none")
+
+
+@pytest.mark.parametrize(
+    ("flags", "variable", "method"),
+    [
+        ("--prune-method none", "--prune-method hivtp", None),
+        ("", "--prune-method none", None),
+        ("", "--prune-method hivtp", HIVTP()),
+        ("--prune-method hiprune", "--prune-method none", HiPrune()),
+    ],
+)
+def test_in_eval_none_is_as_no_method_and_flags_come_first(monkeypatch, flags, variable, method):
+    monkeypatch.setenv("LLAVA_HVP", variable)
+    ours = argparse.ArgumentParser()
+    add_flags(ours, device=True)
+    found = ours.parse_args([*shlex.split(flags), "--device", "cpu"])
+    assert requested(found) == Request(method, device="cpu")
 
 
 def test_an_empty_environment_asks_for_nothing():

@@ -111,6 +111,21 @@ def test_pope_in_one_piece_and_in_two_pruned_and_with_everything_kept(place):
         assert "eval pope" in result["command"]
 
 
+def test_none_and_no_method_are_one_run(place):
+    WRITERS["pope"](place / "data")
+    folder, first = run(place, "pope", f"{SHORT} --prune-method none --r-max 0.5", "none")
+    assert folder.parts[-2] == first["method"] == "unpruned"
+    log = (folder / "parts/0.log").read_text()
+    assert "pruning off (none)" in log
+    assert "images encoded unpruned: 12" in log
+    answers = (folder / "answers.jsonl").read_bytes()
+    line = f"bash {SCRIPTS / 'pope'}.sh {CPU} {SHORT} --out none"
+    again = call(line, place)
+    assert again.returncode == 0, again.stderr
+    assert "12 questions, 12 answered" in again.stderr
+    assert (folder / "answers.jsonl").read_bytes() == answers
+
+
 def test_a_killed_run_goes_on_and_other_settings_are_refused(place):
     WRITERS["pope"](place / "data", 40)
     line = f"bash {SCRIPTS / 'pope'}.sh {CPU} {HIVTP} --max_new_tokens 16 --out killed --gpus 0,1"

@@ -75,6 +75,31 @@ def test_with_everything_kept_the_answers_are_those_of_stock(launched, place):
         assert record(answers, name)["counts"]["images"] == command.images
 
 
+def test_none_is_stock_on_every_command_and_recorded_as_such(launched, place):
+    answers, result = launched("none", 0.5)
+    for name, command in COMMANDS.items():
+        mine = read_answers(answers / f"{name}.jsonl")
+        assert mine == read_answers(place / "stock" / f"{name}.jsonl"), name
+        found = record(answers, name)
+        assert (found["method"], found["options"]) == ("none", None)
+        assert found["given"] == ["--prune-method", "none"]
+        assert found["answers"] == answers_facts(answers / f"{name}.jsonl")
+        assert found["dtype"] == "float16"
+        tokens = 64 * command.images
+        assert found["counts"] == {
+            "images": command.images,
+            "kept_tokens": tokens,
+            "stock_tokens": tokens,
+            "mean_kept_of_stock": 1.0,
+            "mean_kept_of_patches": 1.0,
+        }
+    off = "pruning off (none): every visual token is kept, whatever the budget (llava-hvp"
+    assert result.stderr.count(off) == len(COMMANDS)
+    assert result.stderr.count("images encoded unpruned: ") == len(COMMANDS)
+    images = sum(command.images for command in COMMANDS.values())
+    assert f"{len(COMMANDS)} processes, {images} images, kept 100.0% of stock's" in result.stderr
+
+
 def test_every_answer_is_there_and_pruned(pruned, place):
     answers, _ = pruned
     for name, command in COMMANDS.items():
@@ -141,6 +166,12 @@ def test_flags_win_over_the_variable_and_run_llava_takes_them(place):
     assert "pruning on: hiprune++ num_tokens=16 beta=0.5" in result.stderr
     assert "1 image, kept 25.0% of stock's" in result.stderr
     assert "deprecated" not in result.stderr
+    assert result.stdout.strip()
+    unpruned = line.replace("hiprune++", "none")
+    result = call(unpruned, place, LLAVA_HVP="--prune-method hivtp", LLAVA_HVP_DEVICE="cpu")
+    assert result.returncode == 0, result.stderr
+    assert "pruning on" not in result.stderr
+    assert result.stderr.endswith("llava-hvp: images encoded unpruned: 1\n")
     assert result.stdout.strip()
 
 

@@ -10,6 +10,7 @@ import pytest
 from evaluation import call
 
 ASKED = {"LLAVA_HVP": "--prune-method hivtp --r-max 0.5", "LLAVA_HVP_DEVICE": "cpu"}
+CPU = {"LLAVA_HVP_DEVICE": "cpu"}
 LOAD = """
 from llava.model.builder import load_pretrained_model
 _, model, processor, _ = load_pretrained_model({path!r}, None, {name!r})
@@ -68,9 +69,10 @@ def ended(checkpoints, photos, tmp_path_factory):
         "train-flags": (train.format(name="x") + "--prune-method hivtp", {}),
         "trainer": ("python trainer.py", ASKED),
         "train-asked": (train.format(name="asked"), ASKED),
+        "train-none": (train.format(name="none") + "--prune-method none --r-max 0.25", CPU),
         "train-pruned": (
             train.format(name="pruned") + "--prune-train --prune-method hivtp --r-max 0.25",
-            {"LLAVA_HVP_DEVICE": "cpu"},
+            CPU,
         ),
     }
     with ThreadPoolExecutor(2) as pool:
@@ -147,3 +149,12 @@ def test_training_is_pruned_only_by_its_own_flag(ended):
     assert "pruning on: hivtp r_max=0.25" in pruned.stderr
     assert "1 image, kept 25.0% of stock's visual tokens" in pruned.stderr
     assert "'train_loss'" in pruned.stdout
+
+
+def test_none_in_training_is_training_as_ever_with_an_account(ended):
+    none = ended["train-none"]
+    assert none.returncode == 0, none.stderr
+    assert "pruning off (none)" in none.stderr
+    assert "images encoded unpruned: 1\n" in none.stderr
+    assert "stays unpruned" not in none.stderr
+    assert "'train_loss'" in none.stdout

@@ -8,11 +8,11 @@ import sys
 
 import pytest
 from evaluation import call, environment
-from llava_hvp.record import summary
 
 from llava_hvp.cli import main
 from llava_hvp.cli.interpreter import python_of
 from llava_hvp.cli.run import added, read_reports, tell
+from llava_hvp.pruning.record import summary
 
 RUN = "llava-hvp run --prune-method hivtp --r-max 0.5 --"
 

@@ -1,6 +1,7 @@
 """`patches/`: for those who keep a LLaVA checkout; tried on a copy of the installed one."""
 
 import ast
+import fcntl
 import importlib.util
 import json
 import os
@@ -76,14 +77,18 @@ def copy(folder: Path, *paths: Path) -> Path:
     return folder
 
 
-def run(checkout: Path, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess:
+def run(
+    checkout: Path, *arguments: str, stdin: str = "", **environ: str
+) -> subprocess.CompletedProcess:
     """Python on a checkout, without a GPU, our hook switched off."""
+    path = (str(checkout), os.environ.get("PYTHONPATH"))
     environment = os.environ | {
-        "PYTHONPATH": str(checkout),
+        "PYTHONPATH": os.pathsep.join(filter(None, path)),
         "LLAVA_HVP_DISABLE": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
+        **environ,
     }
     return subprocess.run(
         [sys.executable, *arguments],
@@ -138,7 +143,7 @@ def test_all_together_in_any_order(tmp_path):
 def evaluate(checkpoints, photos, tmp_path):
     """A function that runs a stock evaluation script with patches: (finished process, answer)."""
 
-    def start(*paths: Path, ours: tuple[str, ...] = ()):
+    def start(*paths: Path, ours: tuple[str, ...] = (), **environ: str):
         photos[0].save(tmp_path / "photo.png")
         question = {"question_id": 0, "image": "photo.png", "text": QUESTION}
         (tmp_path / "questions.jsonl").write_text(json.dumps(question))
@@ -154,7 +159,9 @@ def evaluate(checkpoints, photos, tmp_path):
         }
         flags = [str(part) for name, value in given.items() for part in (f"--{name}", value)]
         process = run(
-            copy(tmp_path / "checkout", *paths), "-m", "llava.eval.model_vqa_loader", *flags, *ours
+            copy(tmp_path / "checkout", *paths),
+            *("-m", "llava.eval.model_vqa_loader", *flags, *ours),
+            **environ,
         )
         text = json.loads(answers.read_text())["text"] if process.returncode == 0 else None
         return process, text
@@ -198,6 +205,31 @@ def test_a_patched_command_prunes_with_the_hook_switched_off(evaluate, tmp_path)
     counts = json.loads((tmp_path / "answers.jsonl.hvp.json").read_text())["counts"]
     assert counts["images"] == 1
     assert 0 < counts["mean_kept_of_patches"] <= 0.25
+
+
+def test_a_patched_command_runs_unpruned_with_an_account(evaluate, tmp_path):
+    flags = ("--device", "cpu", "--prune-method", "none", "--r-max", "0.25")
+    process, text = evaluate(PATCHES["0001-entry-point"], ours=flags)
+    assert process.returncode == 0, process.stderr
+    assert text
+    record = json.loads((tmp_path / "answers.jsonl.hvp.json").read_text())
+    assert (record["method"], record["counts"]["images"]) == ("none", 1)
+    assert record["counts"]["mean_kept_of_stock"] == 1
+
+
+def test_a_patched_command_that_is_refused_says_why_and_leaves_the_answers(evaluate, tmp_path):
+    path = tmp_path / "answers.jsonl"
+    path.write_text("{}\n")
+    asked = f"--device cpu --prune-method none --prune-reports {tmp_path}"
+    with path.open("a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        process, _ = evaluate(PATCHES["0001-entry-point"], LLAVA_HVP=asked)
+    assert process.returncode == 1
+    assert "another run is writing these answers" in process.stderr.splitlines()[-1]
+    assert path.read_text() == "{}\n"
+    (report,) = [json.loads(found.read_text()) for found in tmp_path.glob("[0-9]*.json")]
+    assert report["state"] == "failed"
+    assert "another run is writing these answers" in report["reason"]
 
 
 def test_a_patched_command_refuses_a_typo(evaluate):

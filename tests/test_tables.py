@@ -199,6 +199,14 @@ def test_the_tables_own_model_is_not_marked(model, tmp_path, capsys, plotted):
     assert "two models" not in capsys.readouterr().out
 
 
+def test_runs_of_none_are_the_unpruned_row(tmp_path):
+    lmms_result(tmp_path, "pope", {"pope_f1_score": 0.86}, ",prune_method=none,r_max=0.5")
+    (result,) = read_results(tmp_path)
+    assert result.method is None
+    unpruned = compare(get_table("hiprune-1"), [result]).lines[0]
+    assert unpruned.cells["pope"].measured == pytest.approx(86.0)
+
+
 def test_textvqa_without_ocr_tokens_stands_beside_lmms_eval_only(tmp_path):
     stock_result(tmp_path, "textvqa", {"accuracy": 46.0}, settings={"without_ocr": True})
     results = read_results(tmp_path)

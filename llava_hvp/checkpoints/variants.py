@@ -11,10 +11,8 @@ from torch import Tensor
 from llava_hvp.checkpoints.geometry import Vision
 from llava_hvp.config import describe, read_option
 from llava_hvp.errors import OptionError
-from llava_hvp.methods import get_method, list_methods, method_class
+from llava_hvp.methods import NONE, get_method, list_methods, method_class
 from llava_hvp.methods.base import Method, Needs, Selection, VisionContext
-
-NONE = "none"
 
 
 @dataclass(frozen=True)

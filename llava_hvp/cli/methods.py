@@ -9,7 +9,7 @@ import textwrap
 from typing import Any
 
 from llava_hvp.config import BUDGET
-from llava_hvp.methods import list_methods, method_class
+from llava_hvp.methods import NONE, list_methods, method_class
 from llava_hvp.methods.base import Method
 
 
@@ -28,6 +28,10 @@ def main(found: argparse.Namespace) -> int:
         _list(kind, [o for o in dataclasses.fields(kind) if o.name not in common])
     print("every method: --r-max R or --num-tokens N, and")
     _list(Method, [o for o in dataclasses.fields(Method) if o.name not in BUDGET])
+    print(
+        f"{NONE}: unpruned LLaVA, bridged to this transformers and accounted for; takes the flags"
+    )
+    print("    of any method and uses none of them, for loops over methods")
     return 0
 
 

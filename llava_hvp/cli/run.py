@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import json
 import os
 import shlex
@@ -21,8 +22,8 @@ from typing import Any
 from llava_hvp import config
 from llava_hvp.cli.interpreter import hook_in, python_of
 from llava_hvp.console import say
-from llava_hvp.errors import OptionError
-from llava_hvp.pruning.record import summary
+from llava_hvp.errors import OptionError, RecordError
+from llava_hvp.pruning.record import UNWRITTEN, Totals, summary
 
 FORWARDED = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
 NOT_FOUND, NOT_EXECUTABLE, FAILED = 127, 126, 1
@@ -44,7 +45,7 @@ def add(commands: Any) -> None:
 def main(found: argparse.Namespace) -> int:
     """Run the command; its exit code, or 1 where a process of it should have pruned and failed."""
     request = config.requested(found)
-    if request.method is None:
+    if not request.asked:
         raise OptionError("--prune-method is missing: `llava-hvp methods` lists the methods")
     command = found.rest
     if not command:
@@ -58,14 +59,25 @@ def main(found: argparse.Namespace) -> int:
             f"{shlex.join(python)} ({hooked[1]}) runs no startup hook of ours: install llava-hvp "
             "there, and leave -S out"
         )
-    with tempfile.TemporaryDirectory(prefix="llava-hvp-") as reports:
+    with _folder() as reports:
         request = dataclasses.replace(request, reports=reports)
         environ = {**os.environ, config.VARIABLE: shlex.join(config.to_flags(request))}
         code = run(command, environ)
-        failed = tell(read_reports(Path(reports)), code)
+        failed = tell(read_reports(Path(reports)), code, pruned=request.method is not None)
     if code < 0:
         _die_of(-code)
     return code or (FAILED if failed else 0)
+
+
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    """Where processes leave word; raises RecordError where there is no place for it."""
+    try:
+        return tempfile.TemporaryDirectory(prefix="llava-hvp-")
+    except OSError as error:
+        raise RecordError(
+            f"no folder for the reports of processes can be made: {error}. Set TMPDIR to a folder "
+            "on a disk with space"
+        ) from error
 
 
 def run(command: list[str], environ: dict[str, str]) -> int:
@@ -114,20 +126,34 @@ def _die_of(number: int) -> None:
 
 
 def read_reports(folder: Path) -> list[dict[str, Any]]:
-    """What each LLaVA process said last."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    """What each LLaVA process said last; what could not be written is known by its reason."""
+    reports = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    for path in sorted(folder.glob(f"*{UNWRITTEN}")):
+        pid, name, _ = path.name.split(".")
+        reason = os.strerror(getattr(errno, name))
+        unknown = {"command": "a process", "pid": pid, "counts": Totals().as_dict()}
+        report = reports.setdefault(pid, unknown | {"state": "started", "serves": False})
+        if report["state"] == "started":
+            told = f"it could not tell how it ended: {folder} cannot be written: {reason}"
+            report |= {"state": "unrecorded", "reason": told}
+    return list(reports.values())
 
 
-def tell(reports: list[dict[str, Any]], code: int) -> bool:
+def tell(reports: list[dict[str, Any]], code: int, *, pruned: bool = True) -> bool:
     """Sum up on stderr; whether a process that should have pruned came to grief.
 
     code : the command's own, since one that failed by itself needs no warning
+    pruned : False where `none` was asked for
     """
-    lost = [r for r in reports if r["state"] == "failed" or _vanished(r)]
+    lost = [r for r in reports if r["state"] in ("failed", "unrecorded") or _vanished(r)]
     for report in lost:
+        who = f"{report['command']} (process {report['pid']})"
+        if report["state"] == "unrecorded":
+            say(f"error: {who}: {report['reason']}")
+            continue
         reason = report["reason"] or "it was killed"
         say(
-            f"error: {report['command']} (process {report['pid']}) did not finish pruned: "
+            f"error: {who} did not finish{' pruned' * pruned}: "
             f"{reason}. Answers of it may be missing, or left from an earlier run"
         )
     done = [r["counts"] for r in reports if r["counts"]["images"]]
@@ -135,7 +161,8 @@ def tell(reports: list[dict[str, Any]], code: int) -> bool:
         on_path = hook_in()
         where = "" if on_path is None or on_path[0] else f" (`python` is {on_path[1]}, without it)"
         say(
-            "warning: no process of this command pruned an image. If it ran LLaVA, then with a "
+            f"warning: no process of this command {'pruned' if pruned else 'encoded'} an image. "
+            "If it ran LLaVA, then with a "
             f"Python that has no llava-hvp{where}, with `python -S`, or with code other than the "
             "`llava` package: see `llava-hvp doctor`"
         )

@@ -8,7 +8,7 @@ from typing import Any
 from llava_hvp import config
 from llava_hvp.config import BUDGET, Request
 from llava_hvp.errors import OptionError
-from llava_hvp.methods import get_method, list_methods
+from llava_hvp.methods import NONE, get_method, list_methods
 from llava_hvp.methods.base import Method
 
 # Arguments of the model that are no options of a method.
@@ -19,18 +19,25 @@ OTHERS = (
 
 
 def method_of(name: str | None, options: Mapping[str, Any]) -> Method | None:
-    """The method of `prune_method=NAME,r_max=0.5,layers=7+8+9`; raises OptionError."""
+    """The method of `prune_method=NAME,r_max=0.5,layers=7+8+9`, None for `none`.
+
+    Raises OptionError.
+    """
     if name is None:
         if options:
             raise OptionError(
                 f"unknown argument {next(iter(options))!r}: options of a method go with "
-                f"prune_method, one of {', '.join(list_methods())}; others are {', '.join(OTHERS)}"
+                f"prune_method, one of {', '.join((*list_methods(), NONE))}; others are "
+                + ", ".join(OTHERS)
             )
         return None
     given = {}
     for key, value in options.items():
         text = value.replace("+", ",") if isinstance(value, str) else str(value)
         given[key] = value if key in BUDGET else config.read_option(name, f"{key}={text}")[1]
+    if name == NONE:
+        config.check_unused(given)
+        return None
     return get_method(name, **given)
 
 

@@ -7,6 +7,7 @@ there, every `generate` is measured, and rows of a table are left out that anoth
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -44,16 +45,19 @@ def answer_part(part: Path, unpruned: Callable[[], int]) -> None:
     measure_all(patches, on_call)
     # The script's own `open`, in the script's own names: model_vqa_loader would keep some thirty
     # answers in memory, which are lost when it is killed.
-    vars(sys.modules["__main__"])["open"] = _open_by_lines
+    script = vars(sys.modules["__main__"])
+    script["open"] = functools.partial(_open_by_lines, script.get("open", open))
     rows = beside(part, ROWS)
     if rows.exists():
         _select_rows(patches, json.loads(rows.read_text()))
 
 
-def _open_by_lines(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+def _open_by_lines(
+    stock: Callable[..., Any], file: Any, mode: str = "r", *args: Any, **kwargs: Any
+) -> Any:
     if mode == "w" and not args:
         kwargs.setdefault("buffering", 1)
-    return open(file, mode, *args, **kwargs)
+    return stock(file, mode, *args, **kwargs)
 
 
 def _select_rows(patches: Any, rows: list[int]) -> None:

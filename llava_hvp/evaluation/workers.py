@@ -88,7 +88,12 @@ def answer(
 
 def _start(command: list[str], part: Path, request: Request, gpu: str) -> Worker:
     flags = config.to_flags(
-        Request(request.method, device=request.device, part=str(part.absolute()))
+        Request(
+            request.method,
+            device=request.device,
+            part=str(part.absolute()),
+            unpruned=request.method is None,
+        )
     )
     environ = {**os.environ, config.VARIABLE: shlex.join(flags)}
     environ.pop(config.DEVICE_VARIABLE, None)

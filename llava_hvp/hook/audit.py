@@ -7,7 +7,9 @@ folder that it named.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import dataclasses
+import errno
 import os
 import platform
 import signal
@@ -15,23 +17,25 @@ import sys
 import threading
 import weakref
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import llava_hvp_startup as startup
 
 from llava_hvp import config
 from llava_hvp.config import Request
 from llava_hvp.console import say
-from llava_hvp.errors import LlavaHvpError
+from llava_hvp.errors import LlavaHvpError, RecordError
 from llava_hvp.files import write_json
+from llava_hvp.hook.answers import AnswersFile
+from llava_hvp.methods import NONE
 from llava_hvp.methods.base import Method
-from llava_hvp.pruning.record import Totals, answers_facts, record_path
+from llava_hvp.pruning.record import UNWRITTEN, Totals, record_path
 from llava_hvp.pruning.report import ImageReport
 
 if TYPE_CHECKING:
     from llava_hvp.pruning.pruning import Pruning
 
-UNPRUNED = 1  # exit code
+FAILED = 1  # exit code
 
 
 def leave_report(
@@ -39,7 +43,9 @@ def leave_report(
 ) -> None:
     """Tell the launcher, if there is one, how far this process has come.
 
-    state : "started", "done" or "failed"
+    state : "started", "done", "failed", or "unrecorded" where all was done but the record
+
+    Raises RecordError where that cannot be written.
     """
     if request.reports is None or not Path(request.reports).is_dir():
         return
@@ -51,7 +57,17 @@ def leave_report(
         "serves": command in startup.SERVING,
         "counts": totals.as_dict(),
     }
-    write_json(Path(request.reports) / f"{os.getpid()}.json", report)
+    path = Path(request.reports) / f"{os.getpid()}.json"
+    try:
+        write_json(path, report)
+    except OSError as error:
+        # A name takes no space on a full disk: the launcher learns the reason from it.
+        name = errno.errorcode.get(error.errno or 0, "EIO")
+        with contextlib.suppress(OSError):
+            path.with_suffix(f".{name}{UNWRITTEN}").touch()
+        raise RecordError(
+            f"{path}: the launcher cannot be told how far this process came: {error.strerror}"
+        ) from error
 
 
 class Account:
@@ -60,16 +76,18 @@ class Account:
     Parameters
     ----------
     command : as `llava.eval.model_vqa`; "" for a command that is not LLaVA's own
+    method : None for `none`, unpruned LLaVA
     versions : what to name in the lines and the record
     """
 
     def __init__(
-        self, command: str, request: Request, method: Method, versions: dict[str, str]
+        self, command: str, request: Request, method: Method | None, versions: dict[str, str]
     ) -> None:
         self.command, self.request, self.method = command, request, method
         self.versions = versions
         self.totals = Totals()
         self.unpruned = 0
+        self.answers = AnswersFile(self._named_answers)
         self._pid = os.getpid()
         self._begun = self._ended = False
         self._crash: str | None = None
@@ -85,12 +103,15 @@ class Account:
             version.partition(" at ")[0] if name == "llava" else f"{name} {version}"
             for name, version in self.versions.items()
         )
-        say(f"pruning on: {config.describe(self.method)} ({versions})")
-        answers = self._answers()
-        if answers is not None:
-            record_path(answers).unlink(missing_ok=True)
-        self._report("started")
+        what = (
+            f"pruning off ({NONE}): every visual token is kept, whatever the budget"
+            if self.method is None
+            else f"pruning on: {config.describe(self.method)}"
+        )
+        say(f"{what} ({versions})")
         self._await_the_end()
+        self._report("started")
+        self.answers.claim()
 
     def watch(self, pruning: Pruning) -> None:
         """Count what this model prunes from now on."""
@@ -105,12 +126,18 @@ class Account:
 
         pruning.on_record = on_record
 
+    def count(self, model: Any, images: int, tokens: int) -> None:
+        """Count images that unpruned LLaVA encoded, as `none` asks for."""
+        self.begin()
+        self._facts = self._facts or _facts(model)
+        self.totals.add_unpruned(images, tokens)
+
     def _await_the_end(self) -> None:
         atexit.register(self.finish)
         before = sys.excepthook
 
         def excepthook(kind: Any, error: BaseException, traceback: Any) -> None:
-            self._crash = kind.__name__
+            self.fails(str(error) if isinstance(error, RecordError) else kind.__name__)
             if isinstance(error, LlavaHvpError):
                 say(f"error: {error}")
             else:
@@ -129,8 +156,12 @@ class Account:
 
             signal.signal(signal.SIGTERM, on_signal)
 
+    def fails(self, reason: str) -> None:
+        """The process ends by an error: there will be no record."""
+        self._crash = reason
+
     def finish(self) -> None:
-        """Sum up, write the record, and end the process with an error if it went unpruned."""
+        """Sum up and write the record; end the process with an error if there can be none."""
         if os.getpid() != self._pid or self._ended:
             return
         self._ended = True
@@ -140,37 +171,71 @@ class Account:
                 f"{self.totals.images} with it: something builds or calls the vision tower past "
                 "LLaVA's loader; do not use these answers as pruned ones"
             )
-            self._report("failed", "images were encoded without pruning")
-            sys.stdout.flush()
-            os._exit(UNPRUNED)  # the only way out of an exit with another code
-        if self._crash is None:
-            answers = self._answers()
-            line = str(self.totals)
-            if answers is not None and answers.is_file():
-                write_json(record_path(answers), self._record(answers))
-                line += f"; record: {record_path(answers)}"
-            say(line)
-        elif self.totals.images:
-            say(f"{self.totals}; stopped by {self._crash}")
-        self._report("failed" if self._crash else "done", self._crash)
+            self._end("failed", "images were encoded without pruning")
+        if self._crash is not None:
+            if self.totals.images:
+                say(f"{self._summary()}; stopped by {self._crash}")
+            with contextlib.suppress(RecordError):  # it fails as it is, and has said why
+                self._report("failed", self._crash)
+            return
+        try:
+            say(f"{self._summary()}{self._write_record()}")
+        except RecordError as error:
+            say(f"error: {error}")
+            self._end("unrecorded", str(error))
+        try:
+            self._report("done")
+        except RecordError as error:
+            say(f"error: {error}")
+            self._end()
 
-    def _answers(self) -> Path | None:
+    def _end(self, state: str | None = None, reason: str | None = None) -> NoReturn:
+        """Leave with an exit code that says that something is wrong."""
+        if state is not None:
+            with contextlib.suppress(RecordError):
+                self._report(state, reason)
+        sys.stdout.flush()
+        os._exit(FAILED)  # the only way out of an exit with another code
+
+    def _summary(self) -> str:
+        if self.method is not None:
+            return str(self.totals)
+        return f"images encoded unpruned: {self.totals.images}"
+
+    def _write_record(self) -> str:
+        """Where the record of the answers lies, in words; raises RecordError if it cannot."""
+        facts, answers = self.answers.facts(), self.answers.path
+        if facts is None or answers is None:
+            is_there = answers is not None and answers.is_file()
+            return f"; no record: this process did not write {answers}" if is_there else ""
+        path = record_path(answers)
+        try:
+            write_json(path, self._record(facts))
+        except OSError as error:
+            raise RecordError(
+                f"{path}: the record cannot be written: {error.strerror}. The answers in {answers} "
+                "are complete, and stand without a record"
+            ) from error
+        return f"; record: {path}"
+
+    def _named_answers(self) -> Path | None:
         """The answers file of an eval script, which keeps its arguments in a global."""
         if self.command not in startup.EVALUATING:
             return None
         name = getattr(getattr(sys.modules["__main__"], "args", None), "answers_file", None)
         return None if name is None else Path(name).expanduser()
 
-    def _record(self, answers: Path) -> dict[str, Any]:
+    def _record(self, answers: dict[str, Any]) -> dict[str, Any]:
+        method = self.method
         return {
-            "method": self.method.name,
-            "options": dataclasses.asdict(self.method),
-            "given": config.to_flags(Request(self.method)),
+            "method": NONE if method is None else method.name,
+            "options": None if method is None else dataclasses.asdict(method),
+            "given": config.to_flags(Request(method, unpruned=method is None)),
             "command": [self.command, *sys.argv[1:]],
             "versions": {**self.versions, "python": platform.python_version()},
             **self._facts,
             "counts": self.totals.as_dict(),
-            "answers": answers_facts(answers),
+            "answers": answers,
         }
 
     def _report(self, state: str, reason: str | None = None) -> None:

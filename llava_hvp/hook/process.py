@@ -7,6 +7,7 @@ pruned or the process ends with an error: silence is not among the outcomes.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -21,7 +22,7 @@ import llava_hvp_startup as startup
 from llava_hvp import config
 from llava_hvp.config import Request
 from llava_hvp.console import say
-from llava_hvp.errors import LlavaHvpError, OptionError, UnsupportedModelError
+from llava_hvp.errors import LlavaHvpError, OptionError, RecordError, UnsupportedModelError
 from llava_hvp.hook.audit import Account, leave_report
 from llava_hvp.pruning.record import Totals
 from llava_hvp.version import __version__
@@ -67,13 +68,13 @@ def refuse(error: BaseException) -> int:
     known = isinstance(error, LlavaHvpError)
     say(f"error: {error}" if known else f"error: cannot prune: {type(error).__name__}: {error}")
     if _current is not None:
-        leave_report(_current.request, _current.command, "failed", Totals(), str(error))
+        _current.fails(error)
     return USAGE if isinstance(error, OptionError) else FAILED
 
 
 def training_begins() -> None:
     """LLaVA's trainer is being imported: it trains unpruned unless `--prune-train` was given."""
-    if _current is not None and (_current.prunes or _current.request.device == "cpu"):
+    if _current is not None and (_current.request.asked or _current.request.device == "cpu"):
         _current.training_begins()
 
 
@@ -110,13 +111,15 @@ class Session:
         training = self.command in startup.TRAINING
         if flags.train and not training:
             raise OptionError("--prune-train belongs to llava.train.train: leave it out")
-        if flags.method is not None:
-            if training and not flags.train:
+        if flags.asked:
+            if training and flags.method is not None and not flags.train:
                 raise OptionError(
                     "--prune-method on a training command: training stays unpruned unless "
                     "--prune-train is given too"
                 )
-            self.request = dataclasses.replace(self.request, method=flags.method, train=flags.train)
+            self.request = dataclasses.replace(
+                self.request, method=flags.method, train=flags.train, unpruned=flags.unpruned
+            )
         if self.command == "llava.serve.sglang_worker" and self.prunes:
             raise UnsupportedModelError(
                 "llava.serve.sglang_worker runs LLaVA in sglang's own code, which cannot be "
@@ -131,9 +134,12 @@ class Session:
     # --- after LLaVA is imported ---
 
     def switch_on(self) -> None:
-        """Prune every model that is loaded from now on, and watch that it happens."""
-        method = self.request.method
-        if method is None and self.request.device != "cpu" and self.request.part is None:
+        """Prune every model that is loaded from now on, and watch that it happens.
+
+        With `none`, bridge stock LLaVA and count what it encodes.
+        """
+        method, asked = self.request.method, self.request.asked
+        if not asked and self.request.device != "cpu" and self.request.part is None:
             return
         from llava_hvp.hosts.llava import builder, compat
         from llava_hvp.hosts.llava.compat.device import bridge_to_cpu
@@ -143,19 +149,27 @@ class Session:
             bridge_to_cpu(Patches())
         if method is None:
             compat.bridge()
+        if not asked:
             self._answer_part(lambda: 0)
             return
         found = {"llava-hvp": __version__, **compat.found_versions()}
         self._account = account = Account(self.command, self.request, method, found)
-        builder.install(method, on_model=account.watch)
+        if self.command in startup.EVALUATING:
+            account.answers.watch()
         loader = importlib.import_module("llava.model.builder")
-        clip = importlib.import_module("llava.model.multimodal_encoder.clip_encoder")
         self._patches = Patches()
         self._patches.replace(
             loader, "load_pretrained_model", self._checking(loader.load_pretrained_model)
         )
-        tower = clip.CLIPVisionTower
-        self._patches.replace(tower, "forward", _counting(tower.forward, account))
+        if method is None:
+            from llava_hvp.hosts.llava.unpruned import count_images
+
+            count_images(self._patches, account.count)
+        else:
+            builder.install(method, on_model=account.watch)
+            clip = importlib.import_module("llava.model.multimodal_encoder.clip_encoder")
+            tower = clip.CLIPVisionTower
+            self._patches.replace(tower, "forward", _counting(tower.forward, account))
         self._answer_part(lambda: account.unpruned)
 
     def _answer_part(self, unpruned: Callable[[], int]) -> None:
@@ -176,8 +190,15 @@ class Session:
             self._patches.undo()
             self.request = dataclasses.replace(self.request, method=None)
             say("training stays unpruned: give --prune-train to prune it too")
-        if self.prunes or self.request.device == "cpu":
+        if self.request.asked or self.request.device == "cpu":
             bridge_training(Patches())
+
+    def fails(self, error: BaseException) -> None:
+        """The process ends by this error: tell the launcher."""
+        if self._account is not None:
+            self._account.fails(str(error))
+        with contextlib.suppress(RecordError):
+            leave_report(self.request, self.command, "failed", Totals(), str(error))
 
     def before_load(self) -> None:
         """A model is about to be loaded."""
@@ -186,18 +207,18 @@ class Session:
 
     def after_load(self, tokenizer: Any, model: Any) -> None:
         """Raise a LlavaHvpError unless the loaded model is pruned and ready for its first image."""
-        if not self.prunes:
-            return
         from llava_hvp.hosts.llava.compat.history import bridge_history
         from llava_hvp.hosts.llava.host import check_bound
 
+        if self.request.asked and self.command == "llava.serve.cli":
+            bridge_history(model)
+        if not self.prunes:
+            return
         pruning = check_bound(model)
         pruning.tokenizer = pruning.tokenizer or tokenizer
         pruning.load_text()
         # Several questions about one picture, and weights that stay.
         pruning.reuse = self.command in startup.SERVING
-        if self.command == "llava.serve.cli":
-            bridge_history(model)
 
     def _checking(self, stock: Callable[..., Any]) -> Callable[..., Any]:
         """The stock loader; what it gives is pruned, or an error."""

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from llava_hvp import config
 from llava_hvp.checkpoints.before_loading import check_before_loading
 from llava_hvp.console import say
-from llava_hvp.errors import LlavaHvpError, OptionError
+from llava_hvp.errors import LlavaHvpError, OptionError, PrunedStateError
 from llava_hvp.evaluation.model_args import method_of
 from llava_hvp.evaluation.results import speed, towers, visual_tokens
 
@@ -106,6 +106,11 @@ class LlavaHvp(lmms):
         )
         if method is not None:
             attach(self.model, method, tokenizer=self.tokenizer)
+        elif "llava_hvp" in vars(self.model):
+            raise PrunedStateError(
+                "the model was loaded pruned, as LLAVA_HVP asks, where unpruned LLaVA was wanted: "
+                "unset LLAVA_HVP, or name its method here"
+            )
         if self._rank == 0:
             what = "unpruned" if method is None else f"pruning on: {config.describe(method)}"
             say(f"{what}; {self._world_size} process(es), {self._device}")

@@ -20,6 +20,7 @@ from llava_hvp.errors import OptionError, shown
 from llava_hvp.methods.base import Method
 
 ENTRY_POINTS = "llava_hvp.methods"
+NONE = "none"  # the word for unpruned LLaVA, which is no method
 
 for _module in pkgutil.iter_modules(__path__, __name__ + "."):
     importlib.import_module(_module.name)
@@ -57,6 +58,12 @@ def method_class(name: str) -> type[Method]:
     OptionError : there is none, or it is no method; the message lists the valid names
     """
     registry = _registry()
+    if name == NONE:
+        raise OptionError(
+            f"{NONE} is unpruned LLaVA and no method: leave the model as it is (newer transformers "
+            "need llava_hvp.hosts.llava.compat.bridge() before the load), or give one of "
+            + ", ".join(list_methods())
+        )
     if name in registry:
         return registry[name]
     if name in _plugins():

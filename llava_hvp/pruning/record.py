@@ -11,6 +11,7 @@ from typing import Any
 from llava_hvp.pruning.report import ImageReport
 
 SUFFIX = ".hvp.json"
+UNWRITTEN = ".unwritten"  # of the empty file of a process that could not write its report
 
 
 class Totals:
@@ -41,6 +42,15 @@ class Totals:
                 self.stock_tokens += report.stock_tokens
                 self._kept_of_stock += report.kept_of_stock
                 self._kept_of_patches += report.kept_of_patches
+
+    def add_unpruned(self, images: int, tokens: int) -> None:
+        """Count images of which all is kept, and their tokens together."""
+        with self._lock:
+            self.images += images
+            self.kept_tokens += tokens
+            self.stock_tokens += tokens
+            self._kept_of_stock += images
+            self._kept_of_patches += images
 
     def as_dict(self) -> dict[str, Any]:
         """Counts and mean ratios; the ratios are None where no image was seen."""
