@@ -149,7 +149,7 @@ def test_without_locks_a_run_goes_on_and_is_checked_at_its_end(answers, monkeypa
 FORK = """
 import os, sys, time
 from pathlib import Path
-from llava_hvp.answers import AnswersFile
+from llava_hvp.hook.answers import AnswersFile
 answers = AnswersFile(lambda: Path("answers.jsonl"))
 answers.watch()
 file = open("answers.jsonl", "w")
