@@ -64,7 +64,12 @@ def _loading(stock: Callable[..., Any]) -> Callable[..., Any]:
 
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
         wants_report = kwargs.pop("output_loading_info", False)
-        model, report = stock(cls, *args, output_loading_info=True, **_quantisation(kwargs))
+        dtype = torch.get_default_dtype()
+        try:
+            model, report = stock(cls, *args, output_loading_info=True, **_quantisation(kwargs))
+        except BaseException:
+            torch.set_default_dtype(dtype)  # transformers 4.37 leaves the checkpoint's
+            raise
         missing = [key for key in report["missing_keys"] if key.startswith(TOWER)]
         if missing:
             _fill(model.get_vision_tower(), {key.removeprefix(TOWER) for key in missing})
