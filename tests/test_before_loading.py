@@ -4,6 +4,7 @@ import json
 
 import huggingface_hub
 import pytest
+import torch
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 
 from llava_hvp import HIVTP, HiPrune
@@ -122,3 +123,4 @@ def test_llavas_loader_refuses_them_before_the_towers_weights(
     finally:
         builder.uninstall()
     assert not loads
+    assert torch.get_default_dtype() == torch.float32

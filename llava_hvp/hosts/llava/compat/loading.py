@@ -73,8 +73,12 @@ def _loading(stock: Callable[..., Any]) -> Callable[..., Any]:
 
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
         wants_report = kwargs.pop("output_loading_info", False)
-        kwargs = _named_now(_quantisation(kwargs))
-        model, report = stock(cls, *args, output_loading_info=True, **kwargs)
+        kwargs, dtype = _named_now(_quantisation(kwargs)), torch.get_default_dtype()
+        try:
+            model, report = stock(cls, *args, output_loading_info=True, **kwargs)
+        except BaseException:
+            torch.set_default_dtype(dtype)  # transformers 4.37 leaves the checkpoint's
+            raise
         missing = [key for key in report["missing_keys"] if key.startswith(TOWER)]
         if missing:
             _fill(model.get_vision_tower(), {key.removeprefix(TOWER) for key in missing})
