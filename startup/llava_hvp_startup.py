@@ -1,8 +1,10 @@
-"""Runs at the start of every Python process, and sleeps unless a LLaVA command is to be pruned.
+"""Sleeps in every Python process, unless a LLaVA command is to be pruned.
 
 Three ways to ask for pruning: our flags on a stock LLaVA command, the variable LLAVA_HVP, which
 `llava-hvp run` writes, and Python, which needs none of this. LLAVA_HVP_DISABLE=1 switches the hook
-off. It lies outside the package `llava_hvp`, whose import brings torch.
+off. It lies outside the package `llava_hvp`, whose import brings torch; the line in llava_hvp.pth
+imports it only where a variable is set or the command line has a word of ours (Python 3.15 reads
+llava_hvp.start instead, which knows no condition).
 """
 
 from __future__ import annotations
@@ -29,13 +31,17 @@ FLAGS = ("--prune-method", "--prune-opt", "--prune-train", "--r-max", "--num-tok
 VARIABLES = ("LLAVA_HVP", "LLAVA_HVP_DEVICE")
 _HELP = ("-h", "--help")
 
+_finder: LlavaFinder | None = None
+
 
 def wake() -> None:
     """Watch for the import of `llava` if this process asked for us; else do nothing."""
+    global _finder
     if os.environ.get("LLAVA_HVP_DISABLE", "0") not in ("", "0"):
         return
-    if not any(isinstance(finder, LlavaFinder) for finder in sys.meta_path) and _asked():
-        sys.meta_path.insert(0, LlavaFinder())
+    if _finder is None and _asked():
+        _finder = LlavaFinder()
+        _finder.watch()
 
 
 def _asked() -> bool:
@@ -44,7 +50,7 @@ def _asked() -> bool:
     command = llava_command()
     flags = (*FLAGS, *_HELP, "--device") if command in EVALUATING else (*FLAGS, *_HELP)
     return command in EVALUATING | SERVING | TRAINING and any(
-        argument.split("=", 1)[0] in flags for argument in sys.argv[1:]
+        str(argument).split("=", 1)[0] in flags for argument in sys.argv[1:]
     )
 
 
@@ -54,67 +60,132 @@ def llava_command() -> str:
     `python -m` leaves the module's name in `sys.orig_argv` only, until it runs; a script is known
     by its path, as `llava/eval/model_vqa.py` of a checkout.
     """
-    argv = getattr(sys, "argv", [])
-    script = argv[0] if argv else ""
-    if script == "-m":
-        module = sys.orig_argv[len(sys.orig_argv) - len(argv)]
-        if module.startswith("-"):  # as one word: -mllava.eval.model_vqa
-            module = module.partition("m")[2]
-        return module if module.startswith("llava.") else ""
-    path = os.path.splitext(os.path.abspath(script))[0].split(os.sep)
-    is_llava = script.endswith(".py") and len(path) >= 3 and path[-3] == "llava"
-    return ".".join(path[-3:]) if is_llava else ""
+    try:
+        script = sys.argv[0]
+        if script == "-m":
+            module = sys.orig_argv[len(sys.orig_argv) - len(sys.argv)]
+            if module.startswith("-"):  # as one word: -mllava.eval.model_vqa
+                module = module.partition("m")[2]
+            return module if module.startswith("llava.") else ""
+        if not script.endswith(".py"):
+            return ""
+        path = os.path.splitext(os.path.abspath(script))[0].split(os.sep)
+    except Exception:
+        # No arguments, words that are no text, a current directory that is gone: whatever it is,
+        # it is no command of LLaVA's, and none of our business.
+        return ""
+    return ".".join(path[-3:]) if len(path) >= 3 and path[-3] == "llava" else ""
+
+
+def is_fork() -> bool:
+    """Whether this process was forked from the one that the hook woke in."""
+    return _finder is not None and _finder.process != os.getpid()
 
 
 class LlavaFinder:
-    """Finds `llava` as everybody else does, and switches pruning on around its import."""
+    """Finds `llava` as everybody else does, and switches pruning on around its import.
+
+    command : as `llava.eval.model_vqa`; "" for a command that is not LLaVA's own
+    process : the process that asked, of which this one may be a fork
+    """
 
     def __init__(self) -> None:
-        self._busy = False
+        self._busy = self._met = False
         # Taken now: the name is gone from sys.argv once the module runs.
         self.command = llava_command()
+        self.process = os.getpid()
+
+    def watch(self) -> None:
+        """Be asked first for `llava`, whatever finders come and go, and look back at the end."""
+        import atexit
+
+        self._come_first()
+        sys.addaudithook(self._on_audit)
+        atexit.register(self._at_end)
+        if "llava" in sys.modules:  # imported by a .pth file before ours
+            self._run_llava(lambda: None, sys.modules["llava"])
+
+    def _come_first(self) -> None:
+        if sys.meta_path and sys.meta_path[0] is not self:
+            sys.meta_path[:] = [self, *(other for other in sys.meta_path if other is not self)]
+
+    def _on_audit(self, event: str, arguments: tuple[Any, ...]) -> None:
+        """An import statement is about to ask the finders.
+
+        Typeguard's and others stand before those that were there, and look for the file themselves.
+        """
+        if event == "import" and str(arguments[0]).partition(".")[0] == "llava":
+            self._come_first()
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        """The spec of `llava`, with our loader around its own; None for every other name."""
-        if name == "llava.train" and "llava_hvp.hook.process" in sys.modules:
-            _or_exit(sys.modules["llava_hvp.hook.process"].training_begins)
-        if name != "llava" or self._busy:
+        """The spec of `llava`, with our loader around its own; None for what is not ours."""
+        if self._busy or name.partition(".")[0] != "llava":
+            return None
+        if name == "llava.train" and self._met:
+            _or_exit(self._begin().training_imported)
+        # Where `llava` goes past us (importlib.import_module raises no audit event), what it
+        # imports first, by a statement, does not.
+        if name == "llava" or (name == "llava.model" and not self._met):
+            run = self._run_llava
+        elif name == "llava.train.train" and self._met:
+            run = self._run_training
+        else:
             return None
         import importlib.util
 
         self._busy = True
         try:
-            spec = importlib.util.find_spec("llava")
+            spec = importlib.util.find_spec(name)
         finally:
             self._busy = False
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, self.command)  # type: ignore[assignment]
+            spec.loader = _Loader(spec.loader, run)  # type: ignore[assignment]
         return spec
+
+    def _begin(self) -> Any:
+        """The session of this process, which ends here if what it was asked for is wrong."""
+        self._met = True
+        return _or_exit(lambda: _session().begin(self.command))
+
+    def _run_llava(self, execute: Callable[[], Any], module: Any) -> None:
+        session = self._begin()
+        if session.prunes:
+            _or_exit(execute)
+        else:
+            execute()
+        _or_exit(session.switch_on)
+
+    def _run_training(self, execute: Callable[[], Any], module: Any) -> None:
+        execute()
+        _or_exit(lambda: self._begin().watch_training(module))
+
+    def _at_end(self) -> None:
+        """Whatever loaded LLaVA: asked and not pruned is an error."""
+        if "llava" in sys.modules:
+            _or_exit(self._begin().check_host)
 
 
 class _Loader:
-    """Runs the stock loader between the two halves of our session."""
+    """The stock loader, whose run of the module goes through a function of ours."""
 
-    def __init__(self, stock: Any, command: str) -> None:
-        self._stock, self._command = stock, command
+    def __init__(self, stock: Any, run: Callable[[Callable[[], Any], Any], None]) -> None:
+        self._stock, self._run = stock, run
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stock, name)
 
     def create_module(self, spec: Any) -> Any:
         return self._stock.create_module(spec)
 
     def exec_module(self, module: Any) -> None:
         module.__spec__.loader = module.__loader__ = self._stock
-        session = _or_exit(lambda: _begin(self._command))
-        if session.prunes:
-            _or_exit(lambda: self._stock.exec_module(module))
-        else:
-            self._stock.exec_module(module)
-        _or_exit(session.switch_on)
+        self._run(lambda: self._stock.exec_module(module), module)
 
 
-def _begin(command: str) -> Any:
+def _session() -> Any:
     from llava_hvp.hook import process as session
 
-    return session.begin(command)
+    return session
 
 
 def _or_exit(step: Callable[[], Any]) -> Any:
@@ -125,16 +196,17 @@ def _or_exit(step: Callable[[], Any]) -> Any:
     try:
         return step()
     except Exception as error:
-        session = sys.modules.get("llava_hvp.hook.process")
-        if session is None:
-            _say(f"llava-hvp: error: cannot prune: {type(error).__name__}: {error}")
-            code = 1
-        else:
-            code = session.refuse(error)
-        sys.stdout.flush()
-        sys.stderr.flush()
+        import contextlib
+
+        code = 1
+        with contextlib.suppress(Exception):  # no streams: the exit code tells it all the same
+            session = sys.modules.get("llava_hvp.hook.process")
+            if session is None:
+                reason = f"{type(error).__name__}: {error}"
+                sys.stderr.write(f"llava-hvp: error: cannot prune: {reason}\n")
+            else:
+                code = session.refuse(error)
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):
+                stream.flush()
         os._exit(code)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)

@@ -48,11 +48,12 @@ def test_it_ends_once(account, tmp_path, capfd):
 
 def test_a_child_by_fork_says_nothing(account, tmp_path, capfd, monkeypatch):
     account.begin()
+    parent = os.getpid()
     capfd.readouterr()
     monkeypatch.setattr(os, "getpid", lambda: -1)
     account.finish()
     assert capfd.readouterr().err == ""
-    assert [path.name for path in Path(tmp_path).iterdir()] == [f"{account._pid}.json"]
+    assert [path.name for path in Path(tmp_path).iterdir()] == [f"{parent}.json"]
 
 
 def test_an_error_is_one_line_and_a_failed_report(account, tmp_path, capfd):

@@ -1,6 +1,7 @@
 """Asked to prune and unable to: the process ends with an error, and never answers unpruned."""
 
 import json
+import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
@@ -20,6 +21,23 @@ import torch, types
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 tower = CLIPVisionTower({tower!r}, types.SimpleNamespace(mm_vision_select_layer=-2))
 print(tower(torch.zeros(2, 3, 112, 112)).shape)
+"""
+WATCHED = """
+from llava.train import train as trainer
+stock = trainer.LLaVATrainer.train
+def watched(self, *args, **kwargs):
+    print("trained with", type(self.model.get_vision_tower()).__name__)
+    return stock(self, *args, **kwargs)
+trainer.LLaVATrainer.train = watched
+train()
+"""
+TRAIN_BY_HAND = """
+import torch
+model.float().train()
+ids = torch.tensor([[1, -200, 5]])
+pixels = torch.zeros(1, 3, 112, 112)
+model(input_ids=ids, labels=ids.clamp(min=-100), images=pixels).loss.backward()
+print("trained")
 """
 DIE = LOAD + "import os; os.kill(os.getpid(), 9)"
 TRAIN = (
@@ -50,9 +68,15 @@ def ended(checkpoints, photos, tmp_path_factory):
         "past": LOAD.format(**words, name="llava") + ENCODE_PAST_US.format(**words),
         "no-llava": LOAD.format(**words, name="vicuna"),
         "die": DIE.format(**words, name="llava"),
-        "trainer": "import llava.train.train\n"
+        "trainer": "from llava.train.llava_trainer import LLaVATrainer\n"
+        "import llava.train.train\n"
         + LOAD.format(**words, name="llava")
         + "print(type(model.get_vision_tower()).__name__)",
+        "own-train": "from llava.train.train import train\n"
+        + WATCHED
+        + LOAD.format(**words, name="llava")
+        + "print(type(model.get_vision_tower()).__name__)",
+        "loop": LOAD.format(**words, name="llava") + TRAIN_BY_HAND,
         "import": "import llava\nprint('went on')",
         "score": "import llava.eval.m4c_evaluator\nprint('scored')",
     }.items():
@@ -62,12 +86,25 @@ def ended(checkpoints, photos, tmp_path_factory):
         "past": ("python past.py", ASKED),
         "no-llava": ("python no-llava.py", ASKED),
         "die": ("llava-hvp run --prune-method hivtp -- bash -c 'python die.py; echo scored'", {}),
-        "fork": ("python import.py", {**ASKED, "PYTHONPATH": str(folder / "fork")}),
-        "broken": ("python import.py", {**ASKED, "PYTHONPATH": str(folder / "broken")}),
+        "fork": ("python import.py", {**ASKED, "PYTHONPATH": first_on_path(folder / "fork")}),
+        "broken": ("python import.py", {**ASKED, "PYTHONPATH": first_on_path(folder / "broken")}),
         "score": ("python score.py", ASKED),
         "sglang": ("python -m llava.serve.sglang_worker", ASKED),
         "train-flags": (train.format(name="x") + "--prune-method hivtp", {}),
         "trainer": ("python trainer.py", ASKED),
+        "own-train": (
+            train.format(name="own").replace("-m llava.train.train", "own-train.py"),
+            ASKED,
+        ),
+        "loop": ("python loop.py", ASKED),
+        "loop-asked": (
+            "python loop.py",
+            {**ASKED, "LLAVA_HVP": ASKED["LLAVA_HVP"] + " --prune-train"},
+        ),
+        "loop-launched": (
+            "llava-hvp run --prune-method hivtp -- python loop.py; echo code $?",
+            {"LLAVA_HVP_DEVICE": "cpu"},
+        ),
         "train-asked": (train.format(name="asked"), ASKED),
         "train-none": (train.format(name="none") + "--prune-method none --r-max 0.25", CPU),
         "train-pruned": (
@@ -78,6 +115,11 @@ def ended(checkpoints, photos, tmp_path_factory):
     with ThreadPoolExecutor(2) as pool:
         ends = pool.map(lambda one: call(one[0], folder, **one[1]), lines.values())
         return dict(zip(lines, ends, strict=True))
+
+
+def first_on_path(folder: Path) -> str:
+    """PYTHONPATH with a folder before what it has."""
+    return os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
 
 
 def fork_of_llava(folder: Path) -> None:
@@ -132,10 +174,34 @@ def test_sglang_is_refused(ended):
     assert refused(ended["sglang"], "use llava.serve.model_worker")
 
 
-def test_what_is_loaded_for_training_is_stock(ended):
+def test_importing_the_trainer_is_no_training(ended):
     loaded = ended["trainer"]
-    assert (loaded.returncode, loaded.stdout) == (0, "CLIPVisionTower\n"), loaded.stderr
-    assert "pruning on" not in loaded.stderr
+    assert (loaded.returncode, loaded.stdout) == (0, "PrunedCLIPVisionTower\n"), loaded.stderr
+    assert "pruning on" in loaded.stderr
+
+
+def test_a_script_that_calls_llavas_train_trains_unpruned_and_goes_on_pruned(ended):
+    result = ended["own-train"]
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert [line for line in lines if line.endswith("Tower")] == [
+        "trained with CLIPVisionTower",
+        "PrunedCLIPVisionTower",
+    ]
+    ours = [line for line in result.stderr.splitlines() if line.startswith("llava-hvp: ")]
+    assert ours[0] == "llava-hvp: training stays unpruned: give --prune-train to prune it too"
+    assert ours[1].startswith("llava-hvp: pruning on")
+
+
+def test_a_pruned_model_is_not_trained_without_the_flag(ended):
+    assert ended["loop"].returncode == 1
+    assert "trained" not in ended["loop"].stdout
+    assert "error: a pruned model is being trained" in ended["loop"].stderr
+    assert "--prune-train" in ended["loop"].stderr
+    assert ended["loop-launched"].stdout == "code 1\n"
+    asked = ended["loop-asked"]
+    assert (asked.returncode, asked.stdout) == (0, "trained\n"), asked.stderr
+    assert "1 image, kept 50.0% of stock's visual tokens" in asked.stderr
 
 
 def test_training_is_pruned_only_by_its_own_flag(ended):

@@ -115,7 +115,8 @@ def _needed(findings: Findings) -> None:
 
 def _hook(findings: Findings) -> None:
     """The startup hook here, and in the `python` that shell scripts would run."""
-    awake = "llava_hvp_startup" in sys.modules
+    here = hook_in((sys.executable,))
+    awake = not sys.flags.no_site and here is not None and here[0]
     reinstall = "pip install --force-reinstall --no-deps llava-hvp"
     spec = importlib.util.find_spec("llava_hvp_startup")
     pth = None if spec is None or spec.origin is None else Path(spec.origin).parent

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Mapping, Sequence
 
 _ASK = "import sys; print('llava_hvp_startup' in sys.modules, sys.executable)"
+_ASKED = {"LLAVA_HVP": "--prune-method uniform", "LLAVA_HVP_DISABLE": "0"}  # or it sleeps
 
 
 def hook_in(
@@ -19,7 +21,7 @@ def hook_in(
             text=True,
             timeout=60,
             check=True,
-            env=environ,
+            env={**(os.environ if environ is None else environ), **_ASKED},
         ).stdout.split(maxsplit=1)
     except (OSError, subprocess.SubprocessError):
         return None

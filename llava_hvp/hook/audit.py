@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import llava_hvp_startup as startup
+import torch
 
 from llava_hvp import config
 from llava_hvp.config import Request
 from llava_hvp.console import say
-from llava_hvp.errors import LlavaHvpError, RecordError
+from llava_hvp.errors import LlavaHvpError, OptionError, RecordError, UnsupportedModelError
 from llava_hvp.files import write_json
 from llava_hvp.hook.answers import AnswersFile
 from llava_hvp.methods import NONE
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from llava_hvp.pruning.pruning import Pruning
 
 FAILED = 1  # exit code
+_PAST_US = "images were encoded without pruning"
+_WHY = "something builds or calls the vision tower past LLaVA's loader"
 
 
 def leave_report(
@@ -43,7 +46,9 @@ def leave_report(
 ) -> None:
     """Tell the launcher, if there is one, how far this process has come.
 
-    state : "started", "done", "failed", or "unrecorded" where all was done but the record
+    state : "started", "done", "failed", or "unrecorded" where all was done but the record; "forked"
+        for a fork, whose end nobody can tell from a kill: it may go by os._exit, as the workers of
+        multiprocessing do
 
     Raises RecordError where that cannot be written.
     """
@@ -89,12 +94,15 @@ class Account:
         self.unpruned = 0
         self.answers = AnswersFile(self._named_answers)
         self._pid = os.getpid()
+        self._forked = startup.is_fork()
+        self._inherited = False
         self._begun = self._ended = False
         self._crash: str | None = None
         self._facts: dict[str, str] = {}
 
     def begin(self) -> None:
         """Say that pruning is on, once, before the first model is loaded."""
+        self._see_fork()
         if self._begun:
             return
         self._begun = True
@@ -110,7 +118,7 @@ class Account:
         )
         say(f"{what} ({versions})")
         self._await_the_end()
-        self._report("started")
+        self._report("forked" if self._forked else "started")
         self.answers.claim()
 
     def watch(self, pruning: Pruning) -> None:
@@ -120,20 +128,63 @@ class Account:
 
         def on_record(reports: list[ImageReport]) -> None:
             pruning = owner()
-            if not self._facts and pruning is not None:
-                self._facts = _facts(pruning.model)
+            if pruning is not None:
+                self._refuse_training(pruning.model)
+                self._facts = self._facts or _facts(pruning.model)
+            self._see_fork()
             self.totals.add(reports)
+            if self._forked:
+                self._report("forked")
 
         pruning.on_record = on_record
 
     def count(self, model: Any, images: int, tokens: int) -> None:
         """Count images that unpruned LLaVA encoded, as `none` asks for."""
+        self._see_fork()
         self.begin()
         self._facts = self._facts or _facts(model)
         self.totals.add_unpruned(images, tokens)
+        if self._forked:
+            self._report("forked")
+
+    def _refuse_training(self, model: Any) -> None:
+        """Whoever trains without LLaVA's own `train` comes here with a pruned model."""
+        if model.training and torch.is_grad_enabled() and not self.request.train:
+            self._crash = "training without --prune-train"
+            raise OptionError(
+                "a pruned model is being trained, and training stays unpruned unless --prune-train "
+                "is given too: give it, as in LLAVA_HVP='--prune-method … --prune-train', or set "
+                "LLAVA_HVP_DISABLE=1 for this process"
+            )
+
+    def add_unpruned(self, images: int) -> None:
+        """The stock tower is about to encode images: an error at the end, in a fork right now."""
+        self._see_fork()
+        self.begin()
+        self.unpruned += images
+        if self._forked:
+            self._report("failed", _PAST_US)
+            raise UnsupportedModelError(f"images would be encoded without pruning: {_WHY}")
+
+    def _see_fork(self) -> None:
+        """A fork has an account of its own, of which its parent and the launcher hear at once."""
+        if os.getpid() == self._pid:
+            return
+        self._pid, self._forked, self._inherited = os.getpid(), True, self._begun
+        self.totals, self.unpruned = Totals(), 0
+        self._ended, self._crash = False, None
+        if self._begun:
+            self._await_multiprocessing()
+
+    def _await_multiprocessing(self) -> None:
+        """Its children run what is registered there, and nothing that is registered in atexit."""
+        util = sys.modules.get("multiprocessing.util")
+        if util is not None and _parent_process() is not None:
+            util.Finalize(None, self.finish, exitpriority=0)
 
     def _await_the_end(self) -> None:
         atexit.register(self.finish)
+        self._await_multiprocessing()
         before = sys.excepthook
 
         def excepthook(kind: Any, error: BaseException, traceback: Any) -> None:
@@ -162,21 +213,24 @@ class Account:
 
     def finish(self) -> None:
         """Sum up and write the record; end the process with an error if there can be none."""
-        if os.getpid() != self._pid or self._ended:
+        self._see_fork()
+        if self._ended or (self._inherited and not self.totals.images and not self.unpruned):
             return
         self._ended = True
         if self.unpruned:
+            done = "would have been" if self._forked else "were"
             say(
-                f"error: {self.unpruned} images were encoded without pruning, "
-                f"{self.totals.images} with it: something builds or calls the vision tower past "
-                "LLaVA's loader; do not use these answers as pruned ones"
+                f"error: {self.unpruned} images {done} encoded without pruning, "
+                f"{self.totals.images} with it: {_WHY}; do not use these answers as pruned ones"
             )
-            self._end("failed", "images were encoded without pruning")
+            self._end("failed", _PAST_US)
         if self._crash is not None:
             if self.totals.images:
                 say(f"{self._summary()}; stopped by {self._crash}")
+            # How multiprocessing ends the workers of a pool, when they are done.
+            is_dismissed = self._crash == "SIGTERM" and _parent_process() is not None
             with contextlib.suppress(RecordError):  # it fails as it is, and has said why
-                self._report("failed", self._crash)
+                self._report(*(("done",) if is_dismissed else ("failed", self._crash)))
             return
         try:
             say(f"{self._summary()}{self._write_record()}")
@@ -194,7 +248,8 @@ class Account:
         if state is not None:
             with contextlib.suppress(RecordError):
                 self._report(state, reason)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         os._exit(FAILED)  # the only way out of an exit with another code
 
     def _summary(self) -> str:
@@ -219,8 +274,11 @@ class Account:
         return f"; record: {path}"
 
     def _named_answers(self) -> Path | None:
-        """The answers file of an eval script, which keeps its arguments in a global."""
-        if self.command not in startup.EVALUATING:
+        """The answers file of an eval script, which keeps its arguments in a global.
+
+        A fork of that process has it too, and leaves it to its parent.
+        """
+        if self.command not in startup.EVALUATING or self._inherited:
             return None
         name = getattr(getattr(sys.modules["__main__"], "args", None), "answers_file", None)
         return None if name is None else Path(name).expanduser()
@@ -240,6 +298,12 @@ class Account:
 
     def _report(self, state: str, reason: str | None = None) -> None:
         leave_report(self.request, self.command, state, self.totals, reason)
+
+
+def _parent_process() -> Any:
+    """Of a child of multiprocessing, by fork or not; None for any other process."""
+    process = sys.modules.get("multiprocessing.process")
+    return None if process is None else process.parent_process()
 
 
 def _facts(model: Any) -> dict[str, str]:

@@ -24,22 +24,25 @@ from llava_hvp.config import Request
 from llava_hvp.console import say
 from llava_hvp.errors import LlavaHvpError, OptionError, RecordError, UnsupportedModelError
 from llava_hvp.hook.audit import Account, leave_report
+from llava_hvp.methods.base import Method
 from llava_hvp.pruning.record import Totals
 from llava_hvp.version import __version__
 
 USAGE, FAILED = 2, 1  # exit codes: what was asked for is wrong, or could not be done
+_UNPRUNED_TRAINING = "training stays unpruned: give --prune-train to prune it too"
 _current: Session | None = None
 
 
 def begin(command: str) -> Session:
-    """Read what was asked for, and take our flags out of `sys.argv`.
+    """Read what was asked for, and take our flags out of `sys.argv`; twice is as once.
 
     Raises OptionError for what cannot be right, before any model is loaded.
     """
     global _current
-    _current = session = Session(command, config.from_environment(os.environ))
-    session.read_flags()
-    return session
+    if _current is None:
+        _current = Session(command, config.from_environment(os.environ))
+        _current.read_flags()
+    return _current
 
 
 def begin_parsed(request: Request) -> Session:
@@ -72,12 +75,6 @@ def refuse(error: BaseException) -> int:
     return USAGE if isinstance(error, OptionError) else FAILED
 
 
-def training_begins() -> None:
-    """LLaVA's trainer is being imported: it trains unpruned unless `--prune-train` was given."""
-    if _current is not None and (_current.request.asked or _current.request.device == "cpu"):
-        _current.training_begins()
-
-
 class Session:
     """What one process was asked, and the switches for it.
 
@@ -88,6 +85,8 @@ class Session:
         self.command = command
         self.request = request
         self._account: Account | None = None
+        self._is_on = False
+        self._patched: tuple[type, ...] = ()
 
     @property
     def prunes(self) -> bool:
@@ -138,10 +137,17 @@ class Session:
 
         With `none`, bridge stock LLaVA and count what it encodes.
         """
+        if self._is_on:  # LLaVA is imported once more
+            self.check_host()
+            return
+        self._is_on = True
+        if self.command.startswith("llava.train.") and self.prunes and not self.request.train:
+            say(_UNPRUNED_TRAINING)
+            self.request = dataclasses.replace(self.request, method=None)
         method, asked = self.request.method, self.request.asked
         if not asked and self.request.device != "cpu" and self.request.part is None:
             return
-        from llava_hvp.hosts.llava import builder, compat
+        from llava_hvp.hosts.llava import compat
         from llava_hvp.hosts.llava.compat.device import bridge_to_cpu
         from llava_hvp.pruning.monkeypatch import Patches
 
@@ -156,8 +162,12 @@ class Session:
         self._account = account = Account(self.command, self.request, method, found)
         if self.command in startup.EVALUATING:
             account.answers.watch()
+        self._patches, self._trainer_bridge = Patches(), Patches()
+        self._install(method, account)
+        self._answer_part(lambda: account.unpruned)
+
+    def _install(self, method: Method | None, account: Account) -> None:
         loader = importlib.import_module("llava.model.builder")
-        self._patches = Patches()
         self._patches.replace(
             loader, "load_pretrained_model", self._checking(loader.load_pretrained_model)
         )
@@ -165,12 +175,15 @@ class Session:
             from llava_hvp.hosts.llava.unpruned import count_images
 
             count_images(self._patches, account.count)
-        else:
-            builder.install(method, on_model=account.watch)
-            clip = importlib.import_module("llava.model.multimodal_encoder.clip_encoder")
-            tower = clip.CLIPVisionTower
-            self._patches.replace(tower, "forward", _counting(tower.forward, account))
-        self._answer_part(lambda: account.unpruned)
+            return
+        from llava_hvp.hosts.llava import builder
+
+        builder.install(method, on_model=account.watch)
+        clip = importlib.import_module("llava.model.multimodal_encoder.clip_encoder")
+        arch = importlib.import_module("llava.model.llava_arch")
+        tower = clip.CLIPVisionTower
+        self._patches.replace(tower, "forward", _counting(tower.forward, account))
+        self._patched = (tower, arch.LlavaMetaForCausalLM)
 
     def _answer_part(self, unpruned: Callable[[], int]) -> None:
         """Be a part of `llava-hvp eval`, if this process is one."""
@@ -179,26 +192,74 @@ class Session:
 
             answer_part(Path(self.request.part), unpruned)
 
-    def training_begins(self) -> None:
-        """Bridge the trainer's gaps; take pruning back, unless training was to be pruned."""
-        from llava_hvp.hosts.llava import builder
-        from llava_hvp.hosts.llava.compat.training import bridge_training
-        from llava_hvp.pruning.monkeypatch import Patches
-
-        if self.prunes and not self.request.train:
-            builder.uninstall()
-            self._patches.undo()
-            self.request = dataclasses.replace(self.request, method=None)
-            say("training stays unpruned: give --prune-train to prune it too")
-        if self.request.asked or self.request.device == "cpu":
-            bridge_training(Patches())
-
     def fails(self, error: BaseException) -> None:
         """The process ends by this error: tell the launcher."""
         if self._account is not None:
             self._account.fails(str(error))
         with contextlib.suppress(RecordError):
             leave_report(self.request, self.command, "failed", Totals(), str(error))
+
+    def check_host(self) -> None:
+        """Raise a LlavaHvpError unless LLaVA, if it was used, was used as it was asked for."""
+        if not self.request.asked and self.request.device != "cpu":
+            return
+        if not self._is_on:
+            raise UnsupportedModelError(
+                "LLaVA was imported past llava-hvp, by an import hook of something else, and "
+                "nothing was pruned: write `import llava` before that hook is set"
+            )
+        for kind in self._patched:
+            module = sys.modules.get(kind.__module__)
+            if module is not None and vars(module).get(kind.__name__) is not kind:
+                raise UnsupportedModelError(
+                    f"{kind.__module__} was imported a second time, or its {kind.__name__} "
+                    "replaced: what is made of it is not pruned. Leave out what reloads LLaVA"
+                )
+
+    # --- where the process trains ---
+
+    def training_imported(self) -> None:
+        """Bridge the trainer's gaps for whoever imports it. It does not mean that they train."""
+        from llava_hvp.hosts.llava.compat.training import bridge_training
+        from llava_hvp.pruning.monkeypatch import Patches
+
+        if self._account is not None:
+            bridge_training(self._trainer_bridge)
+        elif self.request.device == "cpu":
+            bridge_training(Patches())
+
+    def watch_training(self, trainer: Any) -> None:
+        """LLaVA's `train` leaves pruning off while it runs, unless it was to be pruned too.
+
+        trainer : the module llava.train.train
+        """
+        method, account, stock = self.request.method, self._account, trainer.train
+        if method is None or account is None or self.request.train:
+            return
+
+        @functools.wraps(stock)
+        def train(*args: Any, **kwargs: Any) -> Any:
+            say(_UNPRUNED_TRAINING)
+            self._uninstall()
+            try:
+                return stock(*args, **kwargs)
+            finally:
+                self._trainer_bridge.undo()
+                self._install(method, account)
+                self.training_imported()
+
+        trainer.train = train
+
+    def _uninstall(self) -> None:
+        """What is loaded from now on is stock; the trainer's gaps stay bridged."""
+        from llava_hvp.hosts.llava import builder
+
+        self._trainer_bridge.undo()
+        self._patches.undo()
+        builder.uninstall()
+        self.training_imported()
+
+    # --- where it loads a model ---
 
     def before_load(self) -> None:
         """A model is about to be loaded."""
@@ -238,8 +299,7 @@ def _counting(stock: Callable[..., Any], account: Account) -> Callable[..., Any]
 
     @functools.wraps(stock)
     def forward(tower: Any, images: Any) -> Any:
-        account.begin()
-        account.unpruned += len(images)
+        account.add_unpruned(len(images))
         return stock(tower, images)
 
     return forward
