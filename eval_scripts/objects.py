@@ -83,7 +83,7 @@ def by_layer(viewer: Viewer, known: list[Known]) -> list[dict[str, str]]:
     """For each layer: how often things and digits receive more attention than background."""
     sums: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for one in known:
-        for layer, received in viewer.received(one.picture).items():
+        for layer, received in viewer.received_attention(one.picture).items():
             for name, kind in (("things", 1), ("digits", 2)):
                 if (one.kinds == kind).any():
                     sums[layer][name].append(above(received[0], one.kinds == kind, one.kinds == 0))

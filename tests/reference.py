@@ -63,11 +63,11 @@ def shares(num_tokens: int, tiles: Sequence[int]) -> list[int]:
     return [num_tokens // count for count in tiles for _ in range(count)]
 
 
-def default_layers(layers: Sequence[int], depth: int, select: int) -> list[int]:
+def default_layers(layers: Sequence[int], depth: int, feature_layer: int) -> list[int]:
     """Layers that the papers name for 24, on an encoder of another depth."""
     scaled: list[int] = []
     for layer in layers:
-        layer = min(max(1, round(layer * depth / 24)), select)
+        layer = min(max(1, round(layer * depth / 24)), feature_layer)
         if layer not in scaled:
             scaled.append(layer)
     return scaled

@@ -10,7 +10,7 @@ import pytest
 
 from llava_hvp import HIVTP
 from llava_hvp.config import Request
-from llava_hvp.hook.audit import Account
+from llava_hvp.hook.audit import PruningAudit
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def account(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     request = Request(HIVTP(), reports=str(tmp_path))
     versions = {"llava-hvp": "1", "llava": "llava-torch 1.2 at /here"}
-    return Account("llava.serve.model_worker", request, HIVTP(), versions)
+    return PruningAudit("llava.serve.model_worker", request, HIVTP(), versions)
 
 
 def report(tmp_path):
@@ -69,7 +69,7 @@ def test_an_error_is_one_line_and_a_failed_report(account, tmp_path, capfd):
 def test_a_model_may_be_loaded_in_any_thread(tmp_path, monkeypatch):
     monkeypatch.setattr("atexit.register", lambda *args: None)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    account = Account("", Request(HIVTP(), reports=str(tmp_path)), HIVTP(), {})
+    account = PruningAudit("", Request(HIVTP(), reports=str(tmp_path)), HIVTP(), {})
     failures = []
 
     def begin():

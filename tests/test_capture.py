@@ -73,18 +73,18 @@ def tower(checkpoints):
 
 def test_hooks_see_what_eager_attention_computes(tower):
     model, eager, images = tower
-    needs = Needs(received=(3, 9, 23), cls=(1, 23))
+    needs = Needs(received_attention=(3, 9, 23), cls_attention=(1, 23))
     hooks = QKHooks(layers_of(model), needs)
     with recording(needs, 4, 64) as scores:
         hidden_states(model, images, 23)
     hooks.remove()
     with torch.no_grad():
         maps = eager(images, output_attentions=True).attentions
-    assert set(scores.received) == {3, 9, 23}
-    assert set(scores.cls) == {1, 23}
-    for layer, received in scores.received.items():
+    assert set(scores.received_attention) == {3, 9, 23}
+    assert set(scores.cls_attention) == {1, 23}
+    for layer, received in scores.received_attention.items():
         assert torch.allclose(received, maps[layer - 1].mean((1, 2))[:, 1:], atol=1e-7)
-    for layer, cls in scores.cls.items():
+    for layer, cls in scores.cls_attention.items():
         assert torch.allclose(cls, maps[layer - 1][:, :, 0, 1:].mean(1), atol=1e-7)
 
 
@@ -99,7 +99,7 @@ def test_hidden_states_have_the_bits_of_a_full_pass(layer, tower):
 def test_nothing_is_recorded_outside_a_recording_and_removed_hooks_are_gone(tower):
     model, _, images = tower
     layers = layers_of(model)
-    hooks = QKHooks(layers, Needs(received=(5,)))
+    hooks = QKHooks(layers, Needs(received_attention=(5,)))
     hidden_states(model, images, 23)  # no recording: the hooks must stay silent
     assert len(layers[4].self_attn.q_proj._forward_hooks) == 1
     hooks.remove()
@@ -110,14 +110,14 @@ def test_a_layer_whose_hooks_do_not_fire_is_an_error(tower):
     model, _, images = tower
     with (
         pytest.raises(UnsupportedModelError, match=r"\[9\].*q_proj"),
-        recording(Needs(received=(9,)), 4, 64),
+        recording(Needs(received_attention=(9,)), 4, 64),
     ):
         hidden_states(model, images, 23)
 
 
 def test_only_the_named_layers_are_hooked(tower):
     model, _, _ = tower
-    hooks = QKHooks(layers_of(model), Needs(received=(7, 8)))
+    hooks = QKHooks(layers_of(model), Needs(received_attention=(7, 8)))
     hooked = [
         number
         for number, layer in enumerate(layers_of(model), 1)

@@ -19,8 +19,8 @@ def whole_context(**changes):
     total = sum(IMAGES)
     row = torch.arange(total, dtype=torch.float32)
     fields = {
-        "received": {9: row[:, None].expand(total, PATCHES)},
-        "cls": {23: row[:, None].expand(total, PATCHES)},
+        "received_attention": {9: row[:, None].expand(total, PATCHES)},
+        "cls_attention": {23: row[:, None].expand(total, PATCHES)},
         "features": row[:, None, None].expand(total, PATCHES, 4),
         "relevance": row[:, None].expand(total, PATCHES),
         "keys": {24: row[:, None, None].expand(total, 1 + PATCHES, 8)},
@@ -118,7 +118,7 @@ def test_rows_take_the_tiles_and_the_images_entries_with_them(index, tiles, imag
     assert (part.tiles, part.total_tiles) == (tiles, len(index))
     for tensor in (
         *(part.score(kind, 24) for kind in ("keys", "queries")),
-        *(part.score("received", 9), part.score("cls", 23)),
+        *(part.score("received_attention", 9), part.score("cls_attention", 23)),
         *(part.read(name, "m") for name in ("features", "projected", "relevance")),
     ):
         assert tensor.flatten(1)[:, 0].tolist() == index
@@ -195,7 +195,9 @@ class AsManyAsTheBudget(Method):
         added[..., 0] = budget
         extra = torch.full((context.total_tiles, 1 + context.patches), float(budget))
         first, second = place < budget - 1, place == budget - 1
-        return Selection.of(Mix(added, extra, place + budget), first=first, second=second)
+        return Selection.from_roles(
+            {"first": first, "second": second}, mix=Mix(added, extra, place + budget)
+        )
 
 
 def test_images_of_several_budgets_keep_their_mixtures():
@@ -235,10 +237,10 @@ def test_a_budget_of_all_patches_mixes_nothing():
 
 def test_a_selection_without_a_mix_has_nothing_loose_and_no_extra_tokens():
     keep = torch.ones(2, PATCHES, dtype=torch.bool)
-    selection = Selection.of(kept=keep)
+    selection = Selection.from_roles({"kept": keep})
     assert selection.extras == (False, False)
     assert not selection.loose(["kept"]).any()
-    with_mix = Selection.of(random_mix(extra=None), kept=keep)
+    with_mix = Selection.from_roles({"kept": keep}, mix=random_mix(extra=None))
     assert with_mix.extras == (False, False)
     assert with_mix.loose(["kept"]).all()
 
@@ -265,7 +267,9 @@ class FirstOfTheImage(Method):
     def choose(self, context, budget):
         assert len(set(context.images)) == 1
         place = torch.arange(context.images[0] * context.patches) < budget
-        return Selection.of(first=place.view(-1, context.patches).repeat(len(context.images), 1))
+        return Selection.from_roles(
+            {"first": place.view(-1, context.patches).repeat(len(context.images), 1)}
+        )
 
 
 def test_a_budget_of_an_image_is_shared_by_its_tiles_as_the_method_decides():
@@ -283,8 +287,8 @@ class AsksCls(AsManyAsTheBudget):
     listed: ClassVar[bool] = False
     needs_cls: ClassVar[bool] = True
 
-    def reads(self, depth, select):
-        return Needs(cls=(23,), keys=(24,))
+    def reads(self, depth, feature_layer):
+        return Needs(cls_attention=(23,), keys=(24,))
 
 
 def test_a_tower_without_cls_is_refused_by_a_method_that_asks_it():
@@ -293,6 +297,6 @@ def test_a_tower_without_cls_is_refused_by_a_method_that_asks_it():
     with pytest.raises(UnsupportedModelError, match=r"asks-cls-of-a-test asks the CLS token.*use"):
         AsksCls(r_max=0.5).select(no_cls)
     with pytest.raises(ContextError, match=r"asks-cls-of-a-test needs the CLS token's.*use"):
-        AsksCls(r_max=0.5).select(whole_context(cls={}))
+        AsksCls(r_max=0.5).select(whole_context(cls_attention={}))
     assert AsksCls(r_max=1).select(no_cls).keep.all()
     assert AsManyAsTheBudget(r_max=0.5).select(no_cls).keep.any()

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from llava_hvp.hosts.llava.compat.device import bridge_to_cpu
-from llava_hvp.pruning.monkeypatch import Patches
+from llava_hvp.pruning.monkeypatch import MonkeyPatcher
 
 
 @pytest.fixture
 def on_cpu():
-    patches = Patches()
+    patches = MonkeyPatcher()
     bridge_to_cpu(patches)
     yield
     patches.undo()
@@ -44,7 +44,7 @@ def test_other_arguments_do_what_they_did():
 
 def test_undone_it_is_as_before():
     before = torch.Tensor.to, torch.Tensor.cuda, torch.nn.Module.to, torch.nn.Module.cuda
-    patches = Patches()
+    patches = MonkeyPatcher()
     bridge_to_cpu(patches)
     patches.undo()
     assert before == (

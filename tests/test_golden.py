@@ -43,7 +43,7 @@ def draws(case, count):
 def hiprune_selection(case):
     middle, deep = draws(case, 2)
     method = HiPrune(variant="code", num_tokens=case["budget"], alpha=case["alpha"])
-    return method.select(VisionContext(GRID, {9: middle, 23: deep}, depth=24, select=23))
+    return method.select(VisionContext(GRID, {9: middle, 23: deep}, depth=24, feature_layer=23))
 
 
 def kept(keep):
@@ -74,7 +74,7 @@ def test_hivtp_keeps_what_the_released_code_keeps(case):
     layers = tuple(case["layers"])
     received = dict(zip(layers, draws(case, 3), strict=True))
     method = HIVTP(r_max=case["r_max"], layers=(7, 8, 9))
-    selection = method.select(VisionContext(GRID, received, depth=24, select=23))
+    selection = method.select(VisionContext(GRID, received, depth=24, feature_layer=23))
     assert layers == (7, 8, 9)
     assert kept(selection.keep) == [case["kept"]]
 
@@ -176,10 +176,16 @@ def test_pruned_images_stay_within_their_budget_and_below_stock(tiling, name, r_
         generator = torch.Generator().manual_seed(tiles * size[0] + size[1])
         context = VisionContext(
             GRID,
-            {layer: torch.rand(tiles, PATCHES, generator=generator) for layer in needs.received},
+            {
+                layer: torch.rand(tiles, PATCHES, generator=generator)
+                for layer in needs.received_attention
+            },
             depth=24,
-            select=23,
-            cls={layer: torch.rand(tiles, PATCHES, generator=generator) for layer in needs.cls},
+            feature_layer=23,
+            cls_attention={
+                layer: torch.rand(tiles, PATCHES, generator=generator)
+                for layer in needs.cls_attention
+            },
             features=torch.rand(tiles, PATCHES, 4) if needs.features else None,
             relevance=torch.rand(tiles, PATCHES, generator=generator),
             tiles=(tiles,),

@@ -11,10 +11,10 @@ class KeepEverything(HiPrune):
     """Goes the whole way, capture included, and keeps every patch. Not registered: no own name."""
 
     def choose(self, context, budget):
-        assert set(context.received) == {9, 23}
-        keep = torch.ones_like(context.received[9], dtype=torch.bool)
+        assert set(context.received_attention) == {9, 23}
+        keep = torch.ones_like(context.received_attention[9], dtype=torch.bool)
         none = torch.zeros_like(keep)
-        return Selection.of(anchor=keep, buffer=none, register=none)
+        return Selection.from_roles({"anchor": keep, "buffer": none, "register": none})
 
 
 KEEPERS = {

@@ -372,7 +372,7 @@ def test_a_tower_of_another_depth_scales_the_default_layers(tmp_path, photos):
     tower = make_clip(tmp_path / "clip", layers=12, image_size=112)
     bundle = load(make_checkpoint(tmp_path / "llava-12", vision_tower=tower))
     with prune(bundle.model, HIVTP(r_max=0.5)):
-        assert bundle.model.get_vision_tower().plan().needs.received == (4, 5)
+        assert bundle.model.get_vision_tower().plan().needs.received_attention == (4, 5)
         bundle.generate(bundle.ids("x"), bundle.pixels(photos[0]), None)
 
 

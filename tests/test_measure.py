@@ -5,7 +5,7 @@ import torch
 
 from llava_hvp import HIVTP, prune
 from llava_hvp.checkpoints.generate_stats import measure_all, measured
-from llava_hvp.pruning.monkeypatch import Patches
+from llava_hvp.pruning.monkeypatch import MonkeyPatcher
 
 
 def generate(bundle, photo, calls=None, tokens=5, **kwargs):
@@ -71,7 +71,7 @@ def test_beams_a_prompt_without_a_picture_and_the_users_own_processors(loaded, p
 
 
 def test_it_is_undone(loaded, photos):
-    bundle, calls, patches = loaded("llava-1.5-llama"), [], Patches()
+    bundle, calls, patches = loaded("llava-1.5-llama"), [], MonkeyPatcher()
     stock = type(bundle.model).generate
     measure_all(patches, calls.append)
     bundle.generate(bundle.ids("What?"), bundle.pixels(photos[0]), [photos[0].size])

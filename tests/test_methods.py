@@ -70,10 +70,14 @@ def context_for(method, draw, grid, tiles, kind="continuous", **changes):
     fields = {
         "grid": grid,
         "depth": DEPTH,
-        "select": SELECT,
+        "feature_layer": SELECT,
         "tiles": tiles,
-        "received": {layer: draw.scores(total, patches, kind) for layer in needs.received},
-        "cls": {layer: draw.scores(total, patches, kind) for layer in needs.cls},
+        "received_attention": {
+            layer: draw.scores(total, patches, kind) for layer in needs.received_attention
+        },
+        "cls_attention": {
+            layer: draw.scores(total, patches, kind) for layer in needs.cls_attention
+        },
         "features": torch.rand(total, patches, 4) if needs.features else None,
         "relevance": draw.scores(total, patches, kind) if needs.relevance else None,
     }
@@ -108,7 +112,7 @@ def assert_keeps(method, context, expected):
 
 
 def rows(context, layer):
-    return context.received[layer].tolist()
+    return context.received_attention[layer].tolist()
 
 
 # Fast against slow
@@ -145,7 +149,7 @@ def test_hivtp_keeps_what_the_slow_rule_keeps(grid, kind):
         if r_max == 1:
             context = dataclasses.replace(
                 context,
-                received={n: draw.scores(tiles, patches, kind) for n in method.layers},
+                received_attention={n: draw.scores(tiles, patches, kind) for n in method.layers},
             )
         window = method.window
         if window != "auto" and -(-grid[0] // window) * -(-grid[1] // window) > budget:
@@ -314,13 +318,13 @@ def test_selection_works_on_scores_of_any_float_type(name, dtype):
     context = context_for(method, draw, grid, (2,))
     typed = dataclasses.replace(
         context,
-        received={layer: s.to(dtype) for layer, s in context.received.items()},
+        received_attention={layer: s.to(dtype) for layer, s in context.received_attention.items()},
         relevance=None if context.relevance is None else context.relevance.to(dtype),
     )
     # What the type rounds away is gone, and nothing else changes: ranks are taken in float32.
     rounded = dataclasses.replace(
         typed,
-        received={layer: s.float() for layer, s in typed.received.items()},
+        received_attention={layer: s.float() for layer, s in typed.received_attention.items()},
         relevance=None if typed.relevance is None else typed.relevance.float(),
     )
     assert_sound(method.select(typed), method, typed)
@@ -350,7 +354,9 @@ def test_scores_in_any_memory_layout_give_the_same_selection(name):
     for laid_out in (transposed, with_cls_column):
         other = dataclasses.replace(
             context,
-            received={layer: laid_out(s) for layer, s in context.received.items()},
+            received_attention={
+                layer: laid_out(s) for layer, s in context.received_attention.items()
+            },
             relevance=None if context.relevance is None else laid_out(context.relevance),
         )
         assert torch.equal(method.select(other).keep, method.select(context).keep)
@@ -414,7 +420,12 @@ def test_r_max_of_one_keeps_all_without_looking_at_scores(name, grid):
         method = get_method(name, r_max=r_max)
         needs = method.needs(DEPTH, SELECT)
         assert method.keeps_all
-        assert (needs.received, needs.cls, needs.features, needs.relevance) == ((), (), False, None)
+        assert (needs.received_attention, needs.cls_attention, needs.features, needs.relevance) == (
+            (),
+            (),
+            False,
+            None,
+        )
         selection = method.select(VisionContext(grid, tiles=(2,)))
         assert selection.keep.shape == (2, grid[0] * grid[1])
         assert selection.keep.all()
@@ -454,10 +465,12 @@ def test_selecting_again_on_tied_scores_gives_the_same_selection(name):
 def test_selecting_leaves_the_scores_as_they_were(name):
     method = get_method(name, r_max=0.25)
     context = context_for(method, Draw("untouched", name), (12, 12), (2,))
-    before = {layer: scores.clone() for layer, scores in context.received.items()}
+    before = {layer: scores.clone() for layer, scores in context.received_attention.items()}
     relevance = None if context.relevance is None else context.relevance.clone()
     assert method.select(context).keep.any()
-    assert all(torch.equal(context.received[layer], scores) for layer, scores in before.items())
+    assert all(
+        torch.equal(context.received_attention[layer], scores) for layer, scores in before.items()
+    )
     assert relevance is None or torch.equal(context.relevance, relevance)
 
 
@@ -564,7 +577,7 @@ def test_hiprune_plus_takes_the_prompts_share_out_of_the_budget_or_on_top():
 
 
 @pytest.mark.parametrize(
-    ("depth", "select", "hivtp", "hiprune"),
+    ("depth", "feature_layer", "hivtp", "hiprune"),
     [
         (24, 23, (7, 8, 9, 10), (9, 23)),
         (12, 11, (4, 5), (4, 11)),
@@ -574,20 +587,25 @@ def test_hiprune_plus_takes_the_prompts_share_out_of_the_budget_or_on_top():
         (1, 1, (1,), (1,)),
     ],
 )
-def test_default_layers_scale_with_the_depth_and_stop_at_select(depth, select, hivtp, hiprune):
-    assert HIVTP().needs(depth, select).received == hivtp
-    assert HiPrune().needs(depth, select).received == hiprune
-    assert HiPrunePlus().needs(depth, select).received == hiprune
-    assert tuple(reference.default_layers((7, 8, 9, 10), depth, select)) == hivtp
+def test_default_layers_scale_with_the_depth_and_stop_at_select(
+    depth, feature_layer, hivtp, hiprune
+):
+    assert HIVTP().needs(depth, feature_layer).received_attention == hivtp
+    assert HiPrune().needs(depth, feature_layer).received_attention == hiprune
+    assert HiPrunePlus().needs(depth, feature_layer).received_attention == hiprune
+    assert tuple(reference.default_layers((7, 8, 9, 10), depth, feature_layer)) == hivtp
 
 
 def test_default_layers_equal_the_slow_rule_at_every_depth():
     for depth in range(1, 49):
-        for select in range(1, depth + 1):
-            layers = HIVTP().needs(depth, select).received
-            assert list(layers) == reference.default_layers((7, 8, 9, 10), depth, select)
-            middle = reference.default_layers((9,), depth, select)[0]
-            assert set(HiPrune().needs(depth, select).received) == {middle, select}
+        for feature_layer in range(1, depth + 1):
+            layers = HIVTP().needs(depth, feature_layer).received_attention
+            assert list(layers) == reference.default_layers((7, 8, 9, 10), depth, feature_layer)
+            middle = reference.default_layers((9,), depth, feature_layer)[0]
+            assert set(HiPrune().needs(depth, feature_layer).received_attention) == {
+                middle,
+                feature_layer,
+            }
 
 
 def test_a_method_needs_what_it_reads_and_no_more():
@@ -595,17 +613,22 @@ def test_a_method_needs_what_it_reads_and_no_more():
         assert HiPrunePlus(text=text).needs(DEPTH, SELECT).relevance == text
     for method in (HIVTP(), HiPrune()):
         needs = method.needs(DEPTH, SELECT)
-        assert (needs.cls, needs.features, needs.relevance) == ((), False, None)
-    assert HIVTP(layers=(7, 8, 9)).needs(DEPTH, SELECT).received == (7, 8, 9)
-    assert HiPrune(object_layer=5).needs(DEPTH, SELECT).received == (5, SELECT)
+        assert (needs.cls_attention, needs.features, needs.relevance) == ((), False, None)
+    assert HIVTP(layers=(7, 8, 9)).needs(DEPTH, SELECT).received_attention == (7, 8, 9)
+    assert HiPrune(object_layer=5).needs(DEPTH, SELECT).received_attention == (5, SELECT)
 
 
 @pytest.mark.parametrize("method", [Random(), Uniform()], ids=["random", "uniform"])
 def test_the_references_capture_nothing(method):
     # Not even the encoder's depth has to be known.
-    for depth, select in ((DEPTH, SELECT), (None, None)):
-        needs = method.needs(depth, select)
-        assert (needs.received, needs.cls, needs.features, needs.relevance) == ((), (), False, None)
+    for depth, feature_layer in ((DEPTH, SELECT), (None, None)):
+        needs = method.needs(depth, feature_layer)
+        assert (needs.received_attention, needs.cls_attention, needs.features, needs.relevance) == (
+            (),
+            (),
+            False,
+            None,
+        )
 
 
 @each_grid
@@ -782,7 +805,7 @@ def test_alpha_is_the_share_of_anchors_with_their_buffers_for_the_cross_only(buf
     """At 192 of 24 x 24 patches, the numbers of its docstring."""
     draw = torch.Generator().manual_seed(0)
     received = {layer: torch.rand(20, 576, generator=draw) for layer in (9, 23)}
-    context = VisionContext(grid=(24, 24), received=received, depth=24, select=23)
+    context = VisionContext(grid=(24, 24), received_attention=received, depth=24, feature_layer=23)
     roles = HiPrune(r_max=1 / 3, buffer=buffer).select(context).roles
     assert (roles["anchor"].sum(1) == round(0.1 * 192 / 5)).all()
     share = (roles["anchor"] | roles["buffer"]).sum(1) / 192
@@ -795,7 +818,7 @@ def test_alpha_is_the_share_of_anchors_with_their_buffers_for_the_cross_only(buf
 def test_scores_of_other_dimensions_are_asked_for_by_tile(shape):
     """And not as 576 tiles: how many there are cannot be read from such a shape."""
     with pytest.raises(ContextError, match=re.escape(f"shape {shape}: T tiles")) as raised:
-        VisionContext(grid=(24, 24), received={9: torch.rand(shape)})
+        VisionContext(grid=(24, 24), received_attention={9: torch.rand(shape)})
     assert "need (T, 576), one tile (1, 576)" in str(raised.value)
 
 
@@ -823,18 +846,18 @@ def test_a_layer_outside_the_encoder_or_past_select_is_refused(method, words):
     assert_raises(LayerError, lambda: method.select(context), *words)
 
 
-@pytest.mark.parametrize("select", [0, 25, -2])
+@pytest.mark.parametrize("feature_layer", [0, 25, -2])
 @pytest.mark.parametrize("method", [HIVTP(), HiPrune(), HiPrunePlus()], ids=lambda m: m.name)
-def test_a_select_outside_the_encoder_is_refused(method, select):
-    words = (f"select={select}", "24 layers", "1 to 24")
-    assert_raises(LayerError, lambda: method.needs(DEPTH, select), *words)
+def test_a_select_outside_the_encoder_is_refused(method, feature_layer):
+    words = (f"feature_layer={feature_layer}", "24 layers", "1 to 24")
+    assert_raises(LayerError, lambda: method.needs(DEPTH, feature_layer), *words)
 
 
 @pytest.mark.parametrize("method", [HIVTP(), HiPrune(), HiPrunePlus()], ids=lambda m: m.name)
 def test_layers_without_the_encoders_depth_are_refused(method):
-    for depth, select in ((None, SELECT), (DEPTH, None)):
-        words = (f"depth={depth}", f"select={select}")
-        assert_raises(ContextError, lambda d=depth, s=select: method.needs(d, s), *words)
+    for depth, feature_layer in ((None, SELECT), (DEPTH, None)):
+        words = (f"depth={depth}", f"feature_layer={feature_layer}")
+        assert_raises(ContextError, lambda d=depth, s=feature_layer: method.needs(d, s), *words)
 
 
 def test_a_window_that_the_budget_cannot_hold_is_refused():
@@ -856,10 +879,10 @@ def test_a_window_that_the_budget_cannot_hold_is_refused():
     ids=["hivtp", "hivtp by hand", "hiprune object", "hiprune deep"],
 )
 def test_a_context_that_lacks_a_layer_is_refused_with_those_it_has(method, missing):
-    held = [layer for layer in method.needs(DEPTH, SELECT).received if layer != missing]
+    held = [layer for layer in method.needs(DEPTH, SELECT).received_attention if layer != missing]
     scores = {layer: torch.rand(1, 64) for layer in held}
     context = VisionContext((8, 8), scores, DEPTH, SELECT)
-    words = ("received", f"layer {missing};", str(held or "none"))
+    words = ("received_attention", f"layer {missing};", str(held or "none"))
     assert_raises(ContextError, lambda: method.select(context), *words)
 
 
@@ -871,12 +894,24 @@ def test_hiprune_plus_without_relevance_is_refused():
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"received": {9: torch.rand(1, 63)}}, ("received[9]", "(1, 63)", "(1, 64)", "8 x 8")),
-        ({"received": {9: torch.rand(64)}}, ("received[9]", "(64,)", "8 x 8")),
-        ({"received": {9: torch.rand(1, 1, 64)}}, ("received[9]", "(1, 1, 64)", "8 x 8")),
-        ({"received": {9: torch.rand(2, 64), 23: torch.rand(3, 64)}}, ("received[23]", "(2, 64)")),
-        ({"received": {9: torch.rand(4, 64)}, "tiles": (1, 2)}, ("received[9]", "(3, 64)")),
-        ({"cls": {2: torch.rand(1, 65)}}, ("cls[2]", "(1, 65)", "(1, 64)")),
+        (
+            {"received_attention": {9: torch.rand(1, 63)}},
+            ("received_attention[9]", "(1, 63)", "(1, 64)", "8 x 8"),
+        ),
+        ({"received_attention": {9: torch.rand(64)}}, ("received_attention[9]", "(64,)", "8 x 8")),
+        (
+            {"received_attention": {9: torch.rand(1, 1, 64)}},
+            ("received_attention[9]", "(1, 1, 64)", "8 x 8"),
+        ),
+        (
+            {"received_attention": {9: torch.rand(2, 64), 23: torch.rand(3, 64)}},
+            ("received_attention[23]", "(2, 64)"),
+        ),
+        (
+            {"received_attention": {9: torch.rand(4, 64)}, "tiles": (1, 2)},
+            ("received_attention[9]", "(3, 64)"),
+        ),
+        ({"cls_attention": {2: torch.rand(1, 65)}}, ("cls_attention[2]", "(1, 65)", "(1, 64)")),
         ({"relevance": torch.rand(1, 64, 2)}, ("relevance", "(1, 64, 2)", "(1, 64)")),
         ({"features": torch.rand(1, 64)}, ("features", "(1, 64)", "(1, 64, D)")),
         ({"tiles": (2, 0)}, ("tiles=(2, 0)",)),
@@ -894,14 +929,14 @@ def test_a_context_whose_shapes_disagree_is_refused(fields, words):
 @pytest.mark.parametrize("method", [HIVTP(), HiPrune(), HiPrunePlus()], ids=lambda m: m.name)
 def test_scores_that_are_not_finite_are_refused_by_the_layers_name(method, bad):
     context = context_for(method, Draw("finite"), (8, 8), (3,))
-    layers = method.needs(DEPTH, SELECT).received
+    layers = method.needs(DEPTH, SELECT).received_attention
     for layer in layers:
-        received = {n: scores.clone() for n, scores in context.received.items()}
+        received = {n: scores.clone() for n, scores in context.received_attention.items()}
         received[layer][1, 5] = bad
-        broken = dataclasses.replace(context, received=received)
+        broken = dataclasses.replace(context, received_attention=received)
         with pytest.raises(ScoreError) as caught:
             method.select(broken)
-        named = [n for n in layers if f"received[{n}]" in str(caught.value)]
+        named = [n for n in layers if f"received_attention[{n}]" in str(caught.value)]
         assert named == [layer]
     assert issubclass(ScoreError, LlavaHvpError)
 
@@ -918,7 +953,10 @@ def test_all_scores_that_are_not_finite_are_named_at_once():
     received |= {9: torch.full((1, 64), float("nan")), 10: torch.rand(1, 64)}
     context = VisionContext((8, 8), received, DEPTH, SELECT)
     assert_raises(
-        ScoreError, lambda: HIVTP().select(context), "received[7], received[9]", "float32"
+        ScoreError,
+        lambda: HIVTP().select(context),
+        "received_attention[7], received_attention[9]",
+        "float32",
     )
 
 
@@ -940,7 +978,9 @@ def first_method():
 
             def choose(self, context, budget):
                 place = torch.arange(context.patches).expand(context.total_tiles, -1)
-                return Selection.of(first=(place >= self.skip) & (place < self.skip + budget))
+                return Selection.from_roles(
+                    {"first": (place >= self.skip) & (place < self.skip + budget)}
+                )
 
         return First
 

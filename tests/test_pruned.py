@@ -90,7 +90,7 @@ def test_selection_is_the_rule_on_eager_attentions_of_the_same_tower(name, loade
             of = pruned.relevance((5,), [bundle.ids("Is there a cup?")[0]])
             relevance = of(output.hidden_states[23][:, 1:])
     context = VisionContext(
-        grid=(24, 24), received=received, depth=24, select=23, relevance=relevance
+        grid=(24, 24), received_attention=received, depth=24, feature_layer=23, relevance=relevance
     )
     expected = method.select(context)
     assert torch.equal(pruned.last[0].selection.keep, expected.keep)
@@ -299,13 +299,13 @@ class NearestToTheMean(Uniform):
     """A method of somebody else's, reading what none of ours reads. Not registered: no own name."""
 
     def reads(self, depth, select):
-        return Needs(cls=(2, select), features=True)
+        return Needs(cls_attention=(2, select), features=True)
 
     def choose(self, context, budget):
-        assert set(context.cls) == {2, 23}
-        assert not context.received
+        assert set(context.cls_attention) == {2, 23}
+        assert not context.received_attention
         spread = (context.features - context.features.mean(1, keepdim=True)).norm(dim=-1)
-        return Selection.of(uniform=top_k(context.cls[23] - spread, budget))
+        return Selection.from_roles({"uniform": top_k(context.cls_attention[23] - spread, budget)})
 
 
 def test_a_foreign_method_may_read_cls_attention_and_features(loaded, photos):

@@ -8,7 +8,7 @@ import torch
 from llava_hvp import HIVTP, HiPrunePlus, Uniform, prune
 from llava_hvp.config import Request
 from llava_hvp.encoder.vit import layers_of
-from llava_hvp.hook.process import Session
+from llava_hvp.hook.process import PrunedProcess
 from llava_hvp.hosts.llava.tower import PrunedCLIPVisionTower
 from llava_hvp.pruning.reuse import PARTITIONED
 
@@ -254,5 +254,5 @@ def test_reports_say_that_they_are_of_an_earlier_encoding(bundle, photos):
 def test_chats_and_workers_reuse_and_other_commands_do_not(command, reuse, own):
     bundle = own("llava-1.5-llama")
     with prune(bundle.model, HIVTP()) as pruned:
-        Session(command, Request(HIVTP())).after_load(bundle.tokenizer, bundle.model)
+        PrunedProcess(command, Request(HIVTP())).after_load(bundle.tokenizer, bundle.model)
         assert pruned.reuse is reuse

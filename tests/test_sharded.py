@@ -99,7 +99,7 @@ def test_a_narrow_projection_of_a_layer_that_is_read_is_refused(bundle, names, k
     """By one side too: keys of fewer heads than queries are no CLIP either."""
     model = bundle.model.get_vision_tower().vision_tower
     attention = layers_of(model)[4].self_attn
-    needs, pixels = Needs(received=(5,)), torch.zeros(1, 3, 112, 112)
+    needs, pixels = Needs(received_attention=(5,)), torch.zeros(1, 3, 112, 112)
     for name in names:
         setattr(attention, name, KINDS[kind](getattr(attention, name)))
 

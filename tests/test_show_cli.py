@@ -191,11 +191,14 @@ def test_none_beside_heat_maps_on_a_page(show, photo):
 
 def test_the_layers_are_those_that_methods_read(viewer, photos):
     """The heat maps' scores, given to a method by hand, select what the model keeps."""
-    received = viewer.received(photos[0])
+    received = viewer.received_attention(photos[0])
     assert sorted(received) == list(range(1, viewer.select + 1))
     side = round(received[1].shape[1] ** 0.5)
     context = VisionContext(
-        grid=(side, side), received=received, depth=viewer.select + 1, select=viewer.select
+        grid=(side, side),
+        received_attention=received,
+        depth=viewer.select + 1,
+        feature_layer=viewer.select,
     )
     for method in (HIVTP(r_max=0.5), HiPrune(r_max=0.3)):
         report = viewer.look(method, photos[0], viewer.prompt("?"))
@@ -206,7 +209,10 @@ def test_the_layers_are_those_that_methods_read(viewer, photos):
 def test_heat_maps_have_the_colours_of_their_scores(show, viewer, photos, scale):
     assert show("--layers", "2,3", "--scale", scale, "-o", "layers.png") == 0
     sheet = np.asarray(Image.open("layers.png"))
-    received = {n: even_shares(s)[0].numpy() for n, s in viewer.received(photos[3], (2, 3)).items()}
+    received = {
+        n: even_shares(s)[0].numpy()
+        for n, s in viewer.received_attention(photos[3], (2, 3)).items()
+    }
     side = round(len(received[2]) ** 0.5)
     step = 250 // side
     cell = side * step
@@ -227,7 +233,7 @@ def test_layers_are_those_of_the_tower(show, viewer, capsys):
     assert show("--layers", "99", "-o", "layers.png") == 2
     assert f"--layers 99: give layers from 1 to {viewer.select}, or all" in capsys.readouterr().err
     with pytest.raises(LayerError):
-        viewer.received(Image.new("RGB", (9, 9)), (0,))
+        viewer.received_attention(Image.new("RGB", (9, 9)), (0,))
 
 
 # --- wrong input ---

@@ -14,7 +14,7 @@ from llava_hvp import HIVTP
 from llava_hvp.hosts.llava import builder
 from llava_hvp.hosts.llava.compat.training import bridge_training
 from llava_hvp.hosts.llava.compat.versions import llava_models, transformers_version
-from llava_hvp.pruning.monkeypatch import Patches
+from llava_hvp.pruning.monkeypatch import MonkeyPatcher
 
 METHOD = HIVTP(r_max=0.5)
 ANSWERS = ("A rocket and a tower.", "A cup.")
@@ -23,7 +23,7 @@ ANSWERS = ("A rocket and a tower.", "A cup.")
 @pytest.fixture
 def bridged_training():
     pytest.importorskip("accelerate")
-    patches = Patches()
+    patches = MonkeyPatcher()
     bridge_training(patches)
     yield
     patches.undo()
@@ -205,7 +205,7 @@ def test_without_a_method_the_step_is_stocks(train):
 
 
 def test_undone_exactly():
-    bridge = Patches()
+    bridge = MonkeyPatcher()
     bridge_training(bridge)  # transformers 4.37 and a new peft: its trainer imports from here on
     bridge.undo()
     trainer = importlib.import_module("transformers.trainer")

@@ -5,13 +5,13 @@ import torch
 
 from llava_hvp import Uniform, prune
 from llava_hvp.hosts.llava.unpruned import count_images
-from llava_hvp.pruning.monkeypatch import Patches
+from llava_hvp.pruning.monkeypatch import MonkeyPatcher
 
 
 @pytest.fixture
 def counted():
     """The calls that stock models make: (images, tokens) of each."""
-    calls, patches = [], Patches()
+    calls, patches = [], MonkeyPatcher()
     count_images(patches, lambda model, images, tokens: calls.append((images, tokens)))
     yield calls
     patches.undo()

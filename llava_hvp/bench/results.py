@@ -110,7 +110,7 @@ def _row(
         tiles=work.tiles // work.batch,
         # Stock runs every layer of its tower.
         layers_run=vision.layers if needs is None else vision.select,
-        layers_read=0 if needs is None else len({*needs.received, *needs.cls}),
+        layers_read=0 if needs is None else len({*needs.received_attention, *needs.cls_attention}),
         new_tokens=work.new_tokens,
     )
     return Row(

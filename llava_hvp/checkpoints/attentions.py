@@ -43,9 +43,12 @@ def _run_to_layer(tower: Any, images: Tensor) -> tuple[Tensor, AttentionScores]:
     return output.hidden_states[plan.feature_layer], AttentionScores(
         {
             layer: output.attentions[layer - 1].float().mean((1, 2))[:, 1:]
-            for layer in needs.received
+            for layer in needs.received_attention
         },
-        {layer: output.attentions[layer - 1][:, :, 0, 1:].float().mean(1) for layer in needs.cls},
+        {
+            layer: output.attentions[layer - 1][:, :, 0, 1:].float().mean(1)
+            for layer in needs.cls_attention
+        },
     )
 
 

@@ -14,7 +14,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from llava_hvp.hosts.llava.compat.versions import llava_models
 from llava_hvp.hosts.llava.tower import tower_facts
-from llava_hvp.pruning.monkeypatch import Patches
+from llava_hvp.pruning.monkeypatch import MonkeyPatcher
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Call:
     vision_tower_attention: str
 
 
-def measure_all(patches: Patches, on_call: Callable[[Call], None]) -> None:
+def measure_all(patches: MonkeyPatcher, on_call: Callable[[Call], None]) -> None:
     """Measure every `generate` of every LLaVA model from now on, until the patches are undone."""
     for kind in llava_models():
         if "generate" in vars(kind):

@@ -69,7 +69,7 @@ class Floor(Method):
         return cls(keep=keep, **shared)
 
     def choose(self, context: VisionContext, budget: int) -> Selection:
-        return Selection.of(floor=self.keep)
+        return Selection.from_roles({"floor": self.keep})
 
 
 def variants(

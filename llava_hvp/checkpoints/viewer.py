@@ -86,7 +86,9 @@ class Viewer:
         return pixels[None] if self.view.tiling.aspect_ratio == "anyres" else pixels
 
     @torch.inference_mode()
-    def received(self, image: Any, layers: tuple[int, ...] | None = None) -> dict[int, Tensor]:
+    def received_attention(
+        self, image: Any, layers: tuple[int, ...] | None = None
+    ) -> dict[int, Tensor]:
         """layer -> (tiles, N) float32, the received attention of some layers, of all by default.
 
         Layers past the one that goes to the projector influence nothing, and are not run. Raises
@@ -98,7 +100,7 @@ class Viewer:
             raise LayerError(f"--layers {wrong[0]}: give layers from 1 to {self.select}, or all")
         tower = self.model.get_vision_tower()
         geometry = read_geometry(tower.vision_tower)
-        needs = Needs(received=tuple(dict.fromkeys(wanted)))
+        needs = Needs(received_attention=tuple(dict.fromkeys(wanted)))
         pixels = self.pixels(image).flatten(0, -4).to(tower.device, tower.dtype)
         hooks = QKHooks(layers_of(tower.vision_tower), needs)
         try:
@@ -106,7 +108,10 @@ class Viewer:
                 hidden_states(tower.vision_tower, pixels, max(wanted))
         finally:
             hooks.remove()
-        return {layer: scores.received[layer].cpu() for layer in sorted(needs.received)}
+        return {
+            layer: scores.received_attention[layer].cpu()
+            for layer in sorted(needs.received_attention)
+        }
 
     @torch.inference_mode()
     def look(self, method: Method | None, image: Any, ids: Tensor) -> ImageReport:
@@ -117,7 +122,7 @@ class Viewer:
         if method is None:
             # With every patch kept a pruned model sends what stock LLaVA does.
             report = self.look(Uniform(r_max=1), image, ids)
-            everything = Selection.of(**{UNPRUNED: report.selection.keep})
+            everything = Selection.from_roles({UNPRUNED: report.selection.keep})
             return replace(report, method="none", selection=everything)
         pruning = self._attach(method)
         try:

@@ -160,7 +160,7 @@ def _heat_maps(viewer: Any, image: Any, layers: Any, found: Any, notes: list[str
     from llava_hvp.show.heatmap import heat_maps
 
     title = " ".join([f"{Path(found.image_file).name}, {viewer.name}.", *notes])
-    received = viewer.received(image, layers)
+    received = viewer.received_attention(image, layers)
     return heat_maps(viewer.view.frame(image), received, scale=found.scale, title=title)
 
 
@@ -195,7 +195,7 @@ def _page(
 ) -> str:
     from llava_hvp.show.page import MethodShown, Page, Shown
 
-    received = viewer.received(image, layers)
+    received = viewer.received_attention(image, layers)
     unpruned = viewer.answer(None, image, ids, found.new_tokens)[0] if found.prompt else ""
 
     def shown(variant: Variant) -> Shown:
@@ -218,7 +218,7 @@ def _page(
                 "LLaVA without pruning"
                 if budgets[0].method is None
                 else method_class(budgets[0].name).summary,
-                viewer.reads(budgets[0].method).received,
+                viewer.reads(budgets[0].method).received_attention,
                 [shown(variant) for variant in budgets],
             )
             for budgets in chosen

@@ -31,8 +31,8 @@ CHUNK_ELSEWHERE = 2**24
 class AttentionScores:
     """(T, N) float32 scores by layer, numbered from 1."""
 
-    received: dict[int, Tensor]
-    cls: dict[int, Tensor]
+    received_attention: dict[int, Tensor]
+    cls_attention: dict[int, Tensor]
 
 
 class _Recording:
@@ -50,12 +50,16 @@ class _Recording:
             return
         del self.waiting[layer]
         received, cls = reduce_attention(
-            pair["q"], pair["k"], self.heads, self.patches, cls=layer in self.needs.cls
+            pair["q"],
+            pair["k"],
+            self.heads,
+            self.patches,
+            cls_attention=layer in self.needs.cls_attention,
         )
-        if layer in self.needs.received:
-            self.scores.received[layer] = received
+        if layer in self.needs.received_attention:
+            self.scores.received_attention[layer] = received
         if cls is not None:
-            self.scores.cls[layer] = cls
+            self.scores.cls_attention[layer] = cls
 
 
 # Per thread (and task), so that eight generations on one model never see each other's scores.
@@ -85,7 +89,7 @@ class QKHooks:
     """
 
     def __init__(self, layers: Sequence[Any], needs: Needs) -> None:
-        self._layers = tuple(sorted({*needs.received, *needs.cls}))
+        self._layers = tuple(sorted({*needs.received_attention, *needs.cls_attention}))
         self._modules = tuple(self._projections(layers))
         for module, layer, side in self._named():
             refuse_sharded(f"{side}_proj of layer {layer}", *_known_widths(module))
@@ -135,7 +139,9 @@ def recording(needs: Needs, heads: int, patches: int) -> Iterator[AttentionScore
         yield record.scores
     finally:
         _RECORDING.reset(token)
-    missing = {*needs.received} - {*record.scores.received} | {*needs.cls} - {*record.scores.cls}
+    missing = {*needs.received_attention} - {*record.scores.received_attention} | {
+        *needs.cls_attention
+    } - {*record.scores.cls_attention}
     if missing:
         raise UnsupportedModelError(
             f"the vision tower's attention of layers {sorted(missing)} did not pass through q_proj "
@@ -145,7 +151,7 @@ def recording(needs: Needs, heads: int, patches: int) -> Iterator[AttentionScore
 
 @torch.no_grad()
 def reduce_attention(
-    q: Tensor, k: Tensor, heads: int, patches: int, *, cls: bool = True
+    q: Tensor, k: Tensor, heads: int, patches: int, *, cls_attention: bool = True
 ) -> tuple[Tensor, Tensor | None]:
     """Received and CLS attention of one layer.
 
@@ -154,19 +160,19 @@ def reduce_attention(
     q, k : (T, S, heads * head_dim), the projections without the softmax scale; S = patches, or
         more where CLS leads
     heads, patches : of the encoder
-    cls : whether CLS attention is wanted
+    cls_attention : whether CLS attention is wanted
 
     Returns
     -------
-    received : (T, patches) float32, mean over heads and all S query rows
-    cls : (T, patches) float32, mean over heads of the first row; None where not wanted
+    received_attention : (T, patches) float32, mean over heads and all S query rows
+    cls_attention : (T, patches) float32, mean over heads of the first row; None where not wanted
     """
     tiles, tokens, _ = q.shape
     chunk = CHUNK.get(q.device.type, CHUNK_ELSEWHERE)
     step = max(1, chunk // (heads * tokens * tokens))
     rows = max(1, chunk // (heads * tokens * step))
     means = [
-        _column_means(q[start : start + step], k[start : start + step], heads, rows, cls)
+        _column_means(q[start : start + step], k[start : start + step], heads, rows, cls_attention)
         for start in range(0, tiles, step)
     ]
     received = _joined([mean for mean, _ in means])[:, tokens - patches :]
@@ -179,7 +185,7 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 
 def _column_means(
-    q: Tensor, k: Tensor, heads: int, rows: int, cls: bool
+    q: Tensor, k: Tensor, heads: int, rows: int, cls_attention: bool
 ) -> tuple[Tensor, Tensor | None]:
     """(T, S) means over heads and all rows, and over heads of the first; so many rows at a time."""
     tokens, scale = q.shape[1], (q.shape[2] // heads) ** -0.5
@@ -187,12 +193,12 @@ def _column_means(
     key = k.float().unflatten(-1, (heads, -1)).permute(0, 2, 3, 1)
     if rows >= tokens:  # in few launches: on a GPU they are what this costs
         attention = (query @ key).softmax(-1)
-        return attention.mean((1, 2)), attention[:, :, 0].mean(1) if cls else None
+        return attention.mean((1, 2)), attention[:, :, 0].mean(1) if cls_attention else None
     query, key, first = query.contiguous(), key.contiguous(), None
     total = query.new_zeros((len(query), tokens))
     for row in range(0, tokens, rows):
         attention = (query[:, :, row : row + rows] @ key).softmax(-1)
         total += attention.sum((1, 2))
-        if cls and row == 0:
+        if cls_attention and row == 0:
             first = attention[:, :, 0].mean(1)
     return total / (heads * tokens), first

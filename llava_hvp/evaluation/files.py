@@ -57,7 +57,7 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def beside(part: Path, suffix: str) -> Path:
+def part_file(part: Path, suffix: str) -> Path:
     """A file of a part: `parts/0` -> `parts/0.calls.jsonl`."""
     return part.with_name(part.name + suffix)
 

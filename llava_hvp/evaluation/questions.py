@@ -11,7 +11,7 @@ from typing import Any
 
 from llava_hvp.errors import EvaluationError, OptionError
 from llava_hvp.evaluation.benchmarks import JSON, JSONL, TSV
-from llava_hvp.evaluation.files import QUESTIONS, ROWS, beside
+from llava_hvp.evaluation.files import QUESTIONS, ROWS, part_file
 from llava_hvp.files import write_whole
 
 OCR_LINE = "Reference OCR token:"
@@ -49,11 +49,11 @@ class Questions:
     def write_part(self, part: Path, rows: Sequence[int]) -> Path:
         """A question file of these rows for the stock script; gives its path."""
         if self.format == TSV:
-            write_whole(beside(part, ROWS), json.dumps(list(rows)).encode())
+            write_whole(part_file(part, ROWS), json.dumps(list(rows)).encode())
             return self.path
         if not self.changed and len(rows) == len(self):
             return self.path
-        path = beside(part, f"{QUESTIONS}.{self.format}")
+        path = part_file(part, f"{QUESTIONS}.{self.format}")
         chosen = [self.items[row] for row in rows]
         lines = [json.dumps(item) + "\n" for item in chosen]
         write_whole(path, (json.dumps(chosen) if self.format == JSON else "".join(lines)).encode())

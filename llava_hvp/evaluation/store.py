@@ -23,9 +23,9 @@ from llava_hvp.evaluation.files import (
     PART_ANSWERS,
     RESULT,
     SETTINGS,
-    beside,
     complete_lines,
     locked,
+    part_file,
     read_json,
 )
 from llava_hvp.evaluation.questions import Questions
@@ -129,7 +129,7 @@ class Store:
         found = self._answers_of(self.folder / ANSWERS, None)
         for path in sorted(self.parts.glob(f"*{PART_ANSWERS}")):
             part = path.with_name(path.name.removesuffix(PART_ANSWERS))
-            found += self._answers_of(path, beside(part, CALLS))
+            found += self._answers_of(path, part_file(part, CALLS))
         unique = {answer.record.get("answer_id", answer.line): answer for answer in found}
         self.answers = self._by_row(list(unique.values()))
         self._save()

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_hvp.console import say
-from llava_hvp.evaluation.files import CALLS, ROWS, beside
+from llava_hvp.evaluation.files import CALLS, ROWS, part_file
 
 
 def answer_part(part: Path, unpruned: Callable[[], int]) -> None:
@@ -26,9 +26,9 @@ def answer_part(part: Path, unpruned: Callable[[], int]) -> None:
     unpruned : counts the images that should have been pruned and were not
     """
     from llava_hvp.checkpoints.generate_stats import Call, measure_all
-    from llava_hvp.pruning.monkeypatch import Patches
+    from llava_hvp.pruning.monkeypatch import MonkeyPatcher
 
-    log = beside(part, CALLS).open("a", buffering=1)
+    log = part_file(part, CALLS).open("a", buffering=1)
     parent, calls = os.getppid(), itertools.count()
 
     def on_call(call: Call) -> None:
@@ -41,13 +41,13 @@ def answer_part(part: Path, unpruned: Callable[[], int]) -> None:
         facts = {**dataclasses.asdict(call), "warmup": next(calls) == 0}
         log.write(json.dumps(facts) + "\n")
 
-    patches = Patches()
+    patches = MonkeyPatcher()
     measure_all(patches, on_call)
     # The script's own `open`, in the script's own names: model_vqa_loader would keep some thirty
     # answers in memory, which are lost when it is killed.
     script = vars(sys.modules["__main__"])
     script["open"] = functools.partial(_open_by_lines, script.get("open", open))
-    rows = beside(part, ROWS)
+    rows = part_file(part, ROWS)
     if rows.exists():
         _select_rows(patches, json.loads(rows.read_text()))
 

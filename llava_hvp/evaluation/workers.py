@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 from llava_hvp import config
 from llava_hvp.config import Request
 from llava_hvp.errors import EvaluationError
-from llava_hvp.evaluation.files import CALLS, LOG, PART_ANSWERS, beside
+from llava_hvp.evaluation.files import CALLS, LOG, PART_ANSWERS, part_file
 from llava_hvp.evaluation.questions import Questions
 
 POLL = 0.2
@@ -43,7 +43,7 @@ class Worker:
 
     def read_calls(self) -> list[dict[str, Any]]:
         """The measurements that are new since the last time."""
-        path = beside(self.part, CALLS)
+        path = part_file(self.part, CALLS)
         if not path.exists():
             return []
         with path.open("rb") as file:
@@ -77,7 +77,7 @@ def answer(
             command = [
                 *(sys.executable, "-m", module, *arguments),
                 *("--question-file", str(questions.write_part(part, chunk))),
-                *("--answers-file", str(beside(part, PART_ANSWERS))),
+                *("--answers-file", str(part_file(part, PART_ANSWERS))),
             ]
             workers.append(_start(command, part, request, gpus[number]))
         _watch(workers, done, done + len(rows))
@@ -99,7 +99,7 @@ def _start(command: list[str], part: Path, request: Request, gpu: str) -> Worker
     environ.pop(config.DEVICE_VARIABLE, None)
     if request.device != "cpu":
         environ["CUDA_VISIBLE_DEVICES"] = gpu
-    log = beside(part, LOG).open("wb")
+    log = part_file(part, LOG).open("wb")
     log.write(f"{shlex.join(command)}\n".encode())
     log.flush()
     process = subprocess.Popen(
@@ -159,7 +159,7 @@ def _watch(workers: Sequence[Worker], done: int, total: int) -> None:
 
 
 def _reason(worker: Worker) -> str:
-    path, code = beside(worker.part, LOG), worker.process.returncode
+    path, code = part_file(worker.part, LOG), worker.process.returncode
     lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
     ours = [line for line in lines if line.startswith("llava-hvp: error: ")]
     last = (ours or lines[1:] or ["it said nothing"])[-1]

@@ -75,7 +75,7 @@ def leave_report(
         ) from error
 
 
-class Account:
+class PruningAudit:
     """What one process prunes by `method`, and how it ends.
 
     Parameters

@@ -23,36 +23,36 @@ from llava_hvp import config
 from llava_hvp.config import Request
 from llava_hvp.console import say
 from llava_hvp.errors import LlavaHvpError, OptionError, RecordError, UnsupportedModelError
-from llava_hvp.hook.audit import Account, leave_report
+from llava_hvp.hook.audit import PruningAudit, leave_report
 from llava_hvp.methods.base import Method
 from llava_hvp.pruning.record import Totals
 from llava_hvp.version import __version__
 
 USAGE, FAILED = 2, 1  # exit codes: what was asked for is wrong, or could not be done
 _UNPRUNED_TRAINING = "training stays unpruned: give --prune-train to prune it too"
-_current: Session | None = None
+_current: PrunedProcess | None = None
 
 
-def begin(command: str) -> Session:
+def begin(command: str) -> PrunedProcess:
     """Read what was asked for, and take our flags out of `sys.argv`; twice is as once.
 
     Raises OptionError for what cannot be right, before any model is loaded.
     """
     global _current
     if _current is None:
-        _current = Session(command, config.from_environment(os.environ))
+        _current = PrunedProcess(command, config.from_environment(os.environ))
         _current.read_flags()
     return _current
 
 
-def begin_parsed(request: Request) -> Session:
+def begin_parsed(request: Request) -> PrunedProcess:
     """As `begin` and `switch_on` where LLaVA's own parser has read our flags (patches/0001).
 
     Gives the session that there is, if the startup hook was here before.
     """
     global _current
     if _current is None:
-        session = Session(startup.llava_command(), config.from_environment(os.environ))
+        session = PrunedProcess(startup.llava_command(), config.from_environment(os.environ))
         session.take(request)
         session.switch_on()
         _current = session
@@ -75,7 +75,7 @@ def refuse(error: BaseException) -> int:
     return USAGE if isinstance(error, OptionError) else FAILED
 
 
-class Session:
+class PrunedProcess:
     """What one process was asked, and the switches for it.
 
     command : as `llava.eval.model_vqa`; "" for a command that is not LLaVA's own
@@ -84,7 +84,7 @@ class Session:
     def __init__(self, command: str, request: Request) -> None:
         self.command = command
         self.request = request
-        self._account: Account | None = None
+        self._account: PruningAudit | None = None
         self._is_on = False
         self._patched: tuple[type, ...] = ()
 
@@ -149,24 +149,24 @@ class Session:
             return
         from llava_hvp.hosts.llava import compat
         from llava_hvp.hosts.llava.compat.device import bridge_to_cpu
-        from llava_hvp.pruning.monkeypatch import Patches
+        from llava_hvp.pruning.monkeypatch import MonkeyPatcher
 
         if self.request.device == "cpu":
-            bridge_to_cpu(Patches())
+            bridge_to_cpu(MonkeyPatcher())
         if method is None:
             compat.bridge()
         if not asked:
             self._answer_part(lambda: 0)
             return
         found = {"llava-hvp": __version__, **compat.found_versions()}
-        self._account = account = Account(self.command, self.request, method, found)
+        self._account = account = PruningAudit(self.command, self.request, method, found)
         if self.command in startup.EVALUATING:
             account.answers.watch()
-        self._patches, self._trainer_bridge = Patches(), Patches()
+        self._patches, self._trainer_bridge = MonkeyPatcher(), MonkeyPatcher()
         self._install(method, account)
         self._answer_part(lambda: account.unpruned)
 
-    def _install(self, method: Method | None, account: Account) -> None:
+    def _install(self, method: Method | None, account: PruningAudit) -> None:
         loader = importlib.import_module("llava.model.builder")
         self._patches.replace(
             loader, "load_pretrained_model", self._checking(loader.load_pretrained_model)
@@ -221,12 +221,12 @@ class Session:
     def training_imported(self) -> None:
         """Bridge the trainer's gaps for whoever imports it. It does not mean that they train."""
         from llava_hvp.hosts.llava.compat.training import bridge_training
-        from llava_hvp.pruning.monkeypatch import Patches
+        from llava_hvp.pruning.monkeypatch import MonkeyPatcher
 
         if self._account is not None:
             bridge_training(self._trainer_bridge)
         elif self.request.device == "cpu":
-            bridge_training(Patches())
+            bridge_training(MonkeyPatcher())
 
     def watch_training(self, trainer: Any) -> None:
         """LLaVA's `train` leaves pruning off while it runs, unless it was to be pruned too.
@@ -294,7 +294,7 @@ class Session:
         return load
 
 
-def _counting(stock: Callable[..., Any], account: Account) -> Callable[..., Any]:
+def _counting(stock: Callable[..., Any], account: PruningAudit) -> Callable[..., Any]:
     """The stock tower's forward, which a pruned model never calls."""
 
     @functools.wraps(stock)

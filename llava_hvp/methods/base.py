@@ -88,16 +88,16 @@ class Method(ABC):
         """Whether the budget alone says that every patch stays."""
         return self.r_max == 1
 
-    def needs(self, depth: int | None, select: int | None) -> Needs:
-        """What to capture on an encoder of `depth` layers that hands on layer `select`.
+    def needs(self, depth: int | None, feature_layer: int | None) -> Needs:
+        """What to capture on an encoder of `depth` layers that hands on layer `feature_layer`.
 
-        Raises LayerError for a layer out of range or past `select`. A budget that keeps every
-        patch needs no scores.
+        Raises LayerError for a layer out of range or past `feature_layer`. A budget that keeps
+        every patch needs no scores.
         """
-        needs = self.reads(depth, select)
+        needs = self.reads(depth, feature_layer)
         return Needs() if self.keeps_all else needs
 
-    def reads(self, depth: int | None, select: int | None) -> Needs:
+    def reads(self, depth: int | None, feature_layer: int | None) -> Needs:
         """What `choose` reads; nothing by default."""
         return Needs()
 
@@ -141,7 +141,7 @@ class Method(ABC):
         return self.select_unchecked(context)
 
     def select_unchecked(self, context: VisionContext) -> Selection:
-        """`select` without the look at the scores, which would wait for the device."""
+        """`feature_layer` without the look at the scores, which would wait for the device."""
         self._check_cls(context)
         # Images share num_tokens differently by their tile counts: one pass a budget.
         images = context.images
@@ -159,7 +159,7 @@ class Method(ABC):
             mixes.append((index, part.mix))
             for role, mask in part.roles.items():
                 merged[role][index.to(device)] = mask
-        return Selection.of(Mix.joined(mixes, total[0]), **merged)
+        return Selection.from_roles(merged, mix=Mix.joined(mixes, total[0]))
 
     def _group(self, patches: int, tiles: int) -> tuple[int, int]:
         """(budget, patches that it is shared among), the same for images selected together."""
@@ -171,7 +171,7 @@ class Method(ABC):
             return self.choose(context, budget)
         total = (context.total_tiles, context.patches)
         none = torch.zeros(total, dtype=torch.bool, device=context.device)
-        return Selection.of(**dict.fromkeys(self.roles, none) | {self.roles[0]: ~none})
+        return Selection.from_roles(dict.fromkeys(self.roles, none) | {self.roles[0]: ~none})
 
     def _has_plain_budget(self) -> bool:
         """Whether a budget of N means that all is kept (not so for sizes given by hand)."""
@@ -187,8 +187,11 @@ class Method(ABC):
             raise UnsupportedModelError(
                 f"{self.name} asks the CLS token, and this vision tower has none: {remedy}"
             )
-        if self.needs(context.depth, context.select).cls and not context.cls:
+        if (
+            self.needs(context.depth, context.feature_layer).cls_attention
+            and not context.cls_attention
+        ):
             raise ContextError(
                 f"{self.name} needs the CLS token's attention, and the context holds none "
-                f"(cls={{}}); for a vision tower without a CLS token {remedy}"
+                f"(cls_attention={{}}); for a vision tower without a CLS token {remedy}"
             )

@@ -18,40 +18,43 @@ class Named(Protocol):
 REFERENCE_DEPTH = 24  # the papers number the layers of CLIP ViT-L; other depths scale from it
 
 
-def scaled_layers(layers: Iterable[int], depth: int | None, select: int | None) -> tuple[int, ...]:
-    """Default layers of a 24-layer encoder on one of `depth` layers, none deeper than `select`."""
-    depth, select = _geometry(depth, select)
+def scaled_layers(
+    layers: Iterable[int], depth: int | None, feature_layer: int | None
+) -> tuple[int, ...]:
+    """Default layers of a 24-layer encoder on one of `depth`, none past `feature_layer`."""
+    depth, feature_layer = _geometry(depth, feature_layer)
     scaled = (max(1, round(layer * depth / REFERENCE_DEPTH)) for layer in layers)
-    return tuple(dict.fromkeys(min(layer, select) for layer in scaled))
+    return tuple(dict.fromkeys(min(layer, feature_layer) for layer in scaled))
 
 
 def checked_layers(
-    layers: Iterable[int], depth: int | None, select: int | None, option: str
+    layers: Iterable[int], depth: int | None, feature_layer: int | None, option: str
 ) -> tuple[int, ...]:
-    """Layers given by hand, each in 1 .. `select`; raises LayerError."""
-    depth, select = _geometry(depth, select)
-    layers = tuple(layers)
+    """Layers given by hand, each in 1 .. `feature_layer`; raises LayerError."""
+    depth, feature_layer = _geometry(depth, feature_layer)
+    layers, valid = tuple(layers), f"give 1 to {feature_layer}"
     for layer in layers:
         if not 1 <= layer <= depth:
+            raise LayerError(f"{option}: layer {shown(layer)} of an encoder of {depth}: {valid}")
+        if layer > feature_layer:
             raise LayerError(
-                f"{option}: layer {shown(layer)} of an encoder of {depth}: give 1 to {select}"
-            )
-        if layer > select:
-            raise LayerError(
-                f"{option}: layer {layer} lies past layer {select}, whose output LLaVA uses: "
-                f"give 1 to {select}"
+                f"{option}: layer {layer} lies past layer {feature_layer}, whose output LLaVA "
+                f"uses: {valid}"
             )
     return layers
 
 
-def _geometry(depth: int | None, select: int | None) -> tuple[int, int]:
-    if depth is None or select is None:
+def _geometry(depth: int | None, feature_layer: int | None) -> tuple[int, int]:
+    if depth is None or feature_layer is None:
         raise ContextError(
-            f"depth={depth!r}, select={select!r}: a method that reads layers needs both"
+            f"depth={depth!r}, feature_layer={feature_layer!r}: a method that reads layers needs "
+            "both"
         )
-    if not 1 <= select <= depth:
-        raise LayerError(f"select={select} of an encoder of {depth} layers: give 1 to {depth}")
-    return depth, select
+    if not 1 <= feature_layer <= depth:
+        raise LayerError(
+            f"feature_layer={feature_layer} of an encoder of {depth} layers: give 1 to {depth}"
+        )
+    return depth, feature_layer
 
 
 def number(

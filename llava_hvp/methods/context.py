@@ -13,7 +13,7 @@ from llava_hvp.errors import ContextError, ScoreError
 from llava_hvp.methods.masks import Grid
 
 # Of one entry a layer; of one tensor for all tiles.
-_BY_LAYER = ("received", "cls", "keys", "queries")
+_BY_LAYER = ("received_attention", "cls_attention", "keys", "queries")
 _BY_TILE = ("features", "projected", "relevance", "padding")
 _FORMS = {"features": ", D", "projected": ", P"}
 
@@ -22,13 +22,13 @@ _FORMS = {"features": ", D", "projected": ", P"}
 class Needs:
     """What a method reads. Nothing else is captured.
 
-    Layers are numbered from 1. `keys` and `queries` may name layer `select + 1`: they are made of
-    the output of layer `select`, and that layer is not run. `relevance` names the text side
-    ("clip" or "llm"), or is None. The others are named as in VisionContext.
+    Layers are numbered from 1. `keys` and `queries` may name layer `feature_layer + 1`: they are
+    made of the output of layer `feature_layer`, and that layer is not run. `relevance` names the
+    text side ("clip" or "llm"), or is None. The others are named as in VisionContext.
     """
 
-    received: tuple[int, ...] = ()
-    cls: tuple[int, ...] = ()
+    received_attention: tuple[int, ...] = ()
+    cls_attention: tuple[int, ...] = ()
     features: bool = False
     relevance: str | None = None
     keys: tuple[int, ...] = ()
@@ -46,12 +46,13 @@ class VisionContext:
     Parameters
     ----------
     grid : (rows, columns) of patches; N = rows * columns
-    received : layer -> (T, N) float, the attention each patch receives (mean over heads and over
-        all query rows, CLS row included, CLS column dropped)
+    received_attention : layer -> (T, N) float, the attention each patch receives (mean over heads
+        and over all query rows, CLS row included, CLS column dropped)
     depth : layers of the encoder
-    select : the layer whose output goes to the projector, numbered from 1
-    cls : layer -> (T, N) float, the attention that CLS pays to each patch (mean over heads)
-    features : (T, N, D) float, the output of layer `select`
+    feature_layer : the layer whose output goes to the projector, numbered from 1
+    cls_attention : layer -> (T, N) float, the attention that CLS pays to each patch (mean over
+        heads)
+    features : (T, N, D) float, the output of layer `feature_layer`
     relevance : (T, N) float, how related each patch is to the prompt
     tiles : tiles of each image, in order; the T tiles are one image by default
     keys, queries : layer -> (T, S, D) float, the output of k_proj and q_proj, bias included and
@@ -69,10 +70,10 @@ class VisionContext:
     """
 
     grid: Grid
-    received: Mapping[int, Tensor] = field(default_factory=dict)
+    received_attention: Mapping[int, Tensor] = field(default_factory=dict)
     depth: int | None = None
-    select: int | None = None
-    cls: Mapping[int, Tensor] = field(default_factory=dict)
+    feature_layer: int | None = None
+    cls_attention: Mapping[int, Tensor] = field(default_factory=dict)
     features: Tensor | None = None
     relevance: Tensor | None = None
     tiles: tuple[int, ...] | None = None
@@ -184,7 +185,7 @@ class VisionContext:
         """
         scores: Mapping[int, Tensor] = getattr(self, kind)
         if layer not in scores:
-            what = f"{kind} attention" if kind in ("received", "cls") else kind
+            what = f"{kind} attention" if kind in ("received_attention", "cls_attention") else kind
             raise ContextError(
                 f"the method needs {what} of layer {layer}; the context holds "
                 f"{sorted(scores) or 'none'}"

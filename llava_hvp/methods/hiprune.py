@@ -54,23 +54,25 @@ class HiPrune(Method):
         if self.object_layer is not None:
             integer(self, "object_layer", least=1)
 
-    def _object_layer(self, depth: int | None, select: int | None) -> int:
+    def _object_layer(self, depth: int | None, feature_layer: int | None) -> int:
         if self.object_layer is None:
-            return scaled_layers((9,), depth, select)[0]
-        return checked_layers((self.object_layer,), depth, select, "hiprune: object_layer")[0]
+            return scaled_layers((9,), depth, feature_layer)[0]
+        return checked_layers((self.object_layer,), depth, feature_layer, "hiprune: object_layer")[
+            0
+        ]
 
-    def reads(self, depth: int | None, select: int | None) -> Needs:
-        layers = self._object_layer(depth, select), select
-        return Needs(received=tuple(dict.fromkeys(layer for layer in layers if layer)))
+    def reads(self, depth: int | None, feature_layer: int | None) -> Needs:
+        layers = self._object_layer(depth, feature_layer), feature_layer
+        return Needs(received_attention=tuple(dict.fromkeys(layer for layer in layers if layer)))
 
     def choose(self, context: VisionContext, budget: int) -> Selection:
-        return Selection.of(**self._hierarchy(context, budget, registers_up_to=budget))
+        return Selection.from_roles(self._hierarchy(context, budget, registers_up_to=budget))
 
     def _hierarchy(self, context: VisionContext, budget: int, registers_up_to: int) -> dict:
         """Anchors and buffers, at most `budget`; registers until `registers_up_to` are kept."""
-        object_layer = self._object_layer(context.depth, context.select)
-        middle = context.score("received", object_layer)
-        deep = context.score("received", context.select or 0)
+        object_layer = self._object_layer(context.depth, context.feature_layer)
+        middle = context.score("received_attention", object_layer)
+        deep = context.score("received_attention", context.feature_layer or 0)
         count = round(self.alpha * budget / 5)
         anchor = top_k(middle, count)
         around = flat_neighbours if self.variant == "code" else neighbours

@@ -46,8 +46,8 @@ class HiPrunePlus(HiPrune):
         choice(self, "text", ("clip", "llm"))
         choice(self, "extra", (True, False))
 
-    def reads(self, depth: int | None, select: int | None) -> Needs:
-        return dataclasses.replace(super().reads(depth, select), relevance=self.text)
+    def reads(self, depth: int | None, feature_layer: int | None) -> Needs:
+        return dataclasses.replace(super().reads(depth, feature_layer), relevance=self.text)
 
     def choose(self, context: VisionContext, budget: int) -> Selection:
         if context.relevance is None:
@@ -58,4 +58,4 @@ class HiPrunePlus(HiPrune):
         kept = torch.stack(tuple(roles.values())).any(0)
         missing = total - kept.sum(1, keepdim=True)
         roles["text"] = top_k(context.relevance.float(), missing, among=~kept)
-        return Selection.of(**roles)
+        return Selection.from_roles(roles)

@@ -68,13 +68,13 @@ class HIVTP(Method):
     def _has_plain_budget(self) -> bool:
         return self.k is None
 
-    def _layers(self, depth: int | None, select: int | None) -> tuple[int, ...]:
+    def _layers(self, depth: int | None, feature_layer: int | None) -> tuple[int, ...]:
         if self.layers is None:
-            return scaled_layers((7, 8, 9, 10), depth, select)
-        return checked_layers(self.layers, depth, select, "hivtp: layers")
+            return scaled_layers((7, 8, 9, 10), depth, feature_layer)
+        return checked_layers(self.layers, depth, feature_layer, "hivtp: layers")
 
-    def reads(self, depth: int | None, select: int | None) -> Needs:
-        return Needs(received=self._layers(depth, select))
+    def reads(self, depth: int | None, feature_layer: int | None) -> Needs:
+        return Needs(received_attention=self._layers(depth, feature_layer))
 
     def check(self, grid: Grid) -> None:
         if self.num_tokens is None:
@@ -108,8 +108,10 @@ class HIVTP(Method):
         return max(grid)  # a budget too small for any: the whole grid is one window
 
     def choose(self, context: VisionContext, budget: int) -> Selection:
-        layers = self._layers(context.depth, context.select)
-        score = torch.stack([context.score("received", layer) for layer in layers]).mean(0)
+        layers = self._layers(context.depth, context.feature_layer)
+        score = torch.stack([context.score("received_attention", layer) for layer in layers]).mean(
+            0
+        )
         per_region, window = self.sizes(context.grid, budget)
         regional = top_k_per_block(
             score, context.grid, _block(context.grid, self.regions), per_region
@@ -117,7 +119,7 @@ class HIVTP(Method):
         local = torch.zeros_like(regional)
         if window is not None:
             local = top_k_per_block(score, context.grid, (window, window), 1, among=~regional)
-        return Selection.of(**{"global": regional, "local": local})
+        return Selection.from_roles({"global": regional, "local": local})
 
 
 def _block(grid: Grid, regions: int) -> Grid:

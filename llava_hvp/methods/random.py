@@ -39,4 +39,4 @@ class Random(Method):
         generator = torch.Generator().manual_seed(self.seed)
         draws = [torch.rand(context.patches, generator=generator) for _ in range(max(images))]
         scores = torch.cat([torch.stack(draws[:tiles]) for tiles in images])
-        return Selection.of(random=top_k(scores, budget).to(context.device))
+        return Selection.from_roles({"random": top_k(scores, budget).to(context.device)})

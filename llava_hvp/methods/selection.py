@@ -13,7 +13,7 @@ Part = tuple[Tensor, "Mix | None"]  # index of some tiles, on the CPU, and their
 
 @dataclass(frozen=True)
 class Mix:
-    """With which weights the states of layer `select` flow into the tokens that are sent.
+    """With which weights the states of layer `feature_layer` flow into the tokens that are sent.
 
     A state is one of the layer's S outputs: CLS, where the tower has one, and the N patches.
 
@@ -90,7 +90,7 @@ class Selection:
     mix: Mix | None = None
 
     @classmethod
-    def of(cls, mix: Mix | None = None, /, **roles: Tensor) -> Selection:
+    def from_roles(cls, roles: dict[str, Tensor], mix: Mix | None = None) -> Selection:
         """From disjoint role masks."""
         return cls(torch.stack(tuple(roles.values())).any(0), roles, mix)
 

@@ -24,4 +24,4 @@ class Uniform(Method):
             context.total_tiles, context.patches, dtype=torch.bool, device=context.device
         )
         keep[:, steps] = True
-        return Selection.of(uniform=keep)
+        return Selection.from_roles({"uniform": keep})

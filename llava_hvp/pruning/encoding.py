@@ -196,10 +196,14 @@ class PrunedEncoder:
         context = VisionContext(
             grid=geometry.grid,
             # A tower spread over several devices leaves its scores on each.
-            received={layer: s.to(features.device) for layer, s in scores.received.items()},
+            received_attention={
+                layer: s.to(features.device) for layer, s in scores.received_attention.items()
+            },
             depth=geometry.depth,
-            select=plan.feature_layer,
-            cls={layer: s.to(features.device) for layer, s in scores.cls.items()},
+            feature_layer=plan.feature_layer,
+            cls_attention={
+                layer: s.to(features.device) for layer, s in scores.cls_attention.items()
+            },
             features=features if needs.features else None,
             relevance=relevance(features) if needs.relevance and relevance else None,
             tiles=tiles,

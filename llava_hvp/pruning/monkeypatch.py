@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 
-class Patches:
+class MonkeyPatcher:
     """A set of replaced attributes. Undone as a whole, newest first."""
 
     def __init__(self) -> None:

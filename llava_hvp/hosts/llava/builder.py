@@ -13,10 +13,10 @@ from llava_hvp.hosts.llava import compat
 from llava_hvp.hosts.llava.host import bind
 from llava_hvp.hosts.llava.tower import PrunedCLIPVisionTower
 from llava_hvp.methods.base import Method
-from llava_hvp.pruning.monkeypatch import Patches
+from llava_hvp.pruning.monkeypatch import MonkeyPatcher
 from llava_hvp.pruning.pruning import Pruning
 
-_INSTALLED = Patches()
+_INSTALLED = MonkeyPatcher()
 _CHANGING = threading.Lock()  # of two threads one comes first
 
 

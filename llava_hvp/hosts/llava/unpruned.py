@@ -10,12 +10,12 @@ from llava.constants import IMAGE_TOKEN_INDEX
 from llava.model.llava_arch import LlavaMetaForCausalLM
 from torch import Tensor
 
-from llava_hvp.pruning.monkeypatch import Patches
+from llava_hvp.pruning.monkeypatch import MonkeyPatcher
 
 OnImages = Callable[[Any, int, int], None]
 
 
-def count_images(patches: Patches, on_images: OnImages) -> None:
+def count_images(patches: MonkeyPatcher, on_images: OnImages) -> None:
     """From now on tell of the images of every call of every unpruned LLaVA model.
 
     on_images : called with the model, the images of a call and their visual tokens together

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from llava_hvp.pruning.monkeypatch import Patches
+from llava_hvp.pruning.monkeypatch import MonkeyPatcher
 
 
-def bridge_to_cpu(patches: Patches) -> None:
+def bridge_to_cpu(patches: MonkeyPatcher) -> None:
     """From now on tensors and modules that are sent to CUDA go to the CPU.
 
     For a process that has no CUDA, or from which it is hidden: nothing that lies on a GPU is moved.

@@ -14,7 +14,7 @@ from typing import Any
 
 from llava_hvp.hosts.llava.compat.loading import bridge_loading
 from llava_hvp.hosts.llava.compat.versions import check_versions, llava_models, transformers_version
-from llava_hvp.pruning.monkeypatch import Patches
+from llava_hvp.pruning.monkeypatch import MonkeyPatcher
 
 
 def prepare_inputs_for_generation(
@@ -54,7 +54,7 @@ def instance_bridges() -> tuple[Callable[..., Any], ...]:
     return (prepare_inputs_for_generation,) if transformers_version() >= (4, 38) else ()
 
 
-_BRIDGED = Patches()
+_BRIDGED = MonkeyPatcher()
 
 
 def bridge() -> None:

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 
 from llava_hvp.hosts.llava.compat.versions import llava_models, transformers_version
-from llava_hvp.pruning.monkeypatch import Patches
+from llava_hvp.pruning.monkeypatch import MonkeyPatcher
 
 TOWER = "model.vision_tower.vision_tower."
 DTYPE_SINCE = (4, 56)
 BROUGHT_LATER = ("model.mm_projector", "model.vision_tower")
 
 
-def bridge_loading(patches: Patches) -> None:
+def bridge_loading(patches: MonkeyPatcher) -> None:
     """Add to `patches` what the stock loader needs under this transformers."""
     if transformers_version() >= (5, 0):
         clip_encoder = importlib.import_module("llava.model.multimodal_encoder.clip_encoder")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from llava_hvp.hosts.llava.compat.versions import check_versions, llava_models, transformers_version
-from llava_hvp.pruning.monkeypatch import Patches
+from llava_hvp.pruning.monkeypatch import MonkeyPatcher
 
 # What llava_trainer imports from transformers.trainer, and where releases without them have it.
 _MOVED = {
@@ -25,7 +25,7 @@ _MOVED = {
 }
 
 
-def bridge_training(patches: Patches) -> None:
+def bridge_training(patches: MonkeyPatcher) -> None:
     """Add to `patches` what the stock training script needs under this transformers.
 
     To be called before `llava.train` is imported, which it does not import itself. Bridged, where
