@@ -1,5 +1,6 @@
 # make demo: set up, and ask two trained LLaVAs, unpruned and pruned with every method.  make test: all tests, on three
-# releases of transformers, and in lmms-eval.  Set PYTHON to choose the interpreter (3.10 or newer).
+# releases of transformers, and in lmms-eval.  make docs: the site, in site/.  Set PYTHON to choose the interpreter (3.10
+# or newer).
 PYTHON ?= python3
 TORCH ?= 2.13.0
 OLD := 4.37.2
@@ -11,7 +12,7 @@ VENVS := .venvs
 # 2.6 s beside another process.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-lmms lint bench clean
+.PHONY: demo test test-lmms lint docs bench clean
 
 demo: $(VENVS)/$(MIDDLE)/ready
 	$(VENVS)/$(MIDDLE)/bin/python examples/demo.py --out demo-out
@@ -29,6 +30,10 @@ lint: $(VENVS)/$(NEW)/ready
 	$(VENVS)/$(NEW)/bin/ruff check .
 	$(VENVS)/$(NEW)/bin/ruff format --check .
 	$(VENVS)/$(NEW)/bin/mypy llava_hvp startup examples eval_scripts training
+
+# The site reads the sources and imports nothing, so its environment has neither torch nor LLaVA.
+docs: $(VENVS)/docs/ready
+	NO_MKDOCS_2_WARNING=1 $(VENVS)/docs/bin/mkdocs build --strict --quiet
 
 bench: $(VENVS)/$(NEW)/ready
 	$(VENVS)/$(NEW)/bin/llava-hvp bench --geometry llava-1.5-160m --r-max 0.5,0.25 --rounds 5 \
@@ -55,7 +60,13 @@ $(VENVS)/lmms/ready: pyproject.toml Makefile $(wildcard startup/*)
 	$(VENVS)/lmms/bin/python -m pip install --quiet --no-deps llava-torch==1.2.2.post1 'protobuf>=7.36.1'
 	touch $@
 
+# A rule of its own stands before the pattern's: this environment needs the packages of one extra only.
+$(VENVS)/docs/ready: pyproject.toml Makefile
+	$(PYTHON) -m venv $(VENVS)/docs
+	$(VENVS)/docs/bin/python -m pip install --quiet 'mkdocs-material>=9.5,<10' 'mkdocstrings[python]>=0.27'
+	touch $@
+
 .PRECIOUS: $(VENVS)/%/ready
 
 clean:
-	rm -rf $(VENVS) demo-out bench-out
+	rm -rf $(VENVS) demo-out bench-out site

@@ -3,7 +3,7 @@
 #   eval_scripts/bench_gpu.sh [RESULTS_FOLDER]
 # Other shapes, as for a trial on a CPU: ONE=llava-1.5-tiny NEXT=llava-next-tiny SECONDS_EACH=5
 set -euo pipefail
-out=${1:-eval_scripts/results/gpu}
+out=${1:-docs/results/gpu}
 one=${ONE:-llava-1.5-7b}
 next=${NEXT:-llava-next-7b}
 each=${SECONDS_EACH:-80}
