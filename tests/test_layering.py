@@ -1,8 +1,6 @@
 """Arrows go one way: methods know torch, the encoder transformers, a host its framework."""
 
-import argparse
 import ast
-import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +8,6 @@ from pathlib import Path
 import pytest
 
 import llava_hvp
-from llava_hvp.config import add_flags
 
 PACKAGE = Path(llava_hvp.__file__).parent
 HOSTS = {"llava", "transformers"}
@@ -180,24 +177,3 @@ def test_no_size_of_one_tower_is_written_into_the_code(part):
             if isinstance(node, ast.Constant) and isinstance(node.value, int)
         }
         assert not numbers & {576, 577, 335, 336, 2880}, file
-
-
-def test_the_readme_names_every_flag():
-    readme = (PACKAGE.parent / "README.md").read_text()
-    parser = argparse.ArgumentParser(add_help=False)
-    add_flags(parser, device=True)
-    for flag in parser._option_string_actions:
-        assert flag in readme
-
-
-def test_the_readme_names_every_method_and_option():
-    readme = (PACKAGE.parent / "README.md").read_text()
-    base = {field.name for field in dataclasses.fields(llava_hvp.Method)}
-    for name in llava_hvp.list_methods():
-        method = llava_hvp.get_method(name)
-        if not type(method).__module__.startswith("llava_hvp."):
-            continue  # a method of another test
-        assert f"| `{name}` |" in readme
-        for field in dataclasses.fields(method):
-            assert f"`{field.name}`" in readme, f"{name}: {field.name}"
-    assert all(f"`{option}`" in readme for option in base)
