@@ -80,13 +80,18 @@ def ended(checkpoints, tmp_path_factory):
         return dict(zip(lines, ends, strict=True))
 
 
+def last_of_ours(result):
+    """Our last line; Python's own resource tracker may speak after it."""
+    return [line for line in result.stderr.splitlines() if line.startswith("llava-hvp: ")][-1]
+
+
 def test_healthy_children_are_counted_and_none_is_taken_for_killed(ended):
     result = ended["healthy"]
     assert result.returncode == 0, result.stderr
     assert result.stdout == "4\n[[32], [32, 32]]\n0 0 0\n"
     assert "did not finish" not in result.stderr
     # One or two workers of the pool, the fork that encoded, and the parent.
-    assert " processes, 5 images, kept 50.0% of stock's" in result.stderr.splitlines()[-1]
+    assert " processes, 5 images, kept 50.0% of stock's" in last_of_ours(result)
     assert result.stderr.count("pruning on") == 1
 
 
@@ -97,7 +102,7 @@ def test_children_with_models_of_their_own(ended, name, images):
     assert result.stdout == ("[[32], [32, 32]]\n" if images == 3 else "[[32]]\n")
     assert "did not finish" not in result.stderr
     assert "pruning on" in result.stderr
-    assert "kept 50.0% of stock's" in result.stderr.splitlines()[-1]
+    assert "kept 50.0% of stock's" in last_of_ours(result)
 
 
 @pytest.mark.parametrize("name", ["past", "alone"])
