@@ -21,6 +21,7 @@ from llava_hvp.cli import main
 from llava_hvp.errors import OptionError
 from llava_hvp.hosts.llava.compat.versions import transformers_version
 from llava_hvp.hosts.llava.host import attach
+from llava_hvp.runtime import PruningConfig, Runtime
 
 CPU = torch.device("cpu")
 
@@ -130,10 +131,11 @@ def test_what_is_wrong_is_said_before_anything_is_loaded(flags, message, tmp_pat
 
 def test_an_option_goes_to_the_methods_that_have_it():
     found = variants(["hivtp", "hiprune"], [{"r_max": 0.5}], ["alpha=0.2", "newline=all"])
-    assert [v.method for v in found] == [
+    runtime = Runtime(newline="all")
+    assert [v.pruning for v in found] == [
         None,
-        HIVTP(r_max=0.5, newline="all"),
-        HiPrune(r_max=0.5, alpha=0.2, newline="all"),
+        PruningConfig(HIVTP(r_max=0.5), runtime),
+        PruningConfig(HiPrune(r_max=0.5, alpha=0.2), runtime),
     ]
     with pytest.raises(OptionError, match="beta"):
         variants(["hivtp", "hiprune"], [{"r_max": 0.5}], ["beta=0.2"])
@@ -160,12 +162,12 @@ def test_every_method_runs_and_its_floor_keeps_the_same(bench):
 
 
 def test_the_floor_sends_the_tokens_that_the_method_sent(bench):
-    method = get_method("hivtp", r_max=0.4, newline="all")
-    with bench.applied(Variant(method)) as pruning:
+    method, runtime = get_method("hivtp", r_max=0.4), Runtime(newline="all")
+    with bench.applied(Variant(PruningConfig(method, runtime))) as pruning:
         bench.prepare()
         reports = pruning.last
     floor = Floor.below(method, torch.cat([r.selection.keep for r in reports]))
-    with bench.applied(Variant(floor)) as pruning:
+    with bench.applied(Variant(PruningConfig(floor, runtime))) as pruning:
         bench.prepare()
         for ours, report in zip(pruning.last, reports, strict=True):
             assert torch.equal(ours.sent, report.sent)
@@ -190,7 +192,7 @@ def test_none_is_stock_and_a_pruned_turn_encodes_every_time(bench, monkeypatch):
         bench.time_parts(None)
         bench.time_answer(2)
     assert seen == ["stock", "stock"]
-    with bench.applied(Variant(HIVTP(r_max=0.5))) as pruning:
+    with bench.applied(Variant(PruningConfig(HIVTP(r_max=0.5)))) as pruning:
         ours = tower.run_to_layer
         tower.run_to_layer = lambda images: seen.append("pruned") or ours(images)
         bench.time_parts(pruning)
@@ -254,7 +256,7 @@ def test_ratios_are_of_the_same_round(bench):
     )
     half = {name: [x / 2 for x in values] for name, values in times.items()}
     method = Measured(
-        Variant(HIVTP(r_max=0.5)),
+        Variant(PruningConfig(HIVTP(r_max=0.5))),
         50,
         100,
         64,
@@ -305,7 +307,7 @@ def test_the_released_codes_way_selects_the_same_and_takes_more_memory(bench):
     method = get_method("hiprune", r_max=0.25)
     found = {}
     for all_attentions in (False, True):
-        with bench.applied(Variant(method, all_attentions)) as pruning:
+        with bench.applied(Variant(PruningConfig(method), all_attentions)) as pruning:
             bench.prepare()
             keep = torch.cat([r.selection.keep for r in pruning.last])
             found[all_attentions] = keep, bench.peaks(pruning)["encode"]
@@ -354,7 +356,7 @@ def test_quantised_random_weights_generate(bits):
         model, [pattern((99, 50), 0)], prompt, new_tokens=2, device=CPU, dtype=torch.float16
     )
     bench = Bench(model, geometry.vision, work, Clock(CPU))
-    with bench.applied(Variant(HIVTP(r_max=0.5))) as pruning:
+    with bench.applied(Variant(PruningConfig(HIVTP(r_max=0.5)))) as pruning:
         assert bench.time_answer(2)["answer"] > 0
         assert pruning.last[0].kept_of_patches < 0.6
 

@@ -44,6 +44,7 @@ def test_the_check_sees_a_host_that_is_loaded():
 FLOORS = (
     {"errors", "version", "console", "files", "tables"},
     {"methods", "shapes", "testing"},
+    {"runtime"},
     {"encoder", "show", "config"},
     {"pruning"},
     {"hosts"},
@@ -58,7 +59,7 @@ FLOORS = (
 # Modules of other projects that a room may not import; `hosts` and `checkpoints` may all.
 FOREIGN = {
     "errors version console files": {"torch", "transformers", "llava"},
-    "methods config show pruning": {"transformers", "llava"},
+    "methods runtime config show pruning": {"transformers", "llava"},
     "encoder testing hook lmms cli __init__": {"llava"},
     "shapes": {"torch", "transformers", "llava"},
     "evaluation bench accuracy": {"transformers", "llava", "lmms_eval"},
@@ -192,7 +193,8 @@ def test_the_readme_names_every_flag():
 
 def test_the_readme_names_every_method_and_option():
     readme = (PACKAGE.parent / "README.md").read_text()
-    base = {field.name for field in dataclasses.fields(llava_hvp.Method)}
+    shared = (llava_hvp.Method, llava_hvp.Runtime)
+    base = {field.name for kind in shared for field in dataclasses.fields(kind)}
     for name in llava_hvp.list_methods():
         method = llava_hvp.get_method(name)
         if not type(method).__module__.startswith("llava_hvp."):

@@ -6,7 +6,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -88,7 +88,8 @@ def measure(
         measured, floor = _look(bench, variant)
         groups.append([])
         if floor is not None:
-            groups[-1].append(_Turn(Variant(floor), measured, True))
+            below = None if variant.pruning is None else replace(variant.pruning, method=floor)
+            groups[-1].append(_Turn(Variant(below), measured, True))
         groups[-1].append(_Turn(variant, measured, False))
         tick(f"memory of {variant}")
     for number in range(-WARM_UP, rounds):

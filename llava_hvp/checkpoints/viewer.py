@@ -17,10 +17,11 @@ from llava_hvp.hosts.llava.host import attach, detach
 from llava_hvp.hosts.llava.tiling import TilingConfig
 from llava_hvp.hosts.llava.tower import check_tower
 from llava_hvp.hosts.llava.view import LlavaView
-from llava_hvp.methods.base import Method, Needs, Selection
+from llava_hvp.methods.base import Needs, Selection, VisionMethod
 from llava_hvp.methods.uniform import Uniform
 from llava_hvp.pruning.pruning import Pruning
 from llava_hvp.pruning.report import ImageReport
+from llava_hvp.runtime import PruningConfig
 from llava_hvp.show.colours import UNPRUNED
 
 
@@ -69,7 +70,7 @@ class Viewer:
         tower = self.model.get_vision_tower()
         return read_geometry(tower.vision_tower).normalised(tower.select_layer)
 
-    def reads(self, method: Method | None) -> Needs:
+    def reads(self, method: VisionMethod | None) -> Needs:
         """What a method goes by, whatever its budget; raises LayerError for layers not there."""
         if method is None:
             return Needs()
@@ -114,31 +115,31 @@ class Viewer:
         }
 
     @torch.inference_mode()
-    def look(self, method: Method | None, image: Any, ids: Tensor) -> ImageReport:
+    def look(self, pruning: PruningConfig | None, image: Any, ids: Tensor) -> ImageReport:
         """What a method keeps of a picture, by the way that it takes in every command.
 
         For None all that unpruned LLaVA sends, in the one role `unpruned`.
         """
-        if method is None:
+        if pruning is None:
             # With every patch kept a pruned model sends what stock LLaVA does.
-            report = self.look(Uniform(r_max=1), image, ids)
+            report = self.look(PruningConfig(Uniform(r_max=1)), image, ids)
             everything = Selection.from_roles({UNPRUNED: report.selection.keep})
             return replace(report, method="none", selection=everything)
-        pruning = self._attach(method)
+        attached = self._attach(pruning)
         try:
             self.model.prepare_inputs_labels_for_multimodal(
                 ids, None, None, None, None, self.pixels(image), [image.size]
             )
-            return pruning.last[0]
+            return attached.last[0]
         finally:
             detach(self.model)
 
     @torch.inference_mode()
     def answer(
-        self, method: Method | None, image: Any, ids: Tensor, new_tokens: int
+        self, pruning: PruningConfig | None, image: Any, ids: Tensor, new_tokens: int
     ) -> tuple[str, ImageReport | None]:
         """The greedy answer, pruned by a method or (None) not, and what was kept for it."""
-        pruning = self._attach(method) if method else None
+        attached = None if pruning is None else self._attach(pruning)
         try:
             out = self.model.generate(
                 ids,
@@ -148,14 +149,18 @@ class Viewer:
                 max_new_tokens=new_tokens,
             )
             text = self.checkpoint.tokenizer.batch_decode(out, skip_special_tokens=True)[0].strip()
-            return text, pruning.last[0] if pruning is not None else None
+            return text, attached.last[0] if attached is not None else None
         finally:
-            if pruning is not None:
+            if attached is not None:
                 detach(self.model)
 
-    def _attach(self, method: Method) -> Pruning:
-        pruning = attach(
-            self.model, method, tokenizer=self.checkpoint.tokenizer, clip_text=self.clip_text
+    def _attach(self, pruning: PruningConfig) -> Pruning:
+        attached = attach(
+            self.model,
+            pruning.method,
+            runtime=pruning.runtime,
+            tokenizer=self.checkpoint.tokenizer,
+            clip_text=self.clip_text,
         )
-        self.clip_text = pruning.clip_text
-        return pruning
+        self.clip_text = attached.clip_text
+        return attached

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from llava_hvp.bench.workload import make_workload, pattern
 from llava_hvp.checkpoints.before_loading import check_before_loading
 from llava_hvp.checkpoints.geometry import list_geometries
 from llava_hvp.checkpoints.naming import named_path
-from llava_hvp.checkpoints.variants import Variant, variants
+from llava_hvp.checkpoints.variants import variants
 from llava_hvp.cli.arguments import (
     add_budgets,
     at_least,
@@ -118,7 +118,7 @@ def main(found: argparse.Namespace) -> int:
     batches = listed(found.batch, whole, "--batch")
     chosen = variants(found.methods.split(","), budgets(found), found.prune_opt or ())
     if found.all_attentions:
-        released = [Variant(v.method, all_attentions=True) for v in chosen if v.method is not None]
+        released = [replace(v, all_attentions=True) for v in chosen if v.pruning is not None]
         chosen += [v for v in released if v.name.split(",")[0] not in ("random", "uniform")]
     pictures = _pictures(found, max(batches))
     if found.model_path is not None:

@@ -148,5 +148,5 @@ def _variables(findings: Findings) -> None:
     except LlavaHvpError as error:
         findings.problem(str(error), f"unset {config.VARIABLE} {config.DEVICE_VARIABLE}")
         return
-    asked = "not set" if request.method is None else f"asks for {config.describe(request.method)}"
+    asked = "not set" if request.pruning is None else f"asks for {request.pruning}"
     findings.note(config.VARIABLE, asked)

@@ -97,7 +97,7 @@ def requested(found: argparse.Namespace) -> Request:
         if not torch.cuda.is_available():
             raise OptionError("no CUDA on this machine: give --device cpu (slow)")
     # `none` is how answers are named that no method was given for, so both are one thing here.
-    return Request((flags if flags.asked else around).method, device=device)
+    return Request((flags if flags.asked else around).pruning, device=device)
 
 
 def gpus_of(text: str | None, request: Request) -> tuple[str, ...]:

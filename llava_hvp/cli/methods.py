@@ -8,9 +8,9 @@ import inspect
 import textwrap
 from typing import Any
 
-from llava_hvp.config import BUDGET
 from llava_hvp.methods import NONE, list_methods, method_class
 from llava_hvp.methods.base import Method
+from llava_hvp.runtime import Runtime
 
 
 def add(commands: Any) -> None:
@@ -27,7 +27,7 @@ def main(found: argparse.Namespace) -> int:
         print(f"{name}: {kind.summary}")
         _list(kind, [o for o in dataclasses.fields(kind) if o.name not in common])
     print("every method: --r-max R or --num-tokens N, and")
-    _list(Method, [o for o in dataclasses.fields(Method) if o.name not in BUDGET])
+    _list(Runtime, list(dataclasses.fields(Runtime)))
     print(
         f"{NONE}: unpruned LLaVA, bridged to this transformers and accounted for; takes the flags"
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_hvp.checkpoints.before_loading import check_before_loading
-from llava_hvp.checkpoints.variants import NONE, Variant, variants
+from llava_hvp.checkpoints.variants import NONE, Variant, name_of, variants
 from llava_hvp.cli.arguments import at_least, bits_of, device_of, exclude, listed
 from llava_hvp.console import say
 from llava_hvp.errors import OptionError
@@ -147,7 +147,7 @@ def _methods(found: argparse.Namespace) -> list[list[Variant]]:
             raise
         # Options may be a budget of their own, as hivtp's k is.
         chosen = variants(names, [{}], found.prune_opt or ())
-    return [[v for v in chosen if v.name == name] for name in dict.fromkeys(names)]
+    return [[v for v in chosen if v.name == name] for name in dict.fromkeys(map(name_of, names))]
 
 
 def _png(picture: Any) -> bytes:
@@ -173,7 +173,10 @@ def _overlays(
     several = sum(map(len, shown)) > 1
     kwargs = {"widest": CELL} if several else {"notes": notes}
     columns = [
-        [overlay(viewer.look(v.method, image, ids), image, title=str(v), **kwargs) for v in budgets]
+        [
+            overlay(viewer.look(v.pruning, image, ids), image, title=str(v), **kwargs)
+            for v in budgets
+        ]
         for budgets in shown
     ]
     if not several:
@@ -199,14 +202,14 @@ def _page(
     unpruned = viewer.answer(None, image, ids, found.new_tokens)[0] if found.prompt else ""
 
     def shown(variant: Variant) -> Shown:
-        method = variant.method
-        if method is None:
+        pruning = variant.pruning
+        if pruning is None:
             return Shown("everything kept", viewer.look(None, image, ids), unpruned)
         label = variant.options.replace("=", " ") or "no budget"
         if found.prompt:
-            answer, report = viewer.answer(method, image, ids, found.new_tokens)
+            answer, report = viewer.answer(pruning, image, ids, found.new_tokens)
             return Shown(label, report, answer)
-        return Shown(label, viewer.look(method, image, ids))
+        return Shown(label, viewer.look(pruning, image, ids))
 
     return Page(
         title=Path(found.image_file).name,

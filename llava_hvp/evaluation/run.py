@@ -70,7 +70,7 @@ class Job:
     def folder(self) -> Path:
         """Where everything of this run lies."""
         name = self.benchmark.name + "-no-ocr" * self.without_ocr
-        return self.out / model_name(self.model_path) / method_name(self.request.method) / name
+        return self.out / model_name(self.model_path) / method_name(self.request.pruning) / name
 
 
 def evaluate(job: Job) -> dict[str, Any]:
@@ -153,8 +153,8 @@ def _defaults(job: Job, stock: Sequence[str]) -> list[str]:
 
 
 def _say_begin(job: Job, store: Store) -> None:
-    method = job.request.method
-    what = "unpruned" if method is None else config.describe(method)
+    pruning = job.request.pruning
+    what = "unpruned" if pruning is None else str(pruning)
     say(
         f"{job.benchmark.title}: {len(store.questions)} questions, {len(store.answers)} answered; "
         f"{model_name(job.model_path)}, {what}; {store.folder}"

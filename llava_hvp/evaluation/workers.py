@@ -89,10 +89,10 @@ def answer(
 def _start(command: list[str], part: Path, request: Request, gpu: str) -> Worker:
     flags = config.to_flags(
         Request(
-            request.method,
+            request.pruning,
             device=request.device,
             part=str(part.absolute()),
-            unpruned=request.method is None,
+            unpruned=request.pruning is None,
         )
     )
     environ = {**os.environ, config.VARIABLE: shlex.join(flags)}

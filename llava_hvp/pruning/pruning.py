@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from llava_hvp.encoder.text import ClipText, cosine_relevance
-from llava_hvp.methods.base import Method
+from llava_hvp.methods.base import VisionMethod
 from llava_hvp.pruning.encoding import EncodedTiles, Relevance
 from llava_hvp.pruning.host import HostModel
 from llava_hvp.pruning.report import ImageReport
 from llava_hvp.pruning.reuse import RecentlyEncoded, weights_version
+from llava_hvp.runtime import Runtime
 
 # Held while a model is looked at and changed, so that of two threads one comes first.
 CHANGING = threading.RLock()
@@ -52,9 +53,14 @@ class Pruning:
         return self.host_model.model
 
     @property
-    def method(self) -> Method:
+    def method(self) -> VisionMethod:
         """The method in force."""
         return self.host_model.encoder.prune_method
+
+    @property
+    def runtime(self) -> Runtime:
+        """How the method is run."""
+        return self.host_model.encoder.prune_runtime
 
     @property
     def last(self) -> list[ImageReport]:
