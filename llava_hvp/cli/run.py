@@ -23,6 +23,7 @@ from llava_hvp import config
 from llava_hvp.cli.interpreter import hook_in, python_of
 from llava_hvp.console import say
 from llava_hvp.errors import OptionError, RecordError
+from llava_hvp.methods import folder_of
 from llava_hvp.pruning.record import UNWRITTEN, Totals, summary
 
 FORWARDED = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
@@ -62,11 +63,19 @@ def main(found: argparse.Namespace) -> int:
     with _folder() as reports:
         request = dataclasses.replace(request, reports=reports)
         environ = {**os.environ, config.VARIABLE: shlex.join(config.to_flags(request))}
+        if request.method is not None:
+            environ |= _search_path(type(request.method))
         code = run(command, environ)
         failed = tell(read_reports(Path(reports)), code, pruned=request.method is not None)
     if code < 0:
         _die_of(-code)
     return code or (FAILED if failed else 0)
+
+
+def _search_path(method: type[Any]) -> dict[str, str]:
+    """So that children find a method of this folder's, wherever they go."""
+    here, before = folder_of(method), os.environ.get("PYTHONPATH")
+    return {} if here is None else {"PYTHONPATH": os.pathsep.join(filter(None, (before, here)))}
 
 
 def _folder() -> tempfile.TemporaryDirectory[str]:
