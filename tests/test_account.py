@@ -22,7 +22,7 @@ def account(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     request = Request(PruningConfig(HIVTP()), reports=str(tmp_path))
     versions = {"llava-hvp": "1", "llava": "llava-torch 1.2 at /here"}
-    return PruningAudit("llava.serve.model_worker", request, HIVTP(), versions)
+    return PruningAudit("llava.serve.model_worker", request, PruningConfig(HIVTP()), versions)
 
 
 def report(tmp_path):

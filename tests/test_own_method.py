@@ -142,14 +142,11 @@ def test_show_bench_and_accuracy_take_it_beside_ours(folder, checkpoints):
 def test_eval_runs_it_and_its_results_are_read_again(folder, checkpoints):
     shutil.copytree(checkpoints("llava-1.5-llama"), folder / "llava-v1.5-tiny")
     write_pope(folder / "data", 2)
-    measured, table = run_all(
-        folder,
-        [
-            "eval pope --model-path llava-v1.5-tiny --data data --device cpu --max_new_tokens 2 "
-            f"--out results {FLAGS} --prune-opt newline=all",
-            "table results",
-        ],
+    line = (
+        "eval pope --model-path llava-v1.5-tiny --data data --device cpu --max_new_tokens 2 "
+        f"--out results {FLAGS} --prune-opt newline=all"
     )
+    measured, table = run_all(folder, [line, "table results"])
     assert measured[0] == table[0] == 0, measured[2] + table[2]
     (path,) = (folder / "results").rglob("result.json")
     assert path.parts[-3] == "dominant-num_tokens-16-newline-all"
@@ -157,6 +154,10 @@ def test_eval_runs_it_and_its_results_are_read_again(folder, checkpoints):
     assert (result["method"], result["kept_tokens"]) == (MINE, 16)
     assert result["options"]["newline"] == "all"
     assert "dominant num_tokens=16 newline=all" in table[1]
+    (folder / "mine.py").write_text(f"{EXAMPLE}# another rule\n")
+    ((code, _, said),) = run_all(folder, [line])
+    assert code == 1
+    assert "holds answers of other settings: method_sha256 was" in said
 
 
 def test_lmms_eval_takes_it_as_a_model_argument(folder):

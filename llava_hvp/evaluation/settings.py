@@ -15,7 +15,7 @@ from llava_hvp.config import Request
 from llava_hvp.evaluation.benchmarks import Benchmark
 from llava_hvp.evaluation.digests import digests_of
 from llava_hvp.evaluation.questions import Questions
-from llava_hvp.methods import method_spec
+from llava_hvp.methods import method_spec, source_of
 from llava_hvp.runtime import PruningConfig
 from llava_hvp.version import __version__
 
@@ -45,6 +45,7 @@ def settings_of(
         "method": None if pruning is None else method_spec(type(pruning.method)),
         "options": None if pruning is None else plain(pruning.options),
         "given": config.to_flags(Request(pruning)),
+        **({} if pruning is None else source_of(type(pruning.method))),
         "device": request.device or "cuda",
         "arguments": list(stock),
         "questions": questions.path.name,
