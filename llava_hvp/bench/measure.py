@@ -111,7 +111,7 @@ def turns(variants: Sequence[Variant], rounds: int, vision: Vision) -> int:
 
 def _look(bench: Bench, variant: Variant) -> tuple[Measured, Floor | None]:
     """What a variant keeps and how much memory it takes; this warms up as well."""
-    with bench.applied(variant) as pruning:
+    with bench.checkpoint.pruned_by(variant) as pruning:
         prepared = bench.prepare()
         floor = None
         if pruning is None:
@@ -136,7 +136,7 @@ def _look(bench: Bench, variant: Variant) -> tuple[Measured, Floor | None]:
 
 
 def _take(bench: Bench, turn: _Turn, *, counted: bool) -> None:
-    with bench.applied(turn.variant) as pruning:
+    with bench.checkpoint.pruned_by(turn.variant) as pruning:
         parts = bench.time_parts(pruning)
         # Past its first token the floor does what the method does.
         answer = bench.time_answer(1 if turn.is_floor else bench.work.new_tokens)

@@ -43,7 +43,12 @@ def add(commands: Any) -> None:
     parser.set_defaults(main=main)
 
 
-def main(found: argparse.Namespace) -> int:
+def main(args: argparse.Namespace) -> int:
+    """Check; there are no settings."""
+    return run()
+
+
+def run() -> int:
     """Print the findings; 1 if something is wrong."""
     findings = Findings()
     findings.note("llava-hvp", f"{llava_hvp.__version__} at {Path(llava_hvp.__file__).parent}")

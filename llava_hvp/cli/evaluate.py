@@ -56,24 +56,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def main(found: argparse.Namespace) -> int:
-    """Run it and print its number; the exit code."""
-    benchmark = get_benchmark(found.benchmark)
-    request = requested(found)
+def parse(args: argparse.Namespace) -> Job:
+    """The run that is asked for; raises OptionError."""
+    benchmark = get_benchmark(args.benchmark)
+    request = requested(args)
     job = Job(
         benchmark,
-        named_path(found.model_path),
+        named_path(args.model_path),
         request,
-        found.data,
-        found.out,
-        gpus_of(found.gpus, request),
-        found.ocr,
-        found.restart,
-        (*found.unknown, *found.rest),
+        args.data,
+        args.out,
+        gpus_of(args.gpus, request),
+        args.ocr,
+        args.restart,
+        (*args.unknown, *args.rest),
     )
     hooked = hook_in((sys.executable,))
     if hooked is None or not hooked[0]:
         raise OptionError(f"{sys.executable} runs no startup hook of ours: see `llava-hvp doctor`")
+    return job
+
+
+def run(job: Job) -> int:
+    """Run it and print its number; the exit code."""
     try:
         result = evaluate(job)
     except KeyboardInterrupt:
@@ -83,9 +88,22 @@ def main(found: argparse.Namespace) -> int:
     return 0
 
 
-def requested(found: argparse.Namespace) -> Request:
+def main(args: argparse.Namespace) -> int:
+    """Parse and run."""
+    return run(parse(args))
+
+
+def requested(args: argparse.Namespace) -> Request:
     """The flags before the environment; raises OptionError for what cannot be done here."""
-    flags, around = config.requested(found), config.from_environment(os.environ)
+    return completed(config.requested(args))
+
+
+def completed(flags: Request) -> Request:
+    """What flags ask for, with the environment's word on all that they leave open.
+
+    Raises OptionError for what cannot be done here.
+    """
+    around = config.from_environment(os.environ)
     if config.switched_off(os.environ):
         raise OptionError(f"{config.DISABLE_VARIABLE} is set, nothing could be measured: unset it")
     if flags.train or around.train:
