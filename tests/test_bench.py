@@ -10,7 +10,7 @@ from llava_hvp import HIVTP, HiPrune, get_method
 from llava_hvp.bench import measure as module
 from llava_hvp.bench.clock import Clock
 from llava_hvp.bench.flops import complete
-from llava_hvp.bench.measure import Measured, measure, turns
+from llava_hvp.bench.measure import Measurements, measure, turns
 from llava_hvp.bench.phases import Bench
 from llava_hvp.bench.results import losses, rows_of
 from llava_hvp.bench.workload import make_workload, pattern, random_prompt
@@ -214,7 +214,7 @@ def test_variants_take_turns_and_a_method_follows_its_floor():
             module,
             "_look",
             lambda bench, v: (
-                Measured(v, 1, 1, 1, 1),
+                Measurements(v, 1, 1, 1, 1),
                 HIVTP(r_max=0.3) if v.name == "hivtp" else None,
             ),
         )
@@ -251,11 +251,11 @@ def test_ratios_are_of_the_same_round(bench):
         return {name: list(values) for name, values in seconds.items()}
 
     times = {"encode": [1, 2, 4], "prefill": [1, 1, 1], "launched": [1, 1, 1]}
-    none = Measured(
+    none = Measurements(
         Variant(), 100, 100, 128, 128, samples(**times, ttft=[2, 4, 8], answer=[4, 6, 10])
     )
     half = {name: [x / 2 for x in values] for name, values in times.items()}
-    method = Measured(
+    method = Measurements(
         Variant(HIVTP(r_max=0.5)),
         50,
         100,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llava_hvp.bench.workload import random_prompt
 from llava_hvp.checkpoints.conversation import default_template
-from llava_hvp.checkpoints.geometry import Geometry, get_geometry
+from llava_hvp.checkpoints.geometry import LlavaGeometry, get_geometry
 from llava_hvp.checkpoints.naming import model_name
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Subject:
     name: str
     about: str
     checkpoint: Checkpoint
-    geometry: Geometry
+    geometry: LlavaGeometry
     prompt: Tensor
 
 

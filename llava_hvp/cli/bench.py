@@ -16,10 +16,11 @@ from llava_hvp.bench.clock import Clock
 from llava_hvp.bench.machine import about
 from llava_hvp.bench.measure import FEWEST, measure, turns
 from llava_hvp.bench.phases import Bench
-from llava_hvp.bench.results import Row, rows_of
+from llava_hvp.bench.results import BenchRow, rows_of
 from llava_hvp.bench.tables import render
 from llava_hvp.bench.workload import Workload, make_workload, pattern
 from llava_hvp.checkpoints.before_loading import check_before_loading
+from llava_hvp.checkpoints.dtypes import DTYPES
 from llava_hvp.checkpoints.geometry import get_geometry, list_geometries
 from llava_hvp.checkpoints.naming import named_path
 from llava_hvp.checkpoints.variants import Variant, variants
@@ -42,7 +43,6 @@ from llava_hvp.methods import list_methods
 from llava_hvp.tables import MARKDOWN, TERMINAL
 
 BUDGETS = "0.75,0.5,0.4,0.25"  # of r_max
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def add(commands: Any) -> None:
@@ -289,7 +289,7 @@ def _pictures(settings: BenchSettings, count: int) -> list[Any]:
         raise OptionError(f"--image-file {settings.image_file}: {error}") from error
 
 
-def _measure(settings: BenchSettings, what: subject.Subject, work: Workload) -> list[Row]:
+def _measure(settings: BenchSettings, what: subject.Subject, work: Workload) -> list[BenchRow]:
     """All rounds of one batch."""
     vision = what.geometry.vision
     chosen = list(settings.variants)
@@ -303,7 +303,7 @@ def _measure(settings: BenchSettings, what: subject.Subject, work: Workload) -> 
     return rows_of(measured, work, what.geometry)
 
 
-def _write(base: Path, about: dict[str, str], rows: Sequence[Row], *, plots: bool) -> None:
+def _write(base: Path, about: dict[str, str], rows: Sequence[BenchRow], *, plots: bool) -> None:
     """The JSON file, the Markdown table and the plot, each whole or not at all."""
     from llava_hvp.bench.plot import plot
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -19,6 +18,7 @@ from llava_hvp import config
 from llava_hvp.cli.extras import HOST, NEEDED, install
 from llava_hvp.cli.interpreter import hook_in
 from llava_hvp.errors import LlavaHvpError
+from llava_hvp.version import version_of
 
 
 @dataclass
@@ -72,20 +72,13 @@ def run() -> int:
     return 1 if findings.problems else 0
 
 
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _llava(findings: Findings) -> None:
     """LLaVA and transformers: there, of a known version, and importable."""
-    findings.note("transformers", _version("transformers") or "missing")
+    findings.note("transformers", version_of("transformers") or "missing")
     try:
         from llava_hvp.hosts.llava.compat import gaps, versions
     except LlavaHvpError as error:
-        findings.note("llava", _version("llava-torch") or _version("llava") or "missing")
+        findings.note("llava", version_of("llava-torch") or version_of("llava") or "missing")
         findings.problem(str(error), _remedy(error))
         return
     findings.note("llava", versions.found_versions()["llava"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from llava_hvp.console import say
 from llava_hvp.errors import OptionError
 from llava_hvp.evaluation.benchmarks import BENCHMARKS, get_benchmark
 from llava_hvp.evaluation.data import DEFAULT_DATA
+from llava_hvp.evaluation.job import Job
 from llava_hvp.evaluation.rendering import one_line
-from llava_hvp.evaluation.run import Job, evaluate
+from llava_hvp.evaluation.run import evaluate
 
 INTERRUPTED = 130
 
@@ -115,7 +117,9 @@ def completed(flags: Request) -> Request:
         if not torch.cuda.is_available():
             raise OptionError("no CUDA on this machine: give --device cpu (slow)")
     # `none` is how answers are named that no method was given for, so both are one thing here.
-    return Request((flags if flags.asked else around).method, device=device)
+    return replace(
+        flags if flags.asked else around, device=device, unpruned=False, reports=None, part=None
+    )
 
 
 def gpus_of(text: str | None, request: Request) -> tuple[str, ...]:
