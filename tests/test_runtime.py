@@ -95,7 +95,7 @@ def test_a_variant_and_its_floor_are_run_alike():
     seen, floor = [], HIVTP(r_max=0.1)
 
     def look(bench, variant):
-        return measure.Measured(variant, 1, 1, 1, 1), floor if variant.pruning else None
+        return measure.Measurements(variant, 1, 1, 1, 1), floor if variant.pruning else None
 
     def take(bench, turn, *, counted):
         seen.append((turn.is_floor, turn.variant.pruning and turn.variant.pruning.runtime))

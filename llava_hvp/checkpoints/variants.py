@@ -27,6 +27,15 @@ class Variant:
     pruning: PruningConfig | None = None
     all_attentions: bool = False
 
+    @classmethod
+    def of(cls, by: PrunedBy) -> Variant:
+        """Whatever prunes, as a variant: a method alone is run by the defaults."""
+        if isinstance(by, Variant):
+            return by
+        if by is None or isinstance(by, PruningConfig):
+            return cls(by)
+        return cls(PruningConfig.checked(by))
+
     @property
     def method(self) -> VisionMethod | None:
         """The method; None for LLaVA without us."""
@@ -51,6 +60,9 @@ class Variant:
         if self.method is None:
             return False
         return self.method.needs(vision.layers, vision.select) != Needs()
+
+
+PrunedBy = Variant | PruningConfig | VisionMethod | None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

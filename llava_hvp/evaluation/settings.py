@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 import re
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from llava_hvp.evaluation.digests import digests_of
 from llava_hvp.evaluation.questions import Questions
 from llava_hvp.methods import method_spec, source_of
 from llava_hvp.runtime import PruningConfig
-from llava_hvp.version import __version__
+from llava_hvp.version import __version__, installed
 
 UNPRUNED = "unpruned"
 
@@ -64,13 +63,8 @@ def plain(value: Any) -> Any:
 
 def versions() -> dict[str, str]:
     """Of what takes part, without importing it."""
-    found = {"llava-hvp": __version__, "python": platform.python_version()}
-    for name in ("torch", "transformers", "llava-torch", "llava"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    others = installed("torch", "transformers", "llava-torch", "llava")
+    return {"llava-hvp": __version__, "python": platform.python_version(), **others}
 
 
 def method_name(pruning: PruningConfig | None) -> str:

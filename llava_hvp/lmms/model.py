@@ -18,12 +18,12 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from tqdm import tqdm
 
 from llava_hvp.checkpoints.before_loading import check_before_loading
+from llava_hvp.checkpoints.dtypes import DTYPES
 from llava_hvp.console import say
 from llava_hvp.errors import LlavaHvpError, OptionError, PrunedStateError
 from llava_hvp.evaluation.model_args import pruning_of
 from llava_hvp.evaluation.results import speed, towers, visual_tokens
 
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 # What LLaVA's own generate is given where a task says nothing.
 DEFAULTS = {"max_new_tokens": 1024, "temperature": 0, "top_p": None, "num_beams": 1}
 
