@@ -99,6 +99,17 @@ def test_a_quantised_checkpoint_is_measured_too(checkpoints, capsys):
     assert "4 bit, float16 activations" in capsys.readouterr().out
 
 
+def test_the_released_codes_way_is_added_for_what_reads_the_encoder(tmp_path):
+    flags = "--geometry llava-1.5-tiny --methods hivtp,random,uniform --all-attentions --rounds 2"
+    flags += f" --r-max 0.5 --new-tokens 2 --out {tmp_path}"
+    assert main(["bench", *flags.split()]) == 0
+    rows = json.loads(next(tmp_path.glob("*.json")).read_text())["rows"]
+    assert [row["method"] for row in rows] == [
+        *("none", "hivtp", "random", "uniform"),
+        "hivtp, all attentions",
+    ]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from llava_hvp.bench.clock import Clock
 from llava_hvp.bench.machine import about
 from llava_hvp.bench.measure import FEWEST, measure, turns
 from llava_hvp.bench.phases import Bench
+from llava_hvp.bench.plot import plot
 from llava_hvp.bench.results import BenchRow, rows_of
 from llava_hvp.bench.tables import render
 from llava_hvp.bench.workload import Workload, make_workload, pattern
@@ -246,7 +246,12 @@ def run(settings: BenchSettings) -> int:
     if settings.out:
         bits = f"-{settings.bits}bit" if settings.bits else ""
         name = f"{what.name}{bits}-{device.type}"
-        _write(settings.out / name, facts, rows, plots=settings.plots)
+        write_results(
+            settings.out / name,
+            {**facts, "rows": [asdict(row) for row in rows]},
+            render(facts, rows, MARKDOWN),
+            partial(plot, f"{facts['model']} {facts['machine']}", rows) if settings.plots else None,
+        )
     return 0
 
 
@@ -301,16 +306,3 @@ def _measure(settings: BenchSettings, what: subject.Subject, work: Workload) -> 
     with progress(total, f"batch {work.batch}", "turn") as bar:
         measured = measure(bench, chosen, settings.rounds, tick=bar.named, most_seconds=share)
     return rows_of(measured, work, what.geometry)
-
-
-def _write(base: Path, about: dict[str, str], rows: Sequence[BenchRow], *, plots: bool) -> None:
-    """The JSON file, the Markdown table and the plot, each whole or not at all."""
-    from llava_hvp.bench.plot import plot
-
-    title = f"{about['model']} {about['machine']}"
-    write_results(
-        base,
-        {**about, "rows": [asdict(row) for row in rows]},
-        render(about, rows, MARKDOWN),
-        partial(plot, title, rows) if plots else None,
-    )

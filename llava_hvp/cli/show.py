@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from llava_hvp.checkpoints.viewer import Viewer
+    from llava_hvp.pruning.report import ImageReport
     from llava_hvp.show.page import MethodShown, Shown
 
 BUDGETS = "0.9,0.75,0.67,0.5,0.4,0.33,0.25,0.16,0.11,0.05"  # of a page
@@ -244,12 +245,7 @@ class _Drawing:
         kwargs: dict[str, Any] = {"widest": CELL} if several else {"notes": self.notes}
         columns = [
             [
-                overlay(
-                    self.viewer.look(variant, self.image, self.ids),
-                    self.image,
-                    title=str(variant),
-                    **kwargs,
-                )
+                overlay(self._look(variant), self.image, title=str(variant), **kwargs)
                 for variant in budgets
             ]
             for budgets in self.settings.columns
@@ -293,13 +289,15 @@ class _Drawing:
         from llava_hvp.show.page import Shown
 
         if variant.method is None:
-            report = self.viewer.look(variant, self.image, self.ids)
-            return Shown("everything kept", report, unpruned)
+            return Shown("everything kept", self._look(variant), unpruned)
         label = variant.options.replace("=", " ") or "no budget"
         if not self.settings.prompt:
-            return Shown(label, self.viewer.look(variant, self.image, self.ids))
+            return Shown(label, self._look(variant))
         answer, kept = self._answer(variant)
         return Shown(label, kept, answer)
+
+    def _look(self, variant: Variant) -> ImageReport:
+        return self.viewer.look(variant, self.image, self.ids)
 
     def _answer(self, variant: Variant) -> tuple[str, Any]:
         return self.viewer.answer(variant, self.image, self.ids, self.settings.new_tokens)
