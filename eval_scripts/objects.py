@@ -22,11 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llava_hvp import get_method, list_methods
+from llava_hvp import list_methods
 from llava_hvp.accuracy.exam import TEMPLATE
 from llava_hvp.bench.machine import versions
 from llava_hvp.checkpoints.viewer import Viewer
-from llava_hvp.methods.base import Method
+from llava_hvp.runtime import PruningConfig
 from llava_hvp.shapes import checkpoint
 from llava_hvp.shapes.drawing import draw
 from llava_hvp.shapes.questions import held_out
@@ -105,13 +105,13 @@ def enough(kept: Tensor, thing: Tensor) -> bool:
     return float(kept[thing].float().mean()) >= ENOUGH
 
 
-def by_method(viewer: Viewer, known: list[Known], method: Method) -> dict[str, str]:
+def by_method(viewer: Viewer, known: list[Known], pruning: PruningConfig) -> dict[str, str]:
     """What one method keeps of each kind of patch, and whose work that was."""
     kept: dict[str, list[float]] = defaultdict(list)
     roles: dict[str, Tensor] = defaultdict(lambda: torch.zeros(3))
     for one in known:
         kinds = one.kinds
-        report = viewer.look(method, one.picture, viewer.prompt(one.text))
+        report = viewer.look(pruning, one.picture, viewer.prompt(one.text))
         keep = report.selection.keep[0]
         for name, kind in (("background", 0), ("things", 1), ("digits", 2)):
             if (kinds == kind).any():
@@ -120,8 +120,8 @@ def by_method(viewer: Viewer, known: list[Known], method: Method) -> dict[str, s
         for role, mask in report.selection.roles.items():
             roles[role] += torch.stack([(kinds[mask[0]] == kind).sum() for kind in range(3)])
     return {
-        "method": method.name,
-        "r_max": f"{method.r_max}",
+        "method": pruning.method.name,
+        "r_max": f"{pruning.method.r_max}",
         "things found, %": f"{np.mean(kept['found']):.1f}",
         "of thing patches, %": f"{np.mean(kept['things']):.1f}",
         "of digit patches, %": f"{np.mean(kept['digits']):.1f}",
@@ -143,7 +143,7 @@ def main() -> None:
         viewer = Viewer.load(str(checkpoint(folder)), None, "cpu", bits=None, conv_mode=TEMPLATE)
         layers = by_layer(viewer, known)
         methods = [
-            by_method(viewer, known, get_method(name, r_max=r_max))
+            by_method(viewer, known, PruningConfig.of(name, r_max=r_max))
             for name in list_methods()
             for r_max in BUDGETS
         ]

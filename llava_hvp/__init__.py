@@ -5,17 +5,19 @@ Importing this package imports torch, and neither LLaVA nor transformers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from llava_hvp.errors import LlavaHvpError
 from llava_hvp.hosts import host_of
 from llava_hvp.methods import get_method, list_methods
-from llava_hvp.methods.base import Method, Mix, Needs, Selection, VisionContext
+from llava_hvp.methods.base import Method, Mix, Needs, Selection, VisionContext, VisionMethod
 from llava_hvp.methods.hiprune import HiPrune
 from llava_hvp.methods.hipruneplus import HiPrunePlus
 from llava_hvp.methods.hivtp import HIVTP
 from llava_hvp.methods.random import Random
 from llava_hvp.methods.uniform import Uniform
+from llava_hvp.runtime import Runtime
 from llava_hvp.version import __version__
 
 if TYPE_CHECKING:
@@ -30,18 +32,24 @@ __all__ = [
     "Mix",
     "Needs",
     "Random",
+    "Runtime",
     "Selection",
     "Uniform",
     "VisionContext",
+    "VisionMethod",
     "__version__",
     "get_method",
+    "install",
     "list_methods",
     "prune",
+    "uninstall",
     "unprune",
 ]
 
 
-def prune(model: Any, method: Method, *, tokenizer: Any = None) -> Pruning:
+def prune(
+    model: Any, method: Method, *, runtime: Runtime | None = None, tokenizer: Any = None
+) -> Pruning:
     """Prune the visual tokens of a loaded LLaVA model.
 
     Stays until `unprune(model)`, or until the end of the block in
@@ -52,6 +60,7 @@ def prune(model: Any, method: Method, *, tokenizer: Any = None) -> Pruning:
     ----------
     model : what LLaVA's `load_pretrained_model` gives, or a wrapper around it (PEFT, DDP)
     method : a Method, as `HIVTP(r_max=0.5)` or `get_method("hivtp", r_max=0.5)`
+    runtime : how the model runs, as `Runtime(patch_merge="spatial")`; the same for every method
     tokenizer : the language model's; only prompt-aware methods use it, and by default load it from
         the model's own checkpoint
 
@@ -60,9 +69,44 @@ def prune(model: Any, method: Method, *, tokenizer: Any = None) -> Pruning:
     LlavaHvpError : not a LLaVA model, no vision tower or one that cannot be read, already pruned,
         layers or a budget that this tower cannot meet, no text encoder. The model is as before.
     """
-    return host_of(model).attach(model, method, tokenizer=tokenizer)
+    return host_of(model).attach(model, method, runtime=runtime, tokenizer=tokenizer)
 
 
 def unprune(model: Any) -> None:
     """Give the model back as it was before `prune`; raises LlavaHvpError if it is not pruned."""
     host_of(model).detach(model)
+
+
+def install(
+    method: Method,
+    *,
+    runtime: Runtime | None = None,
+    tokenizer: Any = None,
+    on_model: Callable[[Pruning], None] | None = None,
+) -> None:
+    """Prune every LLaVA that is loaded from now on, for code that loads its model by itself.
+
+    LLaVA's own `load_pretrained_model` gives then what `prune` would; whoever imported it before is
+    served too. A model loaded so stays pruned until `unprune(model)`, also after `uninstall()`.
+    Imports LLaVA.
+
+    Parameters
+    ----------
+    method, runtime, tokenizer : as for `prune`
+    on_model : called with the `Pruning` of each model that is built
+
+    Raises
+    ------
+    LlavaHvpError : a method is installed already, it is no method, or this LLaVA or transformers is
+        not supported
+    """
+    from llava_hvp.hosts.llava import builder
+
+    builder.install(method, runtime=runtime, tokenizer=tokenizer, on_model=on_model)
+
+
+def uninstall() -> None:
+    """The stock loader gives stock models again; raises LlavaHvpError if nothing is installed."""
+    from llava_hvp.hosts.llava import builder
+
+    builder.uninstall()

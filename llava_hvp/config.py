@@ -1,4 +1,4 @@
-"""The flags, the variable LLAVA_HVP and keyword arguments: three ways to write one Method."""
+"""The flags and the variable LLAVA_HVP: two ways to write what a command is asked for."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NoReturn
 
 from llava_hvp.errors import OptionError, shown
-from llava_hvp.methods import NONE, get_method, list_methods, method_class
-from llava_hvp.methods.base import Method, Selection, VisionContext
+from llava_hvp.methods import NONE, list_methods, method_class, method_spec
+from llava_hvp.methods.base import Method, VisionMethod
+from llava_hvp.runtime import BUDGET, PruningConfig, Runtime, options_of
 
 VARIABLE = "LLAVA_HVP"
 DEVICE_VARIABLE = "LLAVA_HVP_DEVICE"
 DISABLE_VARIABLE = "LLAVA_HVP_DISABLE"
-BUDGET = ("r_max", "num_tokens")
 LONGEST_VALUE = 1000  # characters; 60 layers are 200
 
 
@@ -25,7 +25,7 @@ LONGEST_VALUE = 1000  # characters; 60 layers are 200
 class Request:
     """What a command was asked to do.
 
-    method : None to leave pruning off
+    pruning : the method and how to run it; None to leave pruning off
     unpruned : `none` was asked for: LLaVA without us, bridged to this transformers, with an account
         of it; False where nothing was asked
     train : prune in training too
@@ -35,7 +35,7 @@ class Request:
         files begin with that pass between the two
     """
 
-    method: Method | None = None
+    pruning: PruningConfig | None = None
     train: bool = False
     device: str | None = None
     reports: str | None = None
@@ -43,9 +43,14 @@ class Request:
     unpruned: bool = False
 
     @property
+    def method(self) -> VisionMethod | None:
+        """The method; None to leave pruning off."""
+        return None if self.pruning is None else self.pruning.method
+
+    @property
     def asked(self) -> bool:
         """Whether a method was named, or `none`."""
-        return self.method is not None or self.unpruned
+        return self.pruning is not None or self.unpruned
 
 
 class _Parser(argparse.ArgumentParser):
@@ -127,8 +132,8 @@ def requested(found: argparse.Namespace) -> Request:
         if key in given:
             raise OptionError(f"{key} is given twice: {shown(given[key])} and {shown(value)}")
         given[key] = value
-    method = get_method(found.prune_method, **given)
-    return Request(method, found.prune_train, device, reports, part)
+    pruning = PruningConfig.of(found.prune_method, **given)
+    return Request(pruning, found.prune_train, device, reports, part)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,9 +145,6 @@ class _Unused(Method):
     roles: ClassVar[tuple[str, ...]] = ()
     listed: ClassVar[bool] = False
 
-    def choose(self, context: VisionContext, budget: int) -> Selection:
-        raise NotImplementedError
-
 
 def check_unused(options: Mapping[str, Any]) -> None:
     """Raise OptionError for options beside `none` that no method has, or a wrong budget.
@@ -150,7 +152,7 @@ def check_unused(options: Mapping[str, Any]) -> None:
     All others are taken though `none` uses none of them: a loop over methods gives it theirs.
     """
     kinds = [method_class(name) for name in list_methods()]
-    known = {field.name for kind in kinds for field in dataclasses.fields(kind)}
+    known = {option for kind in kinds for option in options_of(kind)}
     for option in options:
         if option not in known:
             raise OptionError(f"{NONE}: unknown option {option!r}: no method has it")
@@ -189,9 +191,9 @@ def switched_off(environ: Mapping[str, str]) -> bool:
 def to_flags(request: Request) -> list[str]:
     """Flags that `parse` reads back as an equal request."""
     flags: list[str] = []
-    if request.method is not None:
-        flags += ["--prune-method", request.method.name]
-        for name, value in given_options(request.method).items():
+    if request.pruning is not None:
+        flags += ["--prune-method", method_spec(type(request.pruning.method))]
+        for name, value in request.pruning.given.items():
             if name in BUDGET:
                 flags += [f"--{name.replace('_', '-')}", str(value)]
             else:
@@ -205,19 +207,8 @@ def to_flags(request: Request) -> list[str]:
     return flags
 
 
-def given_options(method: Method) -> dict[str, Any]:
-    """The budget, and the options that differ from their defaults."""
-    fields = {f.name: f.default for f in dataclasses.fields(method)}
-    return {n: getattr(method, n) for n in fields if getattr(method, n) != fields[n]}
-
-
-def describe(method: Method) -> str:
-    """As `hivtp r_max=0.5`."""
-    return " ".join([method.name, *(f"{n}={v}" for n, v in given_options(method).items())])
-
-
 def read_option(method: str, text: str) -> tuple[str, Any]:
-    """Name and value of KEY=VALUE, read as the method wants it; raises OptionError."""
+    """Name and value of KEY=VALUE, of the method or its Runtime; raises OptionError."""
     key, equals, value = text.partition("=")
     key = key.strip().replace("-", "_")
     if not equals or not key:
@@ -227,7 +218,7 @@ def read_option(method: str, text: str) -> tuple[str, Any]:
             f"--prune-opt {shown(text)}: give a value of at most {LONGEST_VALUE} characters"
         )
     kind = _Unused if method == NONE else method_class(method)
-    kinds = {f.name: str(f.type) for f in dataclasses.fields(kind)}
+    kinds = {f.name: str(f.type) for each in (kind, Runtime) for f in dataclasses.fields(each)}
     return key, _value(value.strip(), kinds.get(key, ""))
 
 

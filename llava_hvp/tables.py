@@ -13,13 +13,17 @@ def text_table(rows: Sequence[Mapping[str, str]], style: str) -> str:
 
     style : TERMINAL or MARKDOWN
     """
+    names = list(rows[0]) if rows else []
+    return aligned(names, [[row[name] for name in names] for row in rows], style)
+
+
+def aligned(headings: Sequence[str], rows: Sequence[Sequence[str]], style: str) -> str:
+    """The cells, left-aligned, under headings of which some may be the same; "" without rows."""
     if not rows:
         return ""
-    names = list(rows[0])
-    lines = [names, *([row[name] for name in names] for row in rows)]
-    widths = [
-        max(len(names[at]) + AIR, *(len(line[at]) for line in lines)) for at in range(len(names))
-    ]
+    lines = [headings, *rows]
+    widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
+    widths = [max(n, len(name) + AIR) for n, name in zip(widths, headings, strict=True)]
     padded = [[cell.ljust(n) for cell, n in zip(line, widths, strict=True)] for line in lines]
     if style == MARKDOWN:
         rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"

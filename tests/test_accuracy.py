@@ -15,9 +15,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from llava_hvp import prune
-from llava_hvp.accuracy.exam import TEMPLATE, examine
+from llava_hvp.accuracy.exam import TEMPLATE, Marks, examine
 from llava_hvp.accuracy.store import Answers
-from llava_hvp.accuracy.tables import Score, no_better, scores_of
+from llava_hvp.accuracy.tables import VariantScore, no_better, scores_of, wilson_interval
 from llava_hvp.checkpoints.checkpoint import open_checkpoint
 from llava_hvp.checkpoints.variants import variants
 from llava_hvp.cli import main
@@ -185,7 +185,27 @@ def test_the_committed_models_are_good_enough_to_lose_something():
 
 
 def row(method, overall, options="r_max=0.5"):
-    return Score(method, options, {}, overall, 1.0, 2000, 72.0, 0.5, 1.0)
+    return VariantScore(method, options, {}, overall, 1.0, 2000, 72.0, 0.5, 1.0)
+
+
+def test_the_interval_is_wilsons():
+    """Against the examples of a table, and by its definition: |share - p| = z sqrt(p (1-p) / n)."""
+    low, high = wilson_interval(8, 10)
+    assert (low, high) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    for right, asked in ((8, 10), (1911, 2000), (0, 12), (12, 12)):
+        share = right / asked
+        for bound in wilson_interval(right, asked):
+            deviation = 1.959964 * (bound * (1 - bound) / asked) ** 0.5
+            assert abs(share - bound) == pytest.approx(deviation)
+
+
+def test_all_right_is_not_all_certain():
+    marks = Marks(variants(["hivtp"], [{"r_max": 0.5}])[1])
+    marks.asked["colour"] = marks.right["colour"] = 12
+    marks.seconds = 1.0
+    (score,) = scores_of([marks])
+    assert score.overall == 100
+    assert score.half_width == pytest.approx(12.1, abs=0.1)
 
 
 def test_a_method_that_is_no_better_than_chance_is_named():

@@ -10,10 +10,11 @@ from llava_hvp import HIVTP, HiPrune, get_method
 from llava_hvp.bench import measure as module
 from llava_hvp.bench.clock import Clock
 from llava_hvp.bench.flops import complete
-from llava_hvp.bench.measure import Measured, measure, turns
+from llava_hvp.bench.measure import Measurements, measure, turns
 from llava_hvp.bench.phases import Bench
 from llava_hvp.bench.results import losses, rows_of
 from llava_hvp.bench.workload import make_workload, pattern, random_prompt
+from llava_hvp.checkpoints.checkpoint import Checkpoint
 from llava_hvp.checkpoints.geometry import get_geometry, list_geometries
 from llava_hvp.checkpoints.synthetic import build_model, build_text, geometry_of
 from llava_hvp.checkpoints.variants import Floor, Variant, variants
@@ -21,6 +22,7 @@ from llava_hvp.cli import main
 from llava_hvp.errors import OptionError
 from llava_hvp.hosts.llava.compat.versions import transformers_version
 from llava_hvp.hosts.llava.host import attach
+from llava_hvp.runtime import PruningConfig, Runtime
 
 CPU = torch.device("cpu")
 
@@ -35,7 +37,8 @@ def bench(request):
     pictures = [pattern((200, 120), seed) for seed in (0, 1)]
     work = make_workload(model, pictures, prompt, new_tokens=3, device=CPU, dtype=torch.float32)
     tokenizer, text = build_text(geometry, "cpu")
-    return Bench(model, geometry.vision, work, Clock(CPU), tokenizer=tokenizer, clip_text=text)
+    made = Checkpoint("tiny", tokenizer, model, None, torch.float32, "vicuna_v1", text)
+    return Bench(made, geometry.vision, work, Clock(CPU))
 
 
 # --- the command ---
@@ -96,6 +99,17 @@ def test_a_quantised_checkpoint_is_measured_too(checkpoints, capsys):
     assert "4 bit, float16 activations" in capsys.readouterr().out
 
 
+def test_the_released_codes_way_is_added_for_what_reads_the_encoder(tmp_path):
+    flags = "--geometry llava-1.5-tiny --methods hivtp,random,uniform --all-attentions --rounds 2"
+    flags += f" --r-max 0.5 --new-tokens 2 --out {tmp_path}"
+    assert main(["bench", *flags.split()]) == 0
+    rows = json.loads(next(tmp_path.glob("*.json")).read_text())["rows"]
+    assert [row["method"] for row in rows] == [
+        *("none", "hivtp", "random", "uniform"),
+        "hivtp, all attentions",
+    ]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -130,10 +144,11 @@ def test_what_is_wrong_is_said_before_anything_is_loaded(flags, message, tmp_pat
 
 def test_an_option_goes_to_the_methods_that_have_it():
     found = variants(["hivtp", "hiprune"], [{"r_max": 0.5}], ["alpha=0.2", "newline=all"])
-    assert [v.method for v in found] == [
+    runtime = Runtime(newline="all")
+    assert [v.pruning for v in found] == [
         None,
-        HIVTP(r_max=0.5, newline="all"),
-        HiPrune(r_max=0.5, alpha=0.2, newline="all"),
+        PruningConfig(HIVTP(r_max=0.5), runtime),
+        PruningConfig(HiPrune(r_max=0.5, alpha=0.2), runtime),
     ]
     with pytest.raises(OptionError, match="beta"):
         variants(["hivtp", "hiprune"], [{"r_max": 0.5}], ["beta=0.2"])
@@ -160,12 +175,12 @@ def test_every_method_runs_and_its_floor_keeps_the_same(bench):
 
 
 def test_the_floor_sends_the_tokens_that_the_method_sent(bench):
-    method = get_method("hivtp", r_max=0.4, newline="all")
-    with bench.applied(Variant(method)) as pruning:
+    method, runtime = get_method("hivtp", r_max=0.4), Runtime(newline="all")
+    with bench.checkpoint.pruned_by(PruningConfig(method, runtime)) as pruning:
         bench.prepare()
         reports = pruning.last
     floor = Floor.below(method, torch.cat([r.selection.keep for r in reports]))
-    with bench.applied(Variant(floor)) as pruning:
+    with bench.checkpoint.pruned_by(PruningConfig(floor, runtime)) as pruning:
         bench.prepare()
         for ours, report in zip(pruning.last, reports, strict=True):
             assert torch.equal(ours.sent, report.sent)
@@ -184,13 +199,13 @@ def test_none_is_stock_and_a_pruned_turn_encodes_every_time(bench, monkeypatch):
     monkeypatch.setattr(
         type(tower), "forward", lambda self, x: seen.append("stock") or stock(self, x)
     )
-    with bench.applied(Variant()) as pruning:
+    with bench.checkpoint.pruned_by(Variant()) as pruning:
         assert pruning is None
         assert not vars(bench.model).get("llava_hvp")
         bench.time_parts(None)
         bench.time_answer(2)
     assert seen == ["stock", "stock"]
-    with bench.applied(Variant(HIVTP(r_max=0.5))) as pruning:
+    with bench.checkpoint.pruned_by(Variant(PruningConfig(HIVTP(r_max=0.5)))) as pruning:
         ours = tower.run_to_layer
         tower.run_to_layer = lambda images: seen.append("pruned") or ours(images)
         bench.time_parts(pruning)
@@ -212,7 +227,7 @@ def test_variants_take_turns_and_a_method_follows_its_floor():
             module,
             "_look",
             lambda bench, v: (
-                Measured(v, 1, 1, 1, 1),
+                Measurements(v, 1, 1, 1, 1),
                 HIVTP(r_max=0.3) if v.name == "hivtp" else None,
             ),
         )
@@ -237,7 +252,7 @@ def test_time_is_up_after_two_rounds(bench):
 
 
 def test_the_decode_is_what_follows_the_first_token(bench):
-    with bench.applied(Variant()):
+    with bench.checkpoint.pruned_by(Variant()):
         long, short = bench.time_answer(12), bench.time_answer(1)
     assert long["answer"] > long["ttft"] > 0
     # With one token nothing follows but the end of the loop.
@@ -249,12 +264,12 @@ def test_ratios_are_of_the_same_round(bench):
         return {name: list(values) for name, values in seconds.items()}
 
     times = {"encode": [1, 2, 4], "prefill": [1, 1, 1], "launched": [1, 1, 1]}
-    none = Measured(
+    none = Measurements(
         Variant(), 100, 100, 128, 128, samples(**times, ttft=[2, 4, 8], answer=[4, 6, 10])
     )
     half = {name: [x / 2 for x in values] for name, values in times.items()}
-    method = Measured(
-        Variant(HIVTP(r_max=0.5)),
+    method = Measurements(
+        Variant(PruningConfig(HIVTP(r_max=0.5))),
         50,
         100,
         64,
@@ -305,7 +320,7 @@ def test_the_released_codes_way_selects_the_same_and_takes_more_memory(bench):
     method = get_method("hiprune", r_max=0.25)
     found = {}
     for all_attentions in (False, True):
-        with bench.applied(Variant(method, all_attentions)) as pruning:
+        with bench.checkpoint.pruned_by(Variant(PruningConfig(method), all_attentions)) as pruning:
             bench.prepare()
             keep = torch.cat([r.selection.keep for r in pruning.last])
             found[all_attentions] = keep, bench.peaks(pruning)["encode"]
@@ -353,8 +368,9 @@ def test_quantised_random_weights_generate(bits):
     work = make_workload(
         model, [pattern((99, 50), 0)], prompt, new_tokens=2, device=CPU, dtype=torch.float16
     )
-    bench = Bench(model, geometry.vision, work, Clock(CPU))
-    with bench.applied(Variant(HIVTP(r_max=0.5))) as pruning:
+    made = Checkpoint("tiny", None, model, None, torch.float16, "vicuna_v1")
+    bench = Bench(made, geometry.vision, work, Clock(CPU))
+    with bench.checkpoint.pruned_by(Variant(PruningConfig(HIVTP(r_max=0.5)))) as pruning:
         assert bench.time_answer(2)["answer"] > 0
         assert pruning.last[0].kept_of_patches < 0.6
 

@@ -7,8 +7,9 @@ import pytest
 
 from llava_hvp import HIVTP, HiPrune, HiPrunePlus, get_method, list_methods
 from llava_hvp.cli.evaluate import requested
-from llava_hvp.config import Request, add_flags, describe, from_environment, parse, to_flags
+from llava_hvp.config import Request, add_flags, from_environment, parse, to_flags
 from llava_hvp.errors import OptionError
+from llava_hvp.runtime import PruningConfig, Runtime
 
 
 def parsed(line, device=True):
@@ -19,7 +20,7 @@ def test_flags_of_a_command_are_told_from_its_own():
     request, rest = parsed(
         "--model-path x --prune-method hivtp --num-chunks 2 --r-max=0.25 --temperature 0"
     )
-    assert request == Request(HIVTP(r_max=0.25))
+    assert request == Request(PruningConfig(HIVTP(r_max=0.25)))
     assert rest == ["--model-path", "x", "--num-chunks", "2", "--temperature", "0"]
 
 
@@ -41,10 +42,6 @@ def test_shortened_flags_are_left_to_the_command():
         ("hivtp --prune-opt layers=7", HIVTP(layers=(7,))),
         ("hivtp --prune-opt k=25 --prune-opt window=2", HIVTP(k=25, window=2)),
         ("hivtp --prune-opt k=25 --prune-opt window=none", HIVTP(k=25, window=None)),
-        ("hivtp --prune-opt newline=none", HIVTP(newline="none")),
-        ("hiprune --num-tokens 640 --prune-opt patch_merge=spatial",
-         HiPrune(num_tokens=640, patch_merge="spatial")),
-        ("hiprune --prune-opt patch-merge=spatial", HiPrune(patch_merge="spatial")),
         ("hiprune --prune-opt buffer=none --prune-opt alpha=0", HiPrune(buffer="none", alpha=0)),
         ("hiprune --prune-opt num_tokens=64", HiPrune(num_tokens=64)),
         ("hiprune++ --prune-opt extra=true --prune-opt text=llm",
@@ -53,6 +50,20 @@ def test_shortened_flags_are_left_to_the_command():
 )  # fmt: skip
 def test_options_are_read_as_the_method_has_them(line, method):
     assert parsed(f"--prune-method {line}")[0].method == method
+
+
+@pytest.mark.parametrize(
+    ("line", "method", "runtime"),
+    [
+        ("hivtp --prune-opt newline=none", HIVTP(), Runtime(newline="none")),
+        ("hiprune --num-tokens 640 --prune-opt patch_merge=spatial",
+         HiPrune(num_tokens=640), Runtime(patch_merge="spatial")),
+        ("hiprune --prune-opt tower-dtype=model --prune-opt tower_attention=stock",
+         HiPrune(), Runtime(tower_dtype="model", tower_attention="stock")),
+    ],
+)  # fmt: skip
+def test_options_of_the_run_are_told_from_those_of_the_method(line, method, runtime):
+    assert parsed(f"--prune-method {line}")[0].pruning == PruningConfig(method, runtime)
 
 
 @pytest.mark.parametrize(
@@ -134,13 +145,13 @@ def test_an_error_shows_the_beginning_of_what_is_long(arguments):
 @pytest.mark.parametrize("name", list_methods())
 @pytest.mark.parametrize("options", [{}, {"r_max": 0.3}, {"num_tokens": 77, "newline": "none"}])
 def test_the_variable_carries_every_method_unchanged(name, options):
-    request = Request(get_method(name, **options), True, "cpu", "/tmp/a folder")
+    request = Request(PruningConfig.of(name, **options), True, "cpu", "/tmp/a folder")
     assert from_environment({"LLAVA_HVP": shlex.join(to_flags(request))}) == request
 
 
 def test_the_variable_carries_options_that_are_no_words():
     for method in (HIVTP(layers=(7, 8)), HIVTP(k=25.5, window=None, regions=1)):
-        text = shlex.join(to_flags(Request(method)))
+        text = shlex.join(to_flags(Request(PruningConfig(method))))
         assert from_environment({"LLAVA_HVP": text}).method == method
 
 
@@ -174,7 +185,16 @@ def test_in_eval_none_is_as_no_method_and_flags_come_first(monkeypatch, flags, v
     ours = argparse.ArgumentParser()
     add_flags(ours, device=True)
     found = ours.parse_args([*shlex.split(flags), "--device", "cpu"])
-    assert requested(found) == Request(method, device="cpu")
+    pruning = None if method is None else PruningConfig(method)
+    assert requested(found) == Request(pruning, device="cpu")
+
+
+def test_in_eval_the_options_of_the_run_stay_with_the_method(monkeypatch):
+    monkeypatch.setenv("LLAVA_HVP", "--prune-method hivtp --prune-opt patch_merge=spatial")
+    ours = argparse.ArgumentParser()
+    add_flags(ours, device=True)
+    request = requested(ours.parse_args(["--device", "cpu"]))
+    assert request.pruning == PruningConfig(HIVTP(), Runtime(patch_merge="spatial"))
 
 
 def test_an_empty_environment_asks_for_nothing():
@@ -194,4 +214,6 @@ def test_errors_in_the_variable_name_it(text):
 
 
 def test_a_method_is_described_by_what_was_given():
-    assert describe(HIVTP(r_max=0.25, regions=3)) == "hivtp r_max=0.25 regions=3"
+    assert str(PruningConfig(HIVTP(r_max=0.25, regions=3))) == "hivtp r_max=0.25 regions=3"
+    spatial = PruningConfig(HIVTP(r_max=0.25, regions=3), Runtime(patch_merge="spatial"))
+    assert str(spatial) == "hivtp r_max=0.25 patch_merge=spatial regions=3"

@@ -6,7 +6,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from llava_hvp import Method, Mix, Needs, Selection, VisionContext
+from llava_hvp import Mix, Needs, Selection, VisionContext, VisionMethod
 from llava_hvp.errors import ContextError, ScoreError, UnsupportedModelError
 
 GRID, PATCHES = (2, 3), 6
@@ -180,7 +180,7 @@ def test_a_mix_without_an_extra_token_gives_none():
 
 
 @dataclass(frozen=True, kw_only=True)
-class AsManyAsTheBudget(Method):
+class AsManyAsTheBudget(VisionMethod):
     """The first patches of each tile, whose tokens hold as much of CLS as the budget is."""
 
     name: ClassVar[str] = "as-many-of-a-test"
@@ -249,7 +249,7 @@ def test_a_selection_without_a_mix_has_nothing_loose_and_no_extra_tokens():
 
 
 @dataclass(frozen=True, kw_only=True)
-class FirstOfTheImage(Method):
+class FirstOfTheImage(VisionMethod):
     """The first patches of an image, whatever tile they are in."""
 
     name: ClassVar[str] = "first-of-an-image-of-a-test"

@@ -33,8 +33,9 @@ def test_the_commands_page_names_every_flag():
 def test_the_methods_page_has_every_method_with_its_options(name):
     page = (DOCS / "methods.md").read_text()
     assert f"| `{name}` |" in page
-    for field in dataclasses.fields(llava_hvp.get_method(name)):
-        assert f"`{field.name}`" in page, field.name
+    for kind in (llava_hvp.get_method(name), llava_hvp.Runtime):
+        for field in dataclasses.fields(kind):
+            assert f"`{field.name}`" in page, field.name
 
 
 @pytest.mark.parametrize("name", OURS)

@@ -15,7 +15,8 @@ from llava_hvp.evaluation import digests as checkpoint
 from llava_hvp.evaluation.benchmarks import get_benchmark
 from llava_hvp.evaluation.data import find_data
 from llava_hvp.evaluation.digests import difference, digests_of
-from llava_hvp.evaluation.run import Job, evaluate
+from llava_hvp.evaluation.job import Job
+from llava_hvp.evaluation.run import evaluate
 from llava_hvp.evaluation.settings import settings_of
 from llava_hvp.evaluation.store import Store
 
@@ -278,7 +279,7 @@ def test_a_checkpoint_that_changes_while_it_answers_is_no_result(run, folder, lo
 def test_a_run_looks_at_its_checkpoint_again_at_the_end(tmp_path, folder, look, monkeypatch):
     write_textvqa(tmp_path / "data")
 
-    def answer(module, questions, rows, parts, *args, **kwargs):
+    def answer(job, store, images):
         lines = [
             {
                 "question_id": q["question_id"],
@@ -286,9 +287,9 @@ def test_a_run_looks_at_its_checkpoint_again_at_the_end(tmp_path, folder, look, 
                 "text": "",
                 "answer_id": str(row),
             }
-            for row, q in enumerate(questions.items)
+            for row, q in enumerate(store.questions.items)
         ]
-        (parts / "0.answers.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+        (store.parts / "0.answers.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
         flip(folder / WEIGHTS)
 
     monkeypatch.setattr("llava_hvp.evaluation.workers.answer", answer)

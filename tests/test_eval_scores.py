@@ -19,7 +19,7 @@ from llava_hvp.evaluation.scores import Score, score
 from llava_hvp.evaluation.settings import is_next, method_name, settings_of
 from llava_hvp.evaluation.store import Store
 from llava_hvp.evaluation.workers import chunks
-from llava_hvp.methods import get_method
+from llava_hvp.runtime import PruningConfig
 
 
 def answered(folder, name, texts, **options):
@@ -231,7 +231,7 @@ def test_settings_are_compared_only_where_there_are_answers(textvqa, tmp_path):
     benchmark, data, store = textvqa
 
     def settings(**changed):
-        request = Request(get_method("hivtp", **changed))
+        request = Request(PruningConfig.of("hivtp", **changed))
         return settings_of(
             benchmark, request, model_path="m", model_base=None, stock=(), questions=data.questions
         )
@@ -280,7 +280,7 @@ def test_the_result_has_means_over_images_and_leaves_the_warm_up_out(textvqa):
 def test_names(tmp_path):
     assert model_name("liuhaotian/llava-v1.5-7b/") == "llava-v1.5-7b"
     assert model_name("a/llava-x/checkpoint-50") == "llava-x_checkpoint-50"
-    assert method_name(get_method("hiprune++", num_tokens=64)) == "hiprune++-num_tokens-64"
+    assert method_name(PruningConfig.of("hiprune++", num_tokens=64)) == "hiprune++-num_tokens-64"
     assert method_name(None) == "unpruned"
     assert is_next("liuhaotian/llava-v1.6-vicuna-7b")
     assert not is_next("liuhaotian/llava-v1.5-7b")

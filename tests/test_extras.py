@@ -9,14 +9,14 @@ import pytest
 from benchdata import WRITERS
 from evaluation import environment
 
-from llava_hvp.accuracy.tables import Score, render
+from llava_hvp.accuracy.tables import VariantScore, render
 from llava_hvp.cli import main
 from llava_hvp.cli.extras import HOST, NEEDED, is_there
 from llava_hvp.errors import OptionError
 from llava_hvp.evaluation.benchmarks import get_benchmark
 from llava_hvp.evaluation.data import find_data
 from llava_hvp.shapes import checkpoint
-from llava_hvp.tables import MARKDOWN, TERMINAL, text_table
+from llava_hvp.tables import MARKDOWN, TERMINAL, aligned, text_table
 
 ROOT = Path(__file__).parent.parent
 # What our extras bring, apart from `host`, and tabulate, which accuracy once could not do without.
@@ -130,7 +130,7 @@ def test_every_extra_that_the_doctor_names_is_one_and_brings_that():
 def test_a_committed_table_is_what_its_numbers_give(name):
     base = ROOT / "eval_scripts" / "results" / "accuracy" / name
     facts = json.loads(base.with_suffix(".json").read_text())
-    scores = [Score(**row) for row in facts.pop("rows")]
+    scores = [VariantScore(**row) for row in facts.pop("rows")]
     assert render(facts, scores, MARKDOWN) == base.with_suffix(".md").read_text()
 
 
@@ -149,6 +149,15 @@ def test_a_table_for_a_terminal_and_for_markdown():
         "| 12345 | ± 2   |",
     ]
     assert text_table([], MARKDOWN) == ""
+
+
+def test_headings_may_be_the_same():
+    assert aligned(("a", "x", "x"), [("1", "2", "3")], TERMINAL).splitlines() == [
+        "a    x    x",
+        "---  ---  ---",
+        "1    2    3",
+    ]
+    assert aligned(("a", "x", "x"), [], TERMINAL) == ""
 
 
 def test_the_tables_of_the_command_line_are_these(capsys):

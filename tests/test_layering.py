@@ -41,6 +41,7 @@ def test_the_check_sees_a_host_that_is_loaded():
 FLOORS = (
     {"errors", "version", "console", "files", "tables"},
     {"methods", "shapes", "testing"},
+    {"runtime"},
     {"encoder", "show", "config"},
     {"pruning"},
     {"hosts"},
@@ -55,7 +56,7 @@ FLOORS = (
 # Modules of other projects that a room may not import; `hosts` and `checkpoints` may all.
 FOREIGN = {
     "errors version console files": {"torch", "transformers", "llava"},
-    "methods config show pruning": {"transformers", "llava"},
+    "methods runtime config show pruning": {"transformers", "llava"},
     "encoder testing hook lmms cli __init__": {"llava"},
     "shapes": {"torch", "transformers", "llava"},
     "evaluation bench accuracy": {"transformers", "llava", "lmms_eval"},

@@ -16,6 +16,7 @@ from PIL import Image
 from llava_hvp import HIVTP, HiPrune, Random, Uniform, prune
 from llava_hvp.hosts.llava.tiling import TilingConfig, layout
 from llava_hvp.pruning.layout import NEWLINE
+from llava_hvp.runtime import Runtime
 from llava_hvp.shapes.weights import checkpoint
 
 # side of a tile, patches along it, pinpoints
@@ -156,8 +157,8 @@ def test_the_model_gets_what_stock_sends_of_thin_pictures(bundle, size):
             assert torch.equal(bundle.generate(ids, pixels, [size]), answer)
             assert pruned.last[0].kept_of_stock == 1
             assert pruned.last[0].stock_tokens == stock.shape[1] - ids.shape[1] + 1
-    for method in (HiPrune(r_max=0.25), Random(num_tokens=20, newline="none")):
-        with prune(bundle.model, method) as pruned:
+    for method, newline in ((HiPrune(r_max=0.25), "rows"), (Random(num_tokens=20), "none")):
+        with prune(bundle.model, method, runtime=Runtime(newline=newline)) as pruned:
             sent = bundle.embeds(ids, pixels, [size])[0]
             bundle.generate(ids, pixels, [size])
             (report,) = pruned.last

@@ -20,12 +20,14 @@ from llava_hvp import (
     Selection,
     Uniform,
     VisionContext,
+    VisionMethod,
     get_method,
     list_methods,
 )
 from llava_hvp.errors import ContextError, LayerError, OptionError, ScoreError
 from llava_hvp.methods import method_class
 from llava_hvp.methods.hipruneplus import HiPrunePlus
+from llava_hvp.runtime import PruningConfig
 
 DEPTH, SELECT = 24, 23
 GRIDS = [(8, 8), (12, 12), (16, 16), (24, 24), (27, 27), (32, 32), (6, 10), (9, 4), (5, 7)]
@@ -476,7 +478,7 @@ def test_selecting_leaves_the_scores_as_they_were(name):
 
 @each_method
 def test_a_method_is_rebuilt_from_its_options_and_cannot_be_changed(name):
-    method = get_method(name, num_tokens=64, newline="all")
+    method = get_method(name, num_tokens=64)
     assert get_method(name, **dataclasses.asdict(method)) == method
     with pytest.raises(dataclasses.FrozenInstanceError):
         method.r_max = 0.9
@@ -717,10 +719,14 @@ def test_fewer_tokens_than_tiles_are_refused(name):
     [("patch_merge", ("stock", "spatial")), ("newline", ("rows", "all", "none"))],
 )
 @each_method
-def test_a_wrong_choice_that_all_methods_have_is_refused(name, option, valid):
+def test_how_a_model_runs_is_no_option_of_a_method_and_checked_beside_it(name, option, valid):
     for value in ("wrong", None, 1):
-        words = (name, f"{option}={value!r}", *valid)
-        assert_raises(OptionError, lambda value=value: get_method(name, **{option: value}), *words)
+        words = ("Runtime", f"{option}={value!r}", *valid)
+        assert_raises(
+            OptionError, lambda value=value: PruningConfig.of(name, **{option: value}), *words
+        )
+    words = (name, f"runtime=Runtime({option}='{valid[0]}')")
+    assert_raises(OptionError, lambda: get_method(name, **{option: valid[0]}), *words)
 
 
 def test_an_unknown_method_is_refused_with_the_known_ones():
@@ -969,7 +975,7 @@ def first_method():
 
     def define():
         @dataclass(frozen=True, kw_only=True)
-        class First(Method):
+        class First(VisionMethod):
             name: ClassVar[str] = "first-of-a-test"
             summary: ClassVar[str] = "the first patches"
             roles: ClassVar[tuple[str, ...]] = ("first",)

@@ -10,9 +10,9 @@ from llava_hvp.cli import main
 from llava_hvp.config import Request
 from llava_hvp.errors import OptionError
 from llava_hvp.evaluation.benchmarks import get_benchmark
+from llava_hvp.evaluation.job import Job
 from llava_hvp.evaluation.plan import plan
 from llava_hvp.evaluation.published import get_table
-from llava_hvp.evaluation.run import Job
 from llava_hvp.shapes import checkpoint
 
 ODD = (

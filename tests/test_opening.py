@@ -2,6 +2,7 @@
 
 import argparse
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from llava_hvp.checkpoints.viewer import Viewer
 from llava_hvp.config import Request
 from llava_hvp.errors import OptionError
 from llava_hvp.evaluation.benchmarks import get_benchmark
-from llava_hvp.evaluation.run import Job, _defaults
+from llava_hvp.evaluation.job import Job
 
 # Published checkpoints, and one that LLaVA's trainer left.
 NAMES = {
@@ -86,9 +87,11 @@ def test_the_two_templates_for_v1_differ_in_one_word():
 @pytest.mark.parametrize("path", NAMES)
 def test_eval_passes_that_template(path):
     job = Job(get_benchmark("pope"), path, Request(), Path("data"), Path("out"))
-    flags = _defaults(job, [])
+    flags = job.flags.rest
     assert flags[flags.index("--conv-mode") + 1] == NAMES[path]
-    assert "--conv-mode" not in _defaults(job, ["--conv-mode", "v9"])
+    asked = replace(job, stock=("--conv-mode", "v9")).flags.rest
+    assert asked.count("--conv-mode") == 1
+    assert asked[asked.index("--conv-mode") + 1] == "v9"
 
 
 def test_every_opener_asks_in_that_template(checkpoints, tmp_path):

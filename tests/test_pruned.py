@@ -23,6 +23,7 @@ from llava_hvp import (
 )
 from llava_hvp.encoder.vit import transformer
 from llava_hvp.methods.masks import top_k
+from llava_hvp.runtime import Runtime
 
 BOTH = ["llava-1.5-llama", "llava-next-llama"]
 METHODS = {
@@ -200,8 +201,8 @@ def test_several_images_in_a_prompt(loaded, photos):
 @pytest.mark.parametrize("newline", ["rows", "all", "none"])
 def test_newline_policy(newline, loaded, photos):
     bundle, photo = loaded("llava-next-llama"), photos[0]
-    method = Random(num_tokens=20, newline=newline)
-    with prune(bundle.model, method) as pruned:
+    runtime = Runtime(newline=newline)
+    with prune(bundle.model, Random(num_tokens=20), runtime=runtime) as pruned:
         embeds = bundle.embeds(bundle.ids("x"), bundle.pixels(photo), [photo.size])[0][0]
     report = pruned.last[0]
     newlines = report.kept_tokens - report.kept_patches
@@ -216,7 +217,8 @@ def test_newline_policy(newline, loaded, photos):
 def test_spatial_merge_on_an_unpad_checkpoint(loaded, photos):
     """What HiPrune and others publish for NeXT: no unpad, no newline, 5 x N tokens before."""
     bundle, photo = loaded("llava-next-llama"), photos[0]
-    with prune(bundle.model, HiPrune(num_tokens=100, patch_merge="spatial")) as pruned:
+    runtime = Runtime(patch_merge="spatial")
+    with prune(bundle.model, HiPrune(num_tokens=100), runtime=runtime) as pruned:
         bundle.embeds(bundle.ids("x"), bundle.pixels(photo), [photo.size])
     report = pruned.last[0]
     assert (report.stock_tokens, report.kept_tokens, report.kept_patches) == (320, 100, 100)

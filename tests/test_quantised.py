@@ -18,6 +18,7 @@ from llava_hvp.hosts.llava import builder
 from llava_hvp.hosts.llava.compat import loading
 from llava_hvp.hosts.llava.compat.versions import transformers_version
 from llava_hvp.hosts.llava.tower import PrunedCLIPVisionTower
+from llava_hvp.runtime import PruningConfig
 
 functions = pytest.importorskip("bitsandbytes").functional
 ON_CPU = transformers_version() >= (4, 46)
@@ -180,7 +181,7 @@ def test_a_tower_inside_keeps_what_its_dequantised_copy_keeps(bits, quantised, p
     bundle = quantised(INSIDE[0], bits)
     pixels = bundle.pixels(photos[0]).half()[0]
     tower = copy.deepcopy(bundle.model.get_vision_tower())
-    PrunedCLIPVisionTower.adopt(tower, HIVTP(r_max=0.25))
+    PrunedCLIPVisionTower.adopt(tower, PruningConfig(HIVTP(r_max=0.25)))
     ours = tower.encode(pixels, (5,)).selection.keep
     tower.release()
     for block in transformer(tower.vision_tower).encoder.layers:
@@ -189,7 +190,7 @@ def test_a_tower_inside_keeps_what_its_dequantised_copy_keeps(bits, quantised, p
                 if loading._is_packed(layer):
                     setattr(parent, name, as_float(layer))
     tower.float()
-    PrunedCLIPVisionTower.adopt(tower, HIVTP(r_max=0.25))
+    PrunedCLIPVisionTower.adopt(tower, PruningConfig(HIVTP(r_max=0.25)))
     theirs = tower.encode(pixels.float(), (5,)).selection.keep
     # Half precision, and int8 of the activations, move scores that are nearly equal.
     assert (ours & theirs).sum() >= 0.9 * ours.sum()

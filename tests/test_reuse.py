@@ -11,6 +11,7 @@ from llava_hvp.encoder.vit import layers_of
 from llava_hvp.hook.process import PrunedProcess
 from llava_hvp.hosts.llava.tower import PrunedCLIPVisionTower
 from llava_hvp.pruning.reuse import PARTITIONED
+from llava_hvp.runtime import PruningConfig
 
 
 @pytest.fixture
@@ -254,5 +255,7 @@ def test_reports_say_that_they_are_of_an_earlier_encoding(bundle, photos):
 def test_chats_and_workers_reuse_and_other_commands_do_not(command, reuse, own):
     bundle = own("llava-1.5-llama")
     with prune(bundle.model, HIVTP()) as pruned:
-        PrunedProcess(command, Request(HIVTP())).after_load(bundle.tokenizer, bundle.model)
+        PrunedProcess(command, Request(PruningConfig(HIVTP()))).after_load(
+            bundle.tokenizer, bundle.model
+        )
         assert pruned.reuse is reuse

@@ -15,6 +15,7 @@ from llava_hvp import HIVTP, HiPrune, HiPrunePlus, prune, unprune
 from llava_hvp.encoder.vit import transformer
 from llava_hvp.hosts.llava import builder
 from llava_hvp.hosts.llava.tower import PrunedCLIPVisionTower
+from llava_hvp.runtime import Runtime
 
 FRESH = """
 import sys, torch
@@ -32,8 +33,9 @@ left = sum(len(m._forward_hooks) for m in model.modules())
 assert type(model.get_vision_tower()).__name__ == "CLIPVisionTower"
 torch.save((report.selection, embeds, answer[:, -6:], left), sys.argv[2])
 """
+IN_MODEL_DTYPE = Runtime(tower_dtype="model")
 METHODS = {
-    "hivtp": HIVTP(r_max=0.25, tower_dtype="model"),
+    "hivtp": HIVTP(r_max=0.25),
     "hiprune": HiPrune(r_max=0.25),
     "hiprune++": HiPrunePlus(r_max=0.25),
 }
@@ -55,7 +57,8 @@ def test_a_saved_model_prunes_in_another_process(kind, name, checkpoints, photos
     bundle, photo = load(checkpoints(kind)), photos[0]
     arguments = bundle.ids("What is it?"), bundle.pixels(photo), [photo.size]
     before = hooks(bundle.model)
-    with prune(bundle.model, METHODS[name]) as pruned:
+    runtime = IN_MODEL_DTYPE if name == "hivtp" else None
+    with prune(bundle.model, METHODS[name], runtime=runtime) as pruned:
         answer = bundle.generate(*arguments)
         embeds, (report,) = bundle.embeds(*arguments)[0], pruned.last
         torch.save((bundle.model, *arguments), tmp_path / "model.pt")
@@ -107,7 +110,7 @@ def test_a_copy_prunes_by_itself_and_is_counted(own, photos):
     first.bfloat16().get_vision_tower().float()
     arguments = bundle.ids("What is it?"), bundle.pixels(photos[0]).bfloat16(), None
     stock = bundle.embeds(*arguments)[0]
-    with prune(first, HIVTP(r_max=0.25, tower_dtype="model")) as pruned:
+    with prune(first, HIVTP(r_max=0.25), runtime=IN_MODEL_DTYPE) as pruned:
         pruned.on_record = seen.append
         expected = bundle.embeds(*arguments)[0]
         copied = copy.deepcopy(first)
@@ -150,7 +153,7 @@ def test_the_tower_is_saved_in_its_own_dtype(mixed, tmp_path):
     bundle, arguments = mixed
     stock = saved(bundle.model, tmp_path / "stock")
     state = {k: v.clone() for k, v in bundle.model.state_dict().items()}
-    with prune(bundle.model, HIVTP(r_max=0.5, tower_dtype="model")):
+    with prune(bundle.model, HIVTP(r_max=0.5), runtime=IN_MODEL_DTYPE):
         bundle.embeds(*arguments)
         tower = bundle.model.get_vision_tower()
         assert tower.dtype == torch.bfloat16
@@ -173,7 +176,7 @@ def test_weights_loaded_into_a_tower_of_other_dtype_stay(mixed):
     bundle, arguments = mixed
     tower = bundle.model.get_vision_tower()
     attention = transformer(tower.vision_tower).encoder.layers[3].self_attn
-    with prune(bundle.model, HIVTP(r_max=0.5, tower_dtype="model")):
+    with prune(bundle.model, HIVTP(r_max=0.5), runtime=IN_MODEL_DTYPE):
         bundle.embeds(*arguments)
         untouched = attention.k_proj.weight.data.clone()
         with torch.no_grad():

@@ -11,6 +11,7 @@ from llava_hvp import HIVTP, HiPrune, Random, prune
 from llava_hvp.errors import PictureError
 from llava_hvp.methods.base import Selection
 from llava_hvp.pruning.report import ImageReport
+from llava_hvp.runtime import Runtime
 from llava_hvp.show.colours import colours_of, heat
 from llava_hvp.show.frame import counts_of
 
@@ -36,9 +37,9 @@ def photo_of(size):
     return Image.fromarray((noise + ramp).astype(np.uint8))
 
 
-def report_on(bundle, method, image):
+def report_on(bundle, method, image, **runtime):
     """The report of one call on a picture."""
-    with prune(bundle.model, method) as pruned:
+    with prune(bundle.model, method, runtime=Runtime(**runtime)) as pruned:
         bundle.embeds(bundle.ids("What is it?"), bundle.pixels(image), [image.size])
         return pruned.last[0]
 
@@ -185,7 +186,7 @@ def test_a_larger_overlay_has_the_same_patches(loaded, photos):
 
 def test_spatial_merge_cuts_nothing_off(loaded):
     image = photo_of((300, 100))
-    report = report_on(loaded("llava-next-llama"), HIVTP(r_max=0.5, patch_merge="spatial"), image)
+    report = report_on(loaded("llava-next-llama"), HIVTP(r_max=0.5), image, patch_merge="spatial")
     assert "cut" not in counts_of(report)
 
 

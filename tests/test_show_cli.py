@@ -15,6 +15,7 @@ from PIL import Image
 from llava_hvp import HIVTP, HiPrune, VisionContext
 from llava_hvp.cli import main
 from llava_hvp.errors import LayerError, PictureError
+from llava_hvp.runtime import PruningConfig
 from llava_hvp.show.colours import heat
 from llava_hvp.show.frame import counts_of
 from llava_hvp.show.heatmap import even_shares
@@ -49,7 +50,7 @@ def viewer(checkpoints):
 
 def test_an_overlay_is_that_of_python(show, viewer, photo, photos):
     assert show("--prune-method", "hivtp", "--r-max", "0.5", "-o", "kept.png") == 0
-    report = viewer.look(HIVTP(r_max=0.5), photos[3], viewer.prompt("?"))
+    report = viewer.look(PruningConfig(HIVTP(r_max=0.5)), photos[3], viewer.prompt("?"))
     drawn, same = Image.open("kept.png"), report.overlay(photos[3])
     side = min(drawn.width, same.width, 448)
     assert drawn.crop((0, 0, side, side)).tobytes() == same.crop((0, 0, side, side)).tobytes()
@@ -201,7 +202,7 @@ def test_the_layers_are_those_that_methods_read(viewer, photos):
         feature_layer=viewer.select,
     )
     for method in (HIVTP(r_max=0.5), HiPrune(r_max=0.3)):
-        report = viewer.look(method, photos[0], viewer.prompt("?"))
+        report = viewer.look(PruningConfig(method), photos[0], viewer.prompt("?"))
         assert torch.equal(method.select(context).keep, report.selection.keep)
 
 

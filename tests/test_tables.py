@@ -12,11 +12,11 @@ from llava_hvp.cli import main
 from llava_hvp.errors import EvaluationError, OptionError
 from llava_hvp.evaluation.compare import compare
 from llava_hvp.evaluation.measured import read_results
-from llava_hvp.evaluation.model_args import method_of, model_args
+from llava_hvp.evaluation.model_args import model_args, pruning_of
 from llava_hvp.evaluation.plan import IMAGES, check_checkpoint, is_done, plan
 from llava_hvp.evaluation.published import TABLES, average, get_table
 from llava_hvp.evaluation.rendering import comparison
-from llava_hvp.methods import get_method
+from llava_hvp.runtime import PruningConfig
 
 
 def test_hiprunes_averages_come_out_of_its_rows():
@@ -32,18 +32,18 @@ def test_every_figure_has_a_column_and_every_row_a_method_that_exists(name):
     columns = {column.benchmark for column in table.columns}
     for row in table.rows:
         assert set(row.values) <= columns
-        assert row.method is not None or row.label == "unpruned"
+        assert row.pruning is not None or row.label == "unpruned"
     assert all(c.task in IMAGES for c in table.columns if c.harness == "lmms-eval")
 
 
 def test_hivtps_settings_are_those_of_the_paper():
     rows = {row.label: row for row in get_table("hivtp-1").rows}
-    assert rows["HIVTP r_max 50%"].method == get_method("hivtp", r_max=0.5)
+    assert rows["HIVTP r_max 50%"].pruning == PruningConfig.of("hivtp", r_max=0.5)
     assert rows["HIVTP r_max 50%"].values["mme"] == 1495.37
     ablations = {row.label: row for row in get_table("hivtp-3").rows}
     # The figure that cannot be read is not there, rather than made up.
     assert set(ablations["r=1, no regions"].values) == {"pope", "ai2d"}
-    assert ablations["k=50, no windows"].method == get_method("hivtp", k=50, window=None)
+    assert ablations["k=50, no windows"].pruning == PruningConfig.of("hivtp", k=50, window=None)
 
 
 def stock_result(folder, benchmark, metrics, method=None, model="llava-v1.5-7b", **more):
@@ -202,7 +202,7 @@ def test_the_tables_own_model_is_not_marked(model, tmp_path, capsys, plotted):
 def test_runs_of_none_are_the_unpruned_row(tmp_path):
     lmms_result(tmp_path, "pope", {"pope_f1_score": 0.86}, ",prune_method=none,r_max=0.5")
     (result,) = read_results(tmp_path)
-    assert result.method is None
+    assert result.pruning is None
     unpruned = compare(get_table("hiprune-1"), [result]).lines[0]
     assert unpruned.cells["pope"].measured == pytest.approx(86.0)
 
@@ -308,9 +308,9 @@ def test_a_table_is_reproduced_with_the_towers_own_attention(name, tmp_path):
     )
     for step in steps:
         command = " ".join(step.command)
-        assert (step.row.method is None) == ("tower_attention=stock" not in command), command
-    given = {step.row.method for step in steps if step.row.method is not None}
-    assert {method.tower_attention for method in given} == {"stock"}
+        assert (step.row.pruning is None) == ("tower_attention=stock" not in command), command
+    given = {step.row.pruning for step in steps if step.row.pruning is not None}
+    assert {pruning.runtime.tower_attention for pruning in given} == {"stock"}
 
 
 def test_a_result_by_another_attention_does_not_pass_for_a_step_of_a_table(tmp_path):
@@ -366,9 +366,10 @@ def test_rows_as_released_have_the_same_figures_and_the_released_rule(name, opti
         *(f"{row.label}, as released" for row in table.rows[1:]),
     ]
     for row, own in zip(instead.rows[1:], table.rows[1:], strict=True):
-        assert getattr(row.method, option) == value != getattr(own.method, option)
+        assert getattr(row.pruning.method, option) == value != getattr(own.pruning.method, option)
         assert (
-            dataclasses.replace(row.method, **{option: getattr(own.method, option)}) == own.method
+            dataclasses.replace(row.pruning.method, **{option: getattr(own.pruning.method, option)})
+            == own.pruning.method
         )
         assert (row.values, row.kept_tokens) == (own.values, own.kept_tokens)
 
@@ -411,9 +412,9 @@ def test_the_commands_run_and_show_rows_as_released(tmp_path, capsys):
 @pytest.mark.parametrize("name", TABLES)
 def test_model_args_and_methods_are_two_ways_to_write_the_same(name):
     for row in get_table(name).rows:
-        pairs = dict(pair.split("=", 1) for pair in model_args("p", row.method).split(","))
+        pairs = dict(pair.split("=", 1) for pair in model_args("p", row.pruning).split(","))
         assert pairs.pop("pretrained") == "p"
-        assert method_of(pairs.pop("prune_method", None), pairs_typed(pairs)) == row.method
+        assert pruning_of(pairs.pop("prune_method", None), pairs_typed(pairs)) == row.pruning
 
 
 def pairs_typed(pairs):
@@ -429,6 +430,6 @@ def pairs_typed(pairs):
 
 def test_options_without_a_method_are_refused():
     with pytest.raises(OptionError, match="unknown argument 'r_max'"):
-        method_of(None, {"r_max": 0.5})
+        pruning_of(None, {"r_max": 0.5})
     with pytest.raises(OptionError, match="unknown option 'rmax'"):
-        method_of("hivtp", {"rmax": 0.5})
+        pruning_of("hivtp", {"rmax": 0.5})

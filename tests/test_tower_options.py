@@ -9,6 +9,7 @@ from llava_hvp import HIVTP, prune
 from llava_hvp.encoder import vit
 from llava_hvp.errors import OptionError, UnsupportedModelError
 from llava_hvp.hosts.llava.tower import tower_facts
+from llava_hvp.runtime import Runtime
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def eager(checkpoints, photos):
 
 def encoded(bundle, pixels, **options):
     """(features, patches kept) of one image."""
-    with prune(bundle.model, HIVTP(r_max=0.5, **options)) as pruned:
+    with prune(bundle.model, HIVTP(r_max=0.5), runtime=Runtime(**options)) as pruned:
         features = bundle.model.get_vision_tower().encode(pixels, (1,)).features
         bundle.model.encode_images(pixels)
         return features, pruned.last[0].selection.keep
@@ -87,7 +88,7 @@ def test_a_layer_that_something_watches_runs_as_it_is(what, eager, fused_calls):
 def test_keeping_all_leaves_the_tower_as_it_is(eager, fused_calls):
     bundle, pixels = eager
     tower = bundle.model.get_vision_tower()
-    with prune(bundle.model, HIVTP(r_max=1, tower_dtype="model")):
+    with prune(bundle.model, HIVTP(r_max=1), runtime=Runtime(tower_dtype="model")):
         tower.encode(pixels.bfloat16(), (1,))
         assert tower.dtype == torch.float32
         features = tower.encode(pixels, (1,)).features
@@ -104,7 +105,7 @@ def test_the_towers_dtype_follows_the_images_and_comes_back(own, photos):
     with prune(model, HIVTP(r_max=0.5)):
         full = tower.encode(pixels, (1,)).features
         assert tower.dtype == torch.float32
-    with prune(model, HIVTP(r_max=0.5, tower_dtype="model")) as pruned:
+    with prune(model, HIVTP(r_max=0.5), runtime=Runtime(tower_dtype="model")) as pruned:
         half = tower.encode(pixels, (1,)).features
         assert tower.dtype == torch.bfloat16
         model.encode_images(pixels)
@@ -122,7 +123,7 @@ def test_a_tower_that_cannot_change_says_so(own, photos):
     packed = torch.nn.Parameter(layer.weight.to(torch.uint8), requires_grad=False)
     layer.weight = packed
     with (
-        prune(bundle.model, HIVTP(r_max=0.5, tower_dtype="model")),
+        prune(bundle.model, HIVTP(r_max=0.5), runtime=Runtime(tower_dtype="model")),
         pytest.raises(UnsupportedModelError, match=r"quantised.*v_proj"),
     ):
         tower.encode(bundle.pixels(photos[0]).bfloat16(), (1,))
@@ -132,12 +133,13 @@ def test_what_ran_is_told(eager, fused_calls):
     bundle, _ = eager
     tower = bundle.model.get_vision_tower()
     assert tower_facts(tower)["vision_tower_attention"] == "eager"
-    for options, attention in (
-        ({}, "sdpa"),
-        ({"tower_attention": "stock"}, "eager"),
-        ({"r_max": 1.0}, "eager"),
+    for r_max, option, attention in (
+        (0.5, "sdpa", "sdpa"),
+        (0.5, "stock", "eager"),
+        (1.0, "sdpa", "eager"),
     ):
-        with prune(bundle.model, HIVTP(**options)):
+        runtime = Runtime(tower_attention=option)
+        with prune(bundle.model, HIVTP(r_max=r_max), runtime=runtime):
             facts = tower_facts(tower)
         assert facts == {"vision_tower_dtype": "float32", "vision_tower_attention": attention}
     vit.layers_of(tower.vision_tower)[4].register_forward_hook(lambda *args: None)
@@ -147,5 +149,5 @@ def test_what_ran_is_told(eager, fused_calls):
 
 @pytest.mark.parametrize("option", ["tower_attention", "tower_dtype"])
 def test_other_values_are_refused(option):
-    with pytest.raises(OptionError, match=f"{option}='flash'"):
-        HIVTP(**{option: "flash"})
+    with pytest.raises(OptionError, match=f"Runtime: {option}='flash': give one of"):
+        Runtime(**{option: "flash"})

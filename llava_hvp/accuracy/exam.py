@@ -6,16 +6,18 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from llava_hvp.accuracy.store import Answered, Answers
-from llava_hvp.checkpoints.applied import applied
 from llava_hvp.checkpoints.variants import Variant
 from llava_hvp.shapes.drawing import draw
 from llava_hvp.shapes.questions import Question, is_right
 from llava_hvp.shapes.scenes import Scene
+
+if TYPE_CHECKING:
+    from llava_hvp.checkpoints.checkpoint import Checkpoint
 
 # The template that the committed results are in; the shipped checkpoints know two others as well.
 TEMPLATE = "vicuna_v1"
@@ -64,7 +66,7 @@ class _Sheet:
 
 
 def examine(
-    opened: Any,
+    opened: Checkpoint,
     asked: Iterable[tuple[Scene, Question]],
     variants: Sequence[Variant],
     *,
@@ -76,7 +78,6 @@ def examine(
 
     Parameters
     ----------
-    opened : the checkpoint, of `llava_hvp.checkpoints.checkpoint`
     batch : questions at a time, at most; those of a batch have prompts of one length and pictures
         of one size, since stock LLaVA cannot generate from padded rows
     tick : called with the number of answers after every batch of every variant
@@ -84,61 +85,46 @@ def examine(
     """
     answers = Answers() if answers is None else answers
     marks = [Marks(variant) for variant in variants]
-    room = _Room(opened)
+    warm: set[str] = set()
     for number, sheet in enumerate(_sheets(opened, list(asked), batch)):
         images = None
         for mark in marks:
             answered = answers.find(number, str(mark.variant))
             if answered is None:
                 images = opened.images(sheet.pictures) if images is None else images
-                answered = room.answer(sheet, images, mark.variant)
+                if str(mark.variant) not in warm:  # the first call of a process is slow
+                    _answer(opened, sheet, images, mark.variant)
+                    warm.add(str(mark.variant))
+                answered = _answer(opened, sheet, images, mark.variant)
                 answers.add(number, str(mark.variant), answered)
             mark.add(sheet.questions, answered)
             tick(len(sheet.questions))
     return marks
 
 
-@dataclass
-class _Room:
-    """Where a sheet is answered; the first prompt-aware method brings the text encoder."""
-
-    opened: Any
-    clip_text: Any = None
-    warm: set[str] = field(default_factory=set)
-
-    def answer(self, sheet: _Sheet, images: Any, variant: Variant) -> Answered:
-        """The answers; a variant's first call of a process is slow, so that it is made twice."""
-        if str(variant) not in self.warm:
-            self._answer(sheet, images, variant)
-            self.warm.add(str(variant))
-        return self._answer(sheet, images, variant)
-
-    def _answer(self, sheet: _Sheet, images: Any, variant: Variant) -> Answered:
-        model, tokenizer = self.opened.model, self.opened.tokenizer
-        put_on = applied(
-            variant, model, self.opened.dtype, tokenizer=tokenizer, clip_text=self.clip_text
+def _answer(opened: Checkpoint, sheet: _Sheet, images: Any, variant: Variant) -> Answered:
+    kept, kept_of_patches = 0, 0.0
+    with opened.pruned_by(variant) as pruning, torch.inference_mode():
+        started = time.perf_counter()
+        output = opened.model.generate(
+            sheet.ids,
+            images=images,
+            image_sizes=[picture.size for picture in sheet.pictures],
+            do_sample=False,
+            max_new_tokens=LONGEST,
+            use_cache=True,
         )
-        kept, kept_of_patches = 0, 0.0
-        with put_on as pruning, torch.inference_mode():
-            started = time.perf_counter()
-            output = model.generate(
-                sheet.ids,
-                images=images,
-                image_sizes=[picture.size for picture in sheet.pictures],
-                do_sample=False,
-                max_new_tokens=LONGEST,
-                use_cache=True,
-            )
-            seconds = time.perf_counter() - started
-            if pruning is not None:
-                self.clip_text = pruning.clip_text
-                kept = sum(report.kept_tokens for report in pruning.last)
-                kept_of_patches = sum(report.kept_of_patches for report in pruning.last)
-        said = tokenizer.batch_decode(output, skip_special_tokens=True)
-        return Answered([text.strip() for text in said], kept, kept_of_patches, seconds)
+        seconds = time.perf_counter() - started
+        if pruning is not None:
+            kept = sum(report.kept_tokens for report in pruning.last)
+            kept_of_patches = sum(report.kept_of_patches for report in pruning.last)
+    said = opened.tokenizer.batch_decode(output, skip_special_tokens=True)
+    return Answered([text.strip() for text in said], kept, kept_of_patches, seconds)
 
 
-def _sheets(opened: Any, asked: list[tuple[Scene, Question]], batch: int) -> Iterator[_Sheet]:
+def _sheets(
+    opened: Checkpoint, asked: list[tuple[Scene, Question]], batch: int
+) -> Iterator[_Sheet]:
     """Batches of equal prompt length and picture size; every question is in one."""
     groups: dict[Any, list[tuple[torch.Tensor, Any, Question]]] = defaultdict(list)
     for scene, question in asked:

@@ -16,14 +16,16 @@ EXPLAINED = (
     "kept patches / all patches, `time`: of all questions, from image to answer, as ratio to "
     "unpruned, taken in turns."
 )
+Z_95 = 1.959964  # 95 % of a normal distribution are within so many standard deviations
 REFERENCES = ("random", "uniform")
 
 
 @dataclass(frozen=True)
-class Score:
+class VariantScore:
     """One variant.
 
     tasks : task -> percent right
+    overall, half_width : percent right of all, and half the width of its 95 % interval
     kept_tokens : of an image, mean; None for unpruned LLaVA, which sends all
     time : ratio to unpruned
     """
@@ -39,21 +41,22 @@ class Score:
     time: float
 
 
-def scores_of(marks: Sequence[Marks]) -> list[Score]:
+def scores_of(marks: Sequence[Marks]) -> list[VariantScore]:
     """One a variant; the first is unpruned."""
     return [_score(mark, marks[0]) for mark in marks]
 
 
-def _score(mark: Marks, none: Marks) -> Score:
+def _score(mark: Marks, none: Marks) -> VariantScore:
     asked = mark.images
-    share = sum(mark.right.values()) / asked
+    right = sum(mark.right.values())
+    low, high = wilson_interval(right, asked)
     is_none = mark.variant.method is None
-    return Score(
+    return VariantScore(
         method=mark.variant.name,
         options=mark.variant.options,
         tasks={task: 100 * mark.right[task] / count for task, count in mark.asked.items()},
-        overall=100 * share,
-        half_width=196 * math.sqrt(share * (1 - share) / asked),
+        overall=100 * right / asked,
+        half_width=100 * (high - low) / 2,
         questions=asked,
         kept_tokens=None if is_none else mark.kept / asked,
         kept_of_patches=1.0 if is_none else mark.kept_of_patches / asked,
@@ -61,7 +64,19 @@ def _score(mark: Marks, none: Marks) -> Score:
     )
 
 
-def render(about: dict[str, Any], scores: Sequence[Score], style: str) -> str:
+def wilson_interval(right: int, asked: int) -> tuple[float, float]:
+    """Bounds of the share of right answers, with 95 % confidence: Wilson's score interval.
+
+    Unlike the normal approximation it has a width where all answers are right, or none.
+    """
+    square = Z_95**2 / asked
+    share = right / asked
+    middle = (share + square / 2) / (1 + square)
+    half = math.sqrt(square * (share * (1 - share) + square / 4)) / (1 + square)
+    return middle - half, middle + half
+
+
+def render(about: dict[str, Any], scores: Sequence[VariantScore], style: str) -> str:
     """The command and the machine, then a row for each variant."""
     code = "    " if style == MARKDOWN else ""
     tasks = list(scores[0].tasks)
@@ -88,7 +103,7 @@ def render(about: dict[str, Any], scores: Sequence[Score], style: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def no_better(scores: Sequence[Score]) -> list[str]:
+def no_better(scores: Sequence[VariantScore]) -> list[str]:
     """Where a method is not above the better reference at its budget, by more than chance."""
     lines = []
     for score in scores:
@@ -108,7 +123,7 @@ def no_better(scores: Sequence[Score]) -> list[str]:
     return ["Beside `random` and `uniform`:\n\n" + "\n".join(lines)] if lines else []
 
 
-def plot(title: str, scores: Sequence[Score], file: BinaryIO) -> None:
+def plot(title: str, scores: Sequence[VariantScore], file: BinaryIO) -> None:
     """Accuracy of all tasks together, and of each, against kept patches."""
     import textwrap
 
@@ -121,7 +136,7 @@ def plot(title: str, scores: Sequence[Score], file: BinaryIO) -> None:
     axes = figure.subplots(2, -(-len(panels) // 2), sharex=True, squeeze=False).flatten()
     for axis, panel in zip(axes, panels, strict=False):
 
-        def of(score: Score, panel: str = panel) -> float:
+        def of(score: VariantScore, panel: str = panel) -> float:
             return score.overall if panel == "all" else score.tasks[panel]
 
         axis.axhline(of(none), color="grey", linewidth=1, label="unpruned")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llava_hvp.checkpoints.geometry import Geometry
+from llava_hvp.checkpoints.geometry import LlavaGeometry
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Flops:
 
 
 def complete(
-    geometry: Geometry,
+    geometry: LlavaGeometry,
     visual_tokens: int,
     *,
     text_tokens: int,
@@ -77,7 +77,7 @@ def complete(
     )
 
 
-def as_published(geometry: Geometry, visual_tokens: int, *, text_tokens: int = 49) -> float:
+def as_published(geometry: LlavaGeometry, visual_tokens: int, *, text_tokens: int = 49) -> float:
     """The papers' convention (HiPrune, Table 5): products with weights only, of the prefill.
 
     The whole tower and the projector on all patches, whatever is kept of them.

@@ -6,11 +6,10 @@ import os
 import platform
 import shlex
 import sys
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from llava_hvp.version import __version__
+from llava_hvp.version import __version__, installed
 
 MATTERS = ("torch", "transformers", "llava-torch", "bitsandbytes")
 
@@ -39,10 +38,5 @@ def machine(device: torch.device) -> str:
 
 def versions() -> str:
     """Of what is installed of all that matters."""
-    found = [f"llava-hvp {__version__}", f"Python {platform.python_version()}"]
-    for name in MATTERS:
-        try:
-            found.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            continue
-    return ", ".join(found)
+    found = {"llava-hvp": __version__, "Python": platform.python_version(), **installed(*MATTERS)}
+    return ", ".join(f"{name} {number}" for name, number in found.items())

@@ -6,7 +6,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -35,7 +35,7 @@ class Spread:
 
 
 @dataclass
-class Measured:
+class Measurements:
     """One variant in one batch.
 
     kept, stock : visual tokens of all images of the batch, and as many as unpruned LLaVA sends
@@ -60,7 +60,7 @@ class _Turn:
     """What is run: a variant, or the floor below one."""
 
     variant: Variant
-    of: Measured
+    of: Measurements
     is_floor: bool
 
 
@@ -71,7 +71,7 @@ def measure(
     *,
     tick: Callable[[str], None] = lambda what: None,
     most_seconds: float = float("inf"),
-) -> list[Measured]:
+) -> list[Measurements]:
     """Peaks and kept tokens of every variant, then `rounds` rounds of all of them.
 
     Each round starts with the next variant, and a method follows right after its floor, so that a
@@ -88,7 +88,8 @@ def measure(
         measured, floor = _look(bench, variant)
         groups.append([])
         if floor is not None:
-            groups[-1].append(_Turn(Variant(floor), measured, True))
+            below = None if variant.pruning is None else replace(variant.pruning, method=floor)
+            groups[-1].append(_Turn(Variant(below), measured, True))
         groups[-1].append(_Turn(variant, measured, False))
         tick(f"memory of {variant}")
     for number in range(-WARM_UP, rounds):
@@ -109,19 +110,19 @@ def turns(variants: Sequence[Variant], rounds: int, vision: Vision) -> int:
     return len(variants) + (rounds + WARM_UP) * turns_a_round
 
 
-def _look(bench: Bench, variant: Variant) -> tuple[Measured, Floor | None]:
+def _look(bench: Bench, variant: Variant) -> tuple[Measurements, Floor | None]:
     """What a variant keeps and how much memory it takes; this warms up as well."""
-    with bench.applied(variant) as pruning:
+    with bench.checkpoint.pruned_by(variant) as pruning:
         prepared = bench.prepare()
         floor = None
         if pruning is None:
             work = bench.work
             tokens = prepared["inputs_embeds"].shape[1] - work.text_tokens
             patches = work.tiles * bench.model.get_vision_tower().num_patches
-            measured = Measured(variant, *(work.batch * tokens,) * 2, *(patches,) * 2)
+            measured = Measurements(variant, *(work.batch * tokens,) * 2, *(patches,) * 2)
         else:
             reports = list(pruning.last)
-            measured = Measured(
+            measured = Measurements(
                 variant,
                 sum(report.kept_tokens for report in reports),
                 sum(report.stock_tokens for report in reports),
@@ -136,7 +137,7 @@ def _look(bench: Bench, variant: Variant) -> tuple[Measured, Floor | None]:
 
 
 def _take(bench: Bench, turn: _Turn, *, counted: bool) -> None:
-    with bench.applied(turn.variant) as pruning:
+    with bench.checkpoint.pruned_by(turn.variant) as pruning:
         parts = bench.time_parts(pruning)
         # Past its first token the floor does what the method does.
         answer = bench.time_answer(1 if turn.is_floor else bench.work.new_tokens)

@@ -6,48 +6,35 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from llava_hvp.bench.clock import Clock
 from llava_hvp.bench.workload import Workload
-from llava_hvp.checkpoints.applied import applied
 from llava_hvp.checkpoints.geometry import Vision
-from llava_hvp.checkpoints.variants import Variant
+
+if TYPE_CHECKING:
+    from llava_hvp.checkpoints.checkpoint import Checkpoint
 
 Call = Callable[..., Any]
 
 
 class Bench:
-    """A model and what it is given; every method is put on it and taken off again.
+    """A checkpoint and what it is given; every method is put on it and taken off again.
 
     vision : the shape of the model's tower
-    tokenizer, clip_text : for methods that read the prompt, where the model's own cannot be loaded
     """
 
     def __init__(
-        self,
-        model: Any,
-        vision: Vision,
-        work: Workload,
-        clock: Clock,
-        *,
-        tokenizer: Any = None,
-        clip_text: Any = None,
+        self, checkpoint: Checkpoint, vision: Vision, work: Workload, clock: Clock
     ) -> None:
-        self.model, self.vision, self.work, self.clock = model, vision, work, clock
-        self.tokenizer, self.clip_text = tokenizer, clip_text
+        self.checkpoint, self.vision, self.work, self.clock = checkpoint, vision, work, clock
 
-    def applied(self, variant: Variant) -> contextlib.AbstractContextManager[Any]:
-        """The pruning, or None for stock."""
-        return applied(
-            variant,
-            self.model,
-            self.work.dtype,
-            tokenizer=self.tokenizer,
-            clip_text=self.clip_text,
-        )
+    @property
+    def model(self) -> Any:
+        """The LLaVA model."""
+        return self.checkpoint.model
 
     @torch.inference_mode()
     def prepare(self) -> dict[str, Any]:

@@ -6,10 +6,10 @@ import textwrap
 from collections.abc import Sequence
 from typing import BinaryIO
 
-from llava_hvp.bench.results import Row
+from llava_hvp.bench.results import BenchRow
 
 
-def plot(title: str, rows: Sequence[Row], file: BinaryIO) -> None:
+def plot(title: str, rows: Sequence[BenchRow], file: BinaryIO) -> None:
     """Write a PNG: a row of panels for each batch, both as ratios to unpruned LLaVA."""
     from matplotlib.figure import Figure
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from llava_hvp.bench.flops import Flops, as_published, complete
-from llava_hvp.bench.measure import Measured, Samples, Spread
+from llava_hvp.bench.measure import Measurements, Samples, Spread
 from llava_hvp.bench.workload import Workload
-from llava_hvp.checkpoints.geometry import Geometry
+from llava_hvp.checkpoints.geometry import LlavaGeometry
 
 # Of the seconds of one round, what is reported. Speeds are tokens/s of the whole batch.
 TIMES = ("encode", "prefill", "ttft")
@@ -23,7 +23,7 @@ WORDS = {
 
 
 @dataclass(frozen=True)
-class Row:
+class BenchRow:
     """One variant in one batch.
 
     tiles : of the whole batch
@@ -65,7 +65,9 @@ class Row:
         return f"{self.method} {self.options}".strip()
 
 
-def rows_of(measured: Sequence[Measured], work: Workload, geometry: Geometry) -> list[Row]:
+def rows_of(
+    measured: Sequence[Measurements], work: Workload, geometry: LlavaGeometry
+) -> list[BenchRow]:
     """One row a variant; the first is `none`."""
     none = measured[0]
     rates = {id(m): _rates(m.seconds, work) for m in measured}
@@ -84,13 +86,13 @@ def _rates(seconds: Samples, work: Workload) -> Samples:
 
 
 def _row(
-    measured: Measured,
-    none: Measured,
+    measured: Measurements,
+    none: Measurements,
     rates: Samples,
     none_rates: Samples,
     work: Workload,
-    geometry: Geometry,
-) -> Row:
+    geometry: LlavaGeometry,
+) -> BenchRow:
     seconds, floor = measured.seconds, measured.floor
     vision = geometry.vision
     needs = None
@@ -113,7 +115,7 @@ def _row(
         layers_read=0 if needs is None else len({*needs.received_attention, *needs.cls_attention}),
         new_tokens=work.new_tokens,
     )
-    return Row(
+    return BenchRow(
         method=measured.variant.name,
         options=measured.variant.options,
         batch=work.batch,
@@ -152,7 +154,7 @@ def _spreads(samples: Samples) -> dict[str, Spread]:
     return {name: Spread.of(values) for name, values in samples.items() if values}
 
 
-def losses(rows: Sequence[Row]) -> list[str]:
+def losses(rows: Sequence[BenchRow]) -> list[str]:
     """Where pruning takes longer than unpruned LLaVA, a line a variant."""
     lines = []
     for row in rows:

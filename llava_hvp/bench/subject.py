@@ -3,35 +3,36 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from llava_hvp.bench.workload import random_prompt
-from llava_hvp.checkpoints.geometry import Geometry, get_geometry
+from llava_hvp.checkpoints.conversation import default_template
+from llava_hvp.checkpoints.geometry import LlavaGeometry, get_geometry
 from llava_hvp.checkpoints.naming import model_name
+
+if TYPE_CHECKING:
+    from llava_hvp.checkpoints.checkpoint import Checkpoint
 
 QUESTION = "What is in the picture?"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Subject:
-    """A loaded, unpruned LLaVA on its device.
+    """A loaded, unpruned LLaVA on its device, and what it is asked.
 
+    name : as files are named after it
     about : the model in words
     prompt : (L,) int64 with one image token
-    tokenizer, clip_text : where prompt-aware methods cannot load them from the checkpoint
     """
 
     name: str
     about: str
-    model: Any
-    dtype: torch.dtype
-    geometry: Geometry
+    checkpoint: Checkpoint
+    geometry: LlavaGeometry
     prompt: Tensor
-    tokenizer: Any = None
-    clip_text: Any = None
 
 
 def of_geometry(
@@ -44,7 +45,8 @@ def of_geometry(
     text_tokens: int,
     seed: int,
 ) -> Subject:
-    """Random weights."""
+    """Random weights, with a tokenizer and a text encoder of their own."""
+    from llava_hvp.checkpoints.checkpoint import Checkpoint
     from llava_hvp.checkpoints.synthetic import build_model, build_text
     from llava_hvp.testing.tokenizers import LLAMA_VOCAB_SIZE
 
@@ -54,7 +56,11 @@ def of_geometry(
     generator = torch.Generator().manual_seed(seed)
     prompt = random_prompt(text_tokens, LLAMA_VOCAB_SIZE, generator)
     words = f"{name} with random weights, {_dtypes(model, dtype, bits)}"
-    return Subject(name, words, model, dtype, geometry, prompt, *build_text(geometry, device))
+    tokenizer, clip_text = build_text(geometry, device)
+    made = Checkpoint(
+        name, tokenizer, model, None, dtype, default_template(name), clip_text=clip_text
+    )
+    return Subject(name, words, made, geometry, prompt)
 
 
 def of_checkpoint(
@@ -75,18 +81,10 @@ def of_checkpoint(
     from llava_hvp.checkpoints.synthetic import geometry_of
 
     opened = open_checkpoint(path, device, base=base, bits=bits, dtype=dtype, conv_mode=conv_mode)
-    name, model, prompt = model_name(path), opened.model, opened.prompt(question)
+    name, model = model_name(path), opened.model
     tiles = 5 if getattr(model.config, "image_aspect_ratio", "") == "anyres" else 1
     words = f"{name}, {_dtypes(model, dtype, bits)}"
-    return Subject(
-        name,
-        words,
-        model,
-        dtype,
-        geometry_of(model, name, tiles),
-        prompt,
-        tokenizer=opened.tokenizer,
-    )
+    return Subject(name, words, opened, geometry_of(model, name, tiles), opened.prompt(question))
 
 
 def _dtypes(model: Any, dtype: torch.dtype, bits: int | None) -> str:

@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from llava_hvp.bench.measure import Spread
-from llava_hvp.bench.results import Row, losses
-from llava_hvp.tables import MARKDOWN, text_table
+from llava_hvp.bench.results import BenchRow, losses
+from llava_hvp.tables import MARKDOWN, aligned
+
+Cell = tuple[str, str]  # heading, text; "x none" stands right of what it is the ratio of
 
 EXPLAINED = (
     "`x none`: ratio to unpruned LLaVA, `x floor`: to the same patches kept without capture or "
@@ -17,7 +19,7 @@ EXPLAINED = (
 )
 
 
-def render(about: dict[str, Any], rows: Sequence[Row], style: str) -> str:
+def render(about: dict[str, Any], rows: Sequence[BenchRow], style: str) -> str:
     """Answers, phases, memory, FLOPs, where pruning loses; the command and machine first."""
     code = "    " if style == MARKDOWN else ""
     parts = [f"{code}{about['command']}", f"{about['machine']}; {about['versions']}."]
@@ -36,68 +38,71 @@ def render(about: dict[str, Any], rows: Sequence[Row], style: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _answer(row: Row) -> dict[str, str]:
-    return {
-        "TTFT ms": _milliseconds(row.seconds["ttft"]),
-        "x none": _quartiles(row.to_none["ttft"]),
-        "x floor": _ratio(row.to_floor.get("ttft")),
-        "answer tok/s": _speed(row, "answer"),
-        "x none ": _ratio(row.to_none["answer"]),
-    }
+def _answer(row: BenchRow) -> list[Cell]:
+    return [
+        ("TTFT ms", _milliseconds(row.seconds["ttft"])),
+        ("x none", _quartiles(row.to_none["ttft"])),
+        ("x floor", _ratio(row.to_floor.get("ttft"))),
+        ("answer tok/s", _speed(row, "answer")),
+        ("x none", _ratio(row.to_none["answer"])),
+    ]
 
 
-def _phases(row: Row) -> dict[str, str]:
-    return {
-        "encode ms": _milliseconds(row.seconds["encode"]),
-        "x none": _ratio(row.to_none["encode"]),
-        "selection ms": "" if row.selection is None else _milliseconds(row.selection),
-        "of floor TTFT": _percent(row.selection_of_floor_ttft),
-        "prefill ms": _milliseconds(row.seconds["prefill"]),
-        "x none ": _ratio(row.to_none["prefill"]),
-        "launch": f"{row.launch_share:.0%}",
-        "decode tok/s": _speed(row, "decode"),
-        "x none  ": _ratio(row.to_none.get("decode")),
-    }
+def _phases(row: BenchRow) -> list[Cell]:
+    return [
+        ("encode ms", _milliseconds(row.seconds["encode"])),
+        ("x none", _ratio(row.to_none["encode"])),
+        ("selection ms", "" if row.selection is None else _milliseconds(row.selection)),
+        ("of floor TTFT", _percent(row.selection_of_floor_ttft)),
+        ("prefill ms", _milliseconds(row.seconds["prefill"])),
+        ("x none", _ratio(row.to_none["prefill"])),
+        ("launch", f"{row.launch_share:.0%}"),
+        ("decode tok/s", _speed(row, "decode")),
+        ("x none", _ratio(row.to_none.get("decode"))),
+    ]
 
 
-def _memory(row: Row) -> dict[str, str]:
+def _memory(row: BenchRow) -> list[Cell]:
     peak, ratio = row.peak_bytes, row.peak_to_none
-    return {
-        "encode MB a tile": f"{peak['encode'] / row.tiles / 1e6:.1f}",
-        "x none": f"{ratio['encode']:.3f}",
-        "prefill MB": f"{peak['prefill'] / 1e6:.1f}",
-        "x none ": f"{ratio['prefill']:.3f}",
-        "answer MB": f"{peak['answer'] / 1e6:.1f}",
-        "x none  ": f"{ratio['answer']:.3f}",
-    }
+    return [
+        ("encode MB a tile", f"{peak['encode'] / row.tiles / 1e6:.1f}"),
+        ("x none", f"{ratio['encode']:.3f}"),
+        ("prefill MB", f"{peak['prefill'] / 1e6:.1f}"),
+        ("x none", f"{ratio['prefill']:.3f}"),
+        ("answer MB", f"{peak['answer'] / 1e6:.1f}"),
+        ("x none", f"{ratio['answer']:.3f}"),
+    ]
 
 
-def _flops(row: Row, none: Row) -> dict[str, str]:
+def _flops(row: BenchRow, none: BenchRow) -> list[Cell]:
     flops = row.flops
-    cells = {
-        "tower GFLOP": f"{flops.tower / 1e9:.1f}",
-        "selection": f"{flops.selection / 1e9:.2f}",
-        "projector": f"{flops.projector / 1e9:.1f}",
-        "prefill": f"{flops.prefill / 1e9:.1f}",
-        "decode": f"{flops.decode / 1e9:.1f}",
-        "to first token, x none": f"{flops.to_first_token / none.flops.to_first_token:.3f}",
-    }
+    cells = [
+        ("tower GFLOP", f"{flops.tower / 1e9:.1f}"),
+        ("selection", f"{flops.selection / 1e9:.2f}"),
+        ("projector", f"{flops.projector / 1e9:.1f}"),
+        ("prefill", f"{flops.prefill / 1e9:.1f}"),
+        ("decode", f"{flops.decode / 1e9:.1f}"),
+        ("to first token, x none", f"{flops.to_first_token / none.flops.to_first_token:.3f}"),
+    ]
     if row.flops_published is not None:
-        cells["as published"] = f"{row.flops_published / 1e9:.1f}"
+        cells.append(("as published", f"{row.flops_published / 1e9:.1f}"))
     return cells
 
 
-def _tabulate(rows: Sequence[Row], columns: Callable[[Row], dict[str, str]], style: str) -> str:
-    table = [
-        {
-            "method": row.method,
-            "options": row.options,
-            "kept": f"{row.kept_tokens:.0f}",
-            **columns(row),
-        }
+def _tabulate(
+    rows: Sequence[BenchRow], columns: Callable[[BenchRow], list[Cell]], style: str
+) -> str:
+    lines = [
+        [
+            ("method", row.method),
+            ("options", row.options),
+            ("kept", f"{row.kept_tokens:.0f}"),
+            *columns(row),
+        ]
         for row in rows
     ]
-    return text_table(table, style)
+    headings = [heading for heading, _ in lines[0]]
+    return aligned(headings, [[cell for _, cell in line] for line in lines], style)
 
 
 def _milliseconds(spread: Spread) -> str:
@@ -119,6 +124,6 @@ def _percent(spread: Spread | None) -> str:
     return "" if spread is None else f"{spread.median:.1%}"
 
 
-def _speed(row: Row, name: str) -> str:
+def _speed(row: BenchRow, name: str) -> str:
     spread = row.tokens_per_second.get(name)
     return "" if spread is None else f"{spread.median:.1f}"

@@ -41,12 +41,6 @@ class Workload:
         return self.ids.shape[1] - 1
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of the images."""
-        dtype: torch.dtype = self.images[0].dtype
-        return dtype
-
-    @property
     def tiles(self) -> int:
         """That the encoder sees, of all pictures."""
         stacks = self.images if isinstance(self.images, list) else list(self.images)

@@ -26,14 +26,17 @@ def applied(
     dtype : of the images
     tokenizer, clip_text : for methods that read the prompt, where the model's own cannot be loaded
     """
-    if variant.method is None:
+    if variant.pruning is None:
         yield None
         return
     from llava_hvp.hosts.llava.host import attach
 
-    with attach(model, variant.method, tokenizer=tokenizer, clip_text=clip_text) as pruning:
+    method, runtime = variant.pruning.method, variant.pruning.runtime
+    with attach(
+        model, method, runtime=runtime, tokenizer=tokenizer, clip_text=clip_text
+    ) as pruning:
         tower = model.get_vision_tower()
-        if variant.method.tower_dtype == "model":
+        if runtime.tower_dtype == "model":
             tower.take_dtype(dtype)  # once a model, so not a part of any phase
         with all_attentions(tower) if variant.all_attentions else contextlib.nullcontext():
             yield pruning

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from llava_hvp.methods.base import Method
+from llava_hvp.methods.base import VisionMethod
 
 
-def check_before_loading(model_path: str, methods: Iterable[Method | None]) -> None:
+def check_before_loading(model_path: str, methods: Iterable[VisionMethod | None]) -> None:
     """Raise LayerError or OptionError for a method that the tower of a checkpoint cannot have.
 
     Only files of this machine are read, Hugging Face's cache included. Where they do not tell the

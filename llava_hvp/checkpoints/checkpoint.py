@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +15,11 @@ from llava.conversation import conv_templates
 from llava.mm_utils import get_model_name_from_path, tokenizer_image_token
 from torch import Tensor
 
+from llava_hvp.checkpoints.applied import applied
 from llava_hvp.checkpoints.conversation import default_template
 from llava_hvp.checkpoints.generate_stats import Call, measured
+from llava_hvp.checkpoints.variants import PrunedBy, Variant
+from llava_hvp.encoder.text import ClipText
 from llava_hvp.errors import LlavaHvpError, OptionError
 from llava_hvp.hosts.llava import compat
 from llava_hvp.hosts.llava.pictures import send
@@ -24,14 +28,16 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-@dataclass(frozen=True)
+@dataclass
 class Checkpoint:
-    """A loaded LLaVA, and what makes its inputs of pictures and questions.
+    """A loaded LLaVA, what makes its inputs of pictures and questions, and what prunes it.
 
     name : as LLaVA calls it
-    tokenizer, model, processor : as LLaVA's loader gives them
+    tokenizer, model, processor : as LLaVA's loader gives them; random weights have no processor
     dtype : of the images, as LLaVA's commands send them
     conv_mode : LLaVA's conversation template of every prompt
+    clip_text : the text encoder of the tower's own checkpoint, once a method has read the prompt
+        with it
     """
 
     name: str
@@ -40,6 +46,19 @@ class Checkpoint:
     processor: Any
     dtype: torch.dtype
     conv_mode: str
+    clip_text: ClipText | None = None
+
+    @contextlib.contextmanager
+    def pruned_by(self, by: PrunedBy) -> Iterator[Any]:
+        """Prune the model inside the block; gives the `Pruning`, or None where by none."""
+        variant = Variant.of(by)
+        put_on = applied(
+            variant, self.model, self.dtype, tokenizer=self.tokenizer, clip_text=self.clip_text
+        )
+        with put_on as pruning:
+            if pruning is not None:
+                self.clip_text = pruning.clip_text
+            yield pruning
 
     def images(self, pictures: Sequence[Any]) -> Tensor | list[Tensor]:
         """PIL pictures on the model's device, as `host.pictures.send` gives them."""

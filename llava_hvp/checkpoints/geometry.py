@@ -47,7 +47,7 @@ class Language:
 
 
 @dataclass(frozen=True)
-class Geometry:
+class LlavaGeometry:
     """A LLaVA model.
 
     tiles : that the encoder sees of one image: 1, or the most that AnyRes makes
@@ -71,14 +71,14 @@ _160M = Language(hidden=768, layers=12, heads=12, kv_heads=12, mlp=3072)
 _TINY_VISION = Vision(hidden=64, layers=12, heads=4, mlp=128, image=112, select=11)
 _TINY = Language(hidden=64, layers=2, heads=4, kv_heads=4, mlp=128, vocab=1000)
 _GEOMETRIES = (
-    Geometry("llava-1.5-7b", Vision(), Language(), 1),
-    Geometry("llava-1.5-13b", Vision(), _13B, 1),
-    Geometry("llava-next-7b", Vision(), Language(), 5),
-    Geometry("llava-next-mistral-7b", Vision(), _MISTRAL, 5),
-    Geometry("llava-1.5-160m", Vision(), _160M, 1),
-    Geometry("llava-next-160m", Vision(), _160M, 5),
-    Geometry("llava-1.5-tiny", _TINY_VISION, _TINY, 1),
-    Geometry("llava-next-tiny", _TINY_VISION, _TINY, 5),
+    LlavaGeometry("llava-1.5-7b", Vision(), Language(), 1),
+    LlavaGeometry("llava-1.5-13b", Vision(), _13B, 1),
+    LlavaGeometry("llava-next-7b", Vision(), Language(), 5),
+    LlavaGeometry("llava-next-mistral-7b", Vision(), _MISTRAL, 5),
+    LlavaGeometry("llava-1.5-160m", Vision(), _160M, 1),
+    LlavaGeometry("llava-next-160m", Vision(), _160M, 5),
+    LlavaGeometry("llava-1.5-tiny", _TINY_VISION, _TINY, 1),
+    LlavaGeometry("llava-next-tiny", _TINY_VISION, _TINY, 5),
 )
 
 
@@ -87,7 +87,7 @@ def list_geometries() -> list[str]:
     return [geometry.name for geometry in _GEOMETRIES]
 
 
-def get_geometry(name: str) -> Geometry:
+def get_geometry(name: str) -> LlavaGeometry:
     """A geometry by name; raises OptionError with the valid names."""
     for geometry in _GEOMETRIES:
         if geometry.name == name:

@@ -18,7 +18,7 @@ from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCau
 from llava.model.language_model.llava_mistral import LlavaMistralConfig, LlavaMistralForCausalLM
 from torch import nn
 
-from llava_hvp.checkpoints.geometry import Geometry, Language, Vision
+from llava_hvp.checkpoints.geometry import Language, LlavaGeometry, Vision
 from llava_hvp.encoder.text import ClipText
 from llava_hvp.testing.tokenizers import write_clip_tokenizer, write_llama_tokenizer
 
@@ -28,7 +28,7 @@ SCALE = 0.02  # standard deviation of the weights that are drawn
 
 
 def build_model(
-    geometry: Geometry,
+    geometry: LlavaGeometry,
     device: str,
     dtype: torch.dtype,
     *,
@@ -66,7 +66,7 @@ def build_model(
     return model.eval()
 
 
-def build_text(geometry: Geometry, device: str) -> tuple[Any, ClipText]:
+def build_text(geometry: LlavaGeometry, device: str) -> tuple[Any, ClipText]:
     """The tokenizer and the CLIP text encoder that prompt-aware methods read the prompt with."""
     from transformers import AutoTokenizer, CLIPTextConfig, CLIPTokenizer
 
@@ -96,7 +96,7 @@ def build_text(geometry: Geometry, device: str) -> tuple[Any, ClipText]:
     )
 
 
-def geometry_of(model: Any, name: str, tiles: int) -> Geometry:
+def geometry_of(model: Any, name: str, tiles: int) -> LlavaGeometry:
     """The shapes of a loaded model, for one whose weights are real.
 
     tiles : that the encoder sees of one image
@@ -105,7 +105,7 @@ def geometry_of(model: Any, name: str, tiles: int) -> Geometry:
     vision = tower.vision_tower.config
     layers = vision.num_hidden_layers
     select = tower.select_layer if tower.select_layer >= 0 else layers + 1 + tower.select_layer
-    return Geometry(
+    return LlavaGeometry(
         name,
         Vision(
             hidden=vision.hidden_size,
@@ -196,7 +196,7 @@ def _clip_config(vision: Vision) -> Any:
     )
 
 
-def _llava_config(geometry: Geometry, tower: str) -> tuple[Any, type]:
+def _llava_config(geometry: LlavaGeometry, tower: str) -> tuple[Any, type]:
     language, side = geometry.language, geometry.vision.image
     mistral = language.kv_heads != language.heads
     kinds = (

@@ -9,20 +9,37 @@ from typing import ClassVar
 from torch import Tensor
 
 from llava_hvp.checkpoints.geometry import Vision
-from llava_hvp.config import describe, read_option
-from llava_hvp.errors import OptionError
-from llava_hvp.methods import NONE, get_method, list_methods, method_class
-from llava_hvp.methods.base import Method, Needs, Selection, VisionContext
+from llava_hvp.config import read_option
+from llava_hvp.errors import OptionError, shown
+from llava_hvp.methods import NONE, list_methods, method_class
+from llava_hvp.methods.base import Method, Needs, Selection, VisionContext, VisionMethod
+from llava_hvp.runtime import PruningConfig, options_of
 
 
 @dataclass(frozen=True)
 class Variant:
-    """method : None for LLaVA without us
+    """What is put on a model to be compared: a method at a budget, or nothing.
+
+    pruning : None for LLaVA without us
     all_attentions : see as the released methods do, for comparison
     """
 
-    method: Method | None = None
+    pruning: PruningConfig | None = None
     all_attentions: bool = False
+
+    @classmethod
+    def of(cls, by: PrunedBy) -> Variant:
+        """Whatever prunes, as a variant: a method alone is run by the defaults."""
+        if isinstance(by, Variant):
+            return by
+        if by is None or isinstance(by, PruningConfig):
+            return cls(by)
+        return cls(PruningConfig.checked(by))
+
+    @property
+    def method(self) -> VisionMethod | None:
+        """The method; None for LLaVA without us."""
+        return None if self.pruning is None else self.pruning.method
 
     @property
     def name(self) -> str:
@@ -33,7 +50,7 @@ class Variant:
     @property
     def options(self) -> str:
         """As r_max=0.5."""
-        return "" if self.method is None else describe(self.method).partition(" ")[2]
+        return "" if self.pruning is None else str(self.pruning).partition(" ")[2]
 
     def __str__(self) -> str:
         return f"{self.name} {self.options}".strip()
@@ -45,8 +62,11 @@ class Variant:
         return self.method.needs(vision.layers, vision.select) != Needs()
 
 
+PrunedBy = Variant | PruningConfig | VisionMethod | None
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Floor(Method):
+class Floor(VisionMethod):
     """Keeps what another method kept, known beforehand: captures nothing, chooses nothing.
 
     `random` at the same count on every tile, less its draw: what the model would take had the
@@ -63,13 +83,24 @@ class Floor(Method):
     keep: Tensor
 
     @classmethod
-    def below(cls, method: Method, keep: Tensor) -> Floor:
+    def below(cls, method: VisionMethod, keep: Tensor) -> Floor:
         """The floor of a method that kept `keep`."""
         shared = {field.name: getattr(method, field.name) for field in fields(Method)}
         return cls(keep=keep, **shared)
 
     def choose(self, context: VisionContext, budget: int) -> Selection:
         return Selection.from_roles({"floor": self.keep})
+
+
+def name_of(method: str) -> str:
+    """The name of a method that is named by it, or as `module:Class`; `none` is one as well.
+
+    Raises OptionError where there is none.
+    """
+    valid = (NONE, *list_methods())
+    if method not in valid and ":" not in method:
+        raise OptionError(f"unknown method {shown(method)}: give some of {', '.join(valid)}")
+    return NONE if method == NONE else method_class(method).name
 
 
 def variants(
@@ -79,19 +110,16 @@ def variants(
 ) -> list[Variant]:
     """`none` first, whether or not it is named, then every method at every budget.
 
+    names : of methods, or module:Class
     options : KEY=VALUE, each for the methods that have it
 
     Raises OptionError for an unknown name, an option that no method has, or a value out of range.
     """
-    valid = (NONE, *list_methods())
-    for name in names:
-        if name not in valid:
-            raise OptionError(f"unknown method {name!r}: give some of {', '.join(valid)}")
-    chosen = [name for name in dict.fromkeys(names) if name != NONE]
+    chosen = [name for name in dict.fromkeys(map(name_of, names)) if name != NONE]
     if options and not chosen:
         raise OptionError(f"--prune-opt {options[0]}: {NONE} is unpruned, it has no options")
     read = {name: dict(read_option(name, text) for text in options) for name in chosen}
-    known = {name: {field.name for field in fields(method_class(name))} for name in chosen}
+    known = {name: set(options_of(method_class(name))) for name in chosen}
     for key in {key for given in read.values() for key in given}:
         if not any(key in known[name] for name in chosen):
             raise OptionError(f"--prune-opt {key}: none of {', '.join(chosen)} has it")
@@ -99,7 +127,7 @@ def variants(
         Variant(),
         *(
             Variant(
-                get_method(
+                PruningConfig.of(
                     name, **budget, **{k: read[name][k] for k in read[name] if k in known[name]}
                 )
             )

@@ -9,17 +9,15 @@ import torch
 from torch import Tensor
 
 from llava_hvp.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from llava_hvp.checkpoints.variants import PrunedBy, Variant
 from llava_hvp.encoder.capture import QKHooks, recording
-from llava_hvp.encoder.text import ClipText
 from llava_hvp.encoder.vit import hidden_states, layers_of, read_geometry
 from llava_hvp.errors import LayerError
-from llava_hvp.hosts.llava.host import attach, detach
 from llava_hvp.hosts.llava.tiling import TilingConfig
 from llava_hvp.hosts.llava.tower import check_tower
 from llava_hvp.hosts.llava.view import LlavaView
-from llava_hvp.methods.base import Method, Needs, Selection
+from llava_hvp.methods.base import Needs, Selection, VisionMethod
 from llava_hvp.methods.uniform import Uniform
-from llava_hvp.pruning.pruning import Pruning
 from llava_hvp.pruning.report import ImageReport
 from llava_hvp.show.colours import UNPRUNED
 
@@ -30,7 +28,6 @@ class Viewer:
 
     checkpoint: Checkpoint
     view: LlavaView
-    clip_text: ClipText | None = None  # loaded by the first method that reads the prompt
 
     @classmethod
     def load(
@@ -69,7 +66,7 @@ class Viewer:
         tower = self.model.get_vision_tower()
         return read_geometry(tower.vision_tower).normalised(tower.select_layer)
 
-    def reads(self, method: Method | None) -> Needs:
+    def reads(self, method: VisionMethod | None) -> Needs:
         """What a method goes by, whatever its budget; raises LayerError for layers not there."""
         if method is None:
             return Needs()
@@ -114,32 +111,29 @@ class Viewer:
         }
 
     @torch.inference_mode()
-    def look(self, method: Method | None, image: Any, ids: Tensor) -> ImageReport:
+    def look(self, by: PrunedBy, image: Any, ids: Tensor) -> ImageReport:
         """What a method keeps of a picture, by the way that it takes in every command.
 
         For None all that unpruned LLaVA sends, in the one role `unpruned`.
         """
-        if method is None:
+        variant = Variant.of(by)
+        if variant.pruning is None:
             # With every patch kept a pruned model sends what stock LLaVA does.
             report = self.look(Uniform(r_max=1), image, ids)
             everything = Selection.from_roles({UNPRUNED: report.selection.keep})
             return replace(report, method="none", selection=everything)
-        pruning = self._attach(method)
-        try:
+        with self.checkpoint.pruned_by(variant) as pruning:
             self.model.prepare_inputs_labels_for_multimodal(
                 ids, None, None, None, None, self.pixels(image), [image.size]
             )
             return pruning.last[0]
-        finally:
-            detach(self.model)
 
     @torch.inference_mode()
     def answer(
-        self, method: Method | None, image: Any, ids: Tensor, new_tokens: int
+        self, by: PrunedBy, image: Any, ids: Tensor, new_tokens: int
     ) -> tuple[str, ImageReport | None]:
         """The greedy answer, pruned by a method or (None) not, and what was kept for it."""
-        pruning = self._attach(method) if method else None
-        try:
+        with self.checkpoint.pruned_by(by) as pruning:
             out = self.model.generate(
                 ids,
                 images=self.pixels(image),
@@ -149,13 +143,3 @@ class Viewer:
             )
             text = self.checkpoint.tokenizer.batch_decode(out, skip_special_tokens=True)[0].strip()
             return text, pruning.last[0] if pruning is not None else None
-        finally:
-            if pruning is not None:
-                detach(self.model)
-
-    def _attach(self, method: Method) -> Pruning:
-        pruning = attach(
-            self.model, method, tokenizer=self.checkpoint.tokenizer, clip_text=self.clip_text
-        )
-        self.clip_text = pruning.clip_text
-        return pruning

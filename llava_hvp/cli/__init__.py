@@ -1,4 +1,9 @@
-"""The command `llava-hvp`. Each file of this folder is one subcommand: `add` and `main`."""
+"""The command `llava-hvp`.
+
+A subcommand is one file: `add` its flags, `parse` them into frozen settings, with every check that
+needs nothing loaded, `run` those, and `main`, which is the two in turn. No argparse Namespace goes
+past `parse`.
+"""
 
 from __future__ import annotations
 
@@ -45,12 +50,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     end = arguments.index("--") if "--" in arguments else len(arguments)
     # `passes`: what a command does not know goes to LLaVA's own.
     given = argparse.Namespace(rest=arguments[end + 1 :], passes=False)
-    found, unknown = parser.parse_known_args(arguments[:end], given)
-    if unknown and not found.passes:
+    args, unknown = parser.parse_known_args(arguments[:end], given)
+    if unknown and not args.passes:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    found.unknown = unknown
+    args.unknown = unknown
     try:
-        return found.main(found)
+        return args.main(args)
     except LlavaHvpError as error:
         say(f"error: {error}")
         return 2

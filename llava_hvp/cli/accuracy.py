@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,13 +33,15 @@ from llava_hvp.cli.extras import can_plot, need
 from llava_hvp.console import say
 from llava_hvp.errors import OptionError
 from llava_hvp.evaluation.files import read_json
-from llava_hvp.methods import list_methods
+from llava_hvp.methods import list_methods, source_of
 from llava_hvp.shapes import checkpoint, list_checkpoints
 from llava_hvp.shapes.exams import EXAMS, exam, exam_for
 from llava_hvp.shapes.questions import Question
 from llava_hvp.shapes.scenes import Scene
 from llava_hvp.shapes.weights import SHIPPED, TOWER
 from llava_hvp.tables import MARKDOWN, TERMINAL
+
+BUDGETS = "0.75,0.5,0.4,0.25,0.11"  # of r_max
 
 
 def add(commands: Any) -> None:
@@ -62,7 +64,7 @@ def add(commands: Any) -> None:
         help="plain: of one tile; detail: larger, with things that vanish when shrunk to one; by "
         "default what the model is for",
     )
-    add_budgets(parser, "0.75,0.5,0.4,0.25,0.11")
+    add_budgets(parser, BUDGETS)
     parser.add_argument("--prune-opt", action="append", metavar="KEY=VALUE")
     parser.add_argument("--questions", type=int, default=2000, help="held-out, 2000 by default")
     parser.add_argument("--batch", type=int, default=16, help="questions at a time, 16 by default")
@@ -79,46 +81,87 @@ def add(commands: Any) -> None:
     parser.set_defaults(main=main)
 
 
-def main(found: argparse.Namespace) -> int:
-    """Ask, mark, print; the exit code."""
+@dataclass(frozen=True)
+class AccuracySettings:
+    """What `llava-hvp accuracy` asks of whom.
+
+    model : a shipped checkpoint's name, or what `model_path` is called
+    model_path : folder of one that was trained; None for the shipped one
+    variants : what is compared; the first is unpruned
+    pictures : the exam, of EXAMS
+    questions : how many of it
+    batch : questions at a time, at most
+    results : what the files of the results begin with; None to write none
+    restart : throw away the answers of an interrupted run
+    plots : whether a plot can be drawn
+    """
+
+    model: str
+    model_path: Path | None
+    variants: tuple[Variant, ...]
+    pictures: str
+    questions: int
+    batch: int
+    device: str
+    results: Path | None
+    restart: bool
+    plots: bool
+
+
+def parse(args: argparse.Namespace) -> AccuracySettings:
+    """The settings; raises OptionError for what is wrong, with nothing loaded."""
     for name in ("questions", "batch"):
-        at_least(found, name, 1)
-    if found.model_path is not None and not found.model_path.is_dir():
-        raise OptionError(f"--model-path {found.model_path}: no such folder")
-    check_folder(found.out)
+        at_least(args, name, 1)
+    if args.model_path is not None and not args.model_path.is_dir():
+        raise OptionError(f"--model-path {args.model_path}: no such folder")
+    check_folder(args.out)
     need("host", "PIL", "sentencepiece", "accelerate")
-    plots = found.out is not None and can_plot()
-    device = device_of(found.device)
-    chosen = variants(found.methods.split(","), budgets(found), found.prune_opt or ())
-    name = found.model if found.model_path is None else model_name(str(found.model_path))
-    pictures = found.pictures or exam_for(name)
-    asked = list(exam(pictures, found.questions))
+    plots = args.out is not None and can_plot()
+    model = args.model if args.model_path is None else model_name(str(args.model_path))
+    file = model if args.pictures is None else f"{model}-{args.pictures}"
+    return AccuracySettings(
+        model=model,
+        model_path=args.model_path,
+        device=device_of(args.device),
+        variants=tuple(
+            variants(args.methods.split(","), budgets(args, BUDGETS), args.prune_opt or ())
+        ),
+        pictures=args.pictures or exam_for(model),
+        questions=args.questions,
+        batch=args.batch,
+        results=args.out / file if args.out else None,
+        restart=args.restart,
+        plots=plots,
+    )
+
+
+def run(settings: AccuracySettings) -> int:
+    """Ask, mark, print; the exit code."""
+    asked = list(exam(settings.pictures, settings.questions))
     facts = about(
-        torch.device(device),
-        f"{name}, float32, {len(asked)} held-out questions on {pictures} pictures, up to "
-        f"{found.batch} at a time.",
+        torch.device(settings.device),
+        f"{settings.model}, float32, {len(asked)} held-out questions on {settings.pictures} "
+        f"pictures, up to {settings.batch} at a time.",
     )
     facts["template"] = TEMPLATE
-    base = None
+    base = settings.results
     with contextlib.ExitStack() as stack:
         answers = Answers()
-        if found.out:
-            base = found.out / (name if found.pictures is None else f"{name}-{pictures}")
-            settings = _settings(found, facts, chosen)
+        if base is not None:
             unfinished = base.with_name(f"{base.name}.unfinished")
-            answers = stack.enter_context(keeping(unfinished, settings, restart=found.restart))
+            depends = _depends(settings, facts)
+            answers = stack.enter_context(keeping(unfinished, depends, restart=settings.restart))
         if len(answers):
             say(f"{len(answers)} answers are there; {answers.folder}")
         try:
-            marks = _ask(found, name, asked, chosen, device, answers)
+            scores = scores_of(_ask(settings, asked, answers))
         except KeyboardInterrupt:
             say(
-                "stopped; the same command goes on from the answers that are there"
-                if found.out
-                else "stopped; with --out FOLDER it could have gone on from here"
+                "stopped; with --out FOLDER it could have gone on from here"
+                if base is None
+                else "stopped; the same command goes on from the answers that are there"
             )
             return INTERRUPTED
-        scores = scores_of(marks)
         print(render(facts, scores, TERMINAL))
         if base is not None:
             title = f"{facts['model']} {facts['machine']}"
@@ -126,24 +169,33 @@ def main(found: argparse.Namespace) -> int:
                 base,
                 {**facts, "rows": [asdict(score) for score in scores]},
                 render(facts, scores, MARKDOWN),
-                partial(plot, title, scores) if plots and len(scores) > 1 else None,
+                partial(plot, title, scores) if settings.plots and len(scores) > 1 else None,
             )
             answers.throw_away()
     return 0
 
 
-def _settings(
-    found: argparse.Namespace, facts: dict[str, str], chosen: Sequence[Variant]
-) -> dict[str, Any]:
+def main(args: argparse.Namespace) -> int:
+    """Parse and run."""
+    return run(parse(args))
+
+
+def _depends(settings: AccuracySettings, facts: dict[str, str]) -> dict[str, Any]:
     """Everything that answers and their times depend on."""
-    if found.model_path is None:
-        weights = digest(SHIPPED / found.model, SHIPPED / TOWER)
+    if settings.model_path is None:
+        weights = digest(SHIPPED / settings.model, SHIPPED / TOWER)
     else:
-        weights = digest(found.model_path, *_tower_of(found.model_path))
+        weights = digest(settings.model_path, *_tower_of(settings.model_path))
     return {
         **{key: value for key, value in facts.items() if key != "command"},
         "weights": weights,
-        "variants": [str(variant) for variant in chosen],
+        "variants": [str(variant) for variant in settings.variants],
+        **{
+            f"{variant.name}: {name}": value
+            for variant in settings.variants
+            if variant.method is not None
+            for name, value in source_of(type(variant.method)).items()
+        },
     }
 
 
@@ -155,20 +207,18 @@ def _tower_of(checkpoint: Path) -> list[Path]:
 
 
 def _ask(
-    found: argparse.Namespace,
-    name: str,
-    asked: Sequence[tuple[Scene, Question]],
-    chosen: Sequence[Variant],
-    device: str,
-    answers: Answers,
+    settings: AccuracySettings, asked: Sequence[tuple[Scene, Question]], answers: Answers
 ) -> list[Marks]:
     # LLaVA comes only now: whatever was typed wrong has been said.
     from llava_hvp.checkpoints.checkpoint import open_checkpoint
 
+    chosen = settings.variants
     with tempfile.TemporaryDirectory(prefix="llava-hvp-") as folder:
-        path = found.model_path or checkpoint(folder, name)
+        path = settings.model_path or checkpoint(folder, settings.model)
         opened = open_checkpoint(
-            str(path.resolve()), device, dtype=torch.float32, conv_mode=TEMPLATE
+            str(path.resolve()), settings.device, dtype=torch.float32, conv_mode=TEMPLATE
         )
-        with progress(len(asked) * len(chosen), name, "answer") as bar:
-            return examine(opened, asked, chosen, batch=found.batch, tick=bar.more, answers=answers)
+        with progress(len(asked) * len(chosen), settings.model, "answer") as bar:
+            return examine(
+                opened, asked, chosen, batch=settings.batch, tick=bar.more, answers=answers
+            )

@@ -20,43 +20,46 @@ from llava_hvp.files import write_whole
 Value = TypeVar("Value")
 
 
-def exclude(found: argparse.Namespace, one: str, other: str) -> None:
+def exclude(args: argparse.Namespace, one: str, other: str) -> None:
     """Raise OptionError where both are given; names as attributes, of flags."""
-    if getattr(found, one) and getattr(found, other):
+    if getattr(args, one) and getattr(args, other):
         raise OptionError(f"{_flag(one)} and {_flag(other)} exclude each other: give one of them")
 
 
-def at_least(found: argparse.Namespace, name: str, least: int) -> None:
+def at_least(args: argparse.Namespace, name: str, least: int) -> None:
     """Raise OptionError for a number below the least that makes sense."""
-    if getattr(found, name) < least:
-        raise OptionError(f"{_flag(name)} {getattr(found, name)}: give at least {least}")
+    if getattr(args, name) < least:
+        raise OptionError(f"{_flag(name)} {getattr(args, name)}: give at least {least}")
 
 
 def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def bits_of(found: argparse.Namespace) -> int | None:
+def bits_of(args: argparse.Namespace) -> int | None:
     """Of --load-4bit and --load-8bit; raises OptionError for both, or without bitsandbytes."""
-    exclude(found, "load_4bit", "load_8bit")
-    if found.load_4bit or found.load_8bit:
+    exclude(args, "load_4bit", "load_8bit")
+    if args.load_4bit or args.load_8bit:
         need("quantized", "bitsandbytes")
-    return 4 if found.load_4bit else 8 if found.load_8bit else None
+    return 4 if args.load_4bit else 8 if args.load_8bit else None
 
 
 def add_budgets(parser: Any, default: str) -> None:
-    """Add --r-max and --num-tokens as lists; `default` is of r_max."""
+    """Add --r-max and --num-tokens as lists; `default` is said in the help."""
     parser.add_argument("--r-max", metavar="R,R", help=f"budgets, {default} by default")
     parser.add_argument("--num-tokens", metavar="N,N", help="instead: patches of an image in total")
-    parser.set_defaults(default_r_max=default)
 
 
-def budgets(found: argparse.Namespace) -> list[dict[str, float | int]]:
-    """One keyword for each budget that was asked for; raises OptionError."""
-    exclude(found, "r_max", "num_tokens")
-    if found.num_tokens:
-        return [{"num_tokens": n} for n in listed(found.num_tokens, whole, "--num-tokens")]
-    return [{"r_max": r} for r in listed(found.r_max or found.default_r_max, float, "--r-max")]
+def budgets(args: argparse.Namespace, default: str | None) -> list[dict[str, float | int]]:
+    """One keyword for each budget that was asked for; raises OptionError.
+
+    default : values of r_max where none was; None leaves each method its own
+    """
+    exclude(args, "r_max", "num_tokens")
+    if args.num_tokens:
+        return [{"num_tokens": n} for n in listed(args.num_tokens, int, "--num-tokens")]
+    r_max = args.r_max or default
+    return [{"r_max": r} for r in listed(r_max, float, "--r-max")] if r_max else [{}]
 
 
 def listed(text: str, kind: Callable[[str], Value], flag: str) -> list[Value]:

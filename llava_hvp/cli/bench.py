@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,13 @@ from llava_hvp.bench.clock import Clock
 from llava_hvp.bench.machine import about
 from llava_hvp.bench.measure import FEWEST, measure, turns
 from llava_hvp.bench.phases import Bench
-from llava_hvp.bench.results import Row, rows_of
+from llava_hvp.bench.plot import plot
+from llava_hvp.bench.results import BenchRow, rows_of
 from llava_hvp.bench.tables import render
-from llava_hvp.bench.workload import make_workload, pattern
+from llava_hvp.bench.workload import Workload, make_workload, pattern
 from llava_hvp.checkpoints.before_loading import check_before_loading
-from llava_hvp.checkpoints.geometry import list_geometries
+from llava_hvp.checkpoints.dtypes import DTYPES
+from llava_hvp.checkpoints.geometry import get_geometry, list_geometries
 from llava_hvp.checkpoints.naming import named_path
 from llava_hvp.checkpoints.variants import Variant, variants
 from llava_hvp.cli.arguments import (
@@ -41,7 +42,7 @@ from llava_hvp.errors import OptionError
 from llava_hvp.methods import list_methods
 from llava_hvp.tables import MARKDOWN, TERMINAL
 
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+BUDGETS = "0.75,0.5,0.4,0.25"  # of r_max
 
 
 def add(commands: Any) -> None:
@@ -78,7 +79,7 @@ def add(commands: Any) -> None:
         default="none,hivtp,hiprune,random",
         help=f"of none, {', '.join(list_methods())}; none is always measured",
     )
-    add_budgets(how, "0.75,0.5,0.4,0.25")
+    add_budgets(how, BUDGETS)
     how.add_argument(
         "--prune-opt",
         action="append",
@@ -112,132 +113,196 @@ def add(commands: Any) -> None:
     parser.set_defaults(main=main)
 
 
-def main(found: argparse.Namespace) -> int:
-    """Measure and print; the exit code."""
-    _check(found)
-    batches = listed(found.batch, whole, "--batch")
-    chosen = variants(found.methods.split(","), budgets(found), found.prune_opt or ())
-    if found.all_attentions:
-        released = [Variant(v.method, all_attentions=True) for v in chosen if v.method is not None]
-        chosen += [v for v in released if v.name.split(",")[0] not in ("random", "uniform")]
-    pictures = _pictures(found, max(batches))
-    if found.model_path is not None:
-        check_before_loading(found.model_path, [v.method for v in chosen])
-    # LLaVA and the model come only now: whatever was typed wrong has been said.
-    from llava_hvp.hosts.llava import compat
+@dataclass(frozen=True)
+class BenchSettings:
+    """What `llava-hvp bench` measures, and how often.
 
-    compat.bridge()  # unpruned LLaVA runs on no newer transformers without
-    what = _subject(found)
-    device, rows = torch.device(found.device), []
-    for batch in batches:
-        work = make_workload(
-            what.model,
-            pictures[:batch],
-            what.prompt,
-            new_tokens=found.new_tokens,
-            device=device,
-            dtype=what.dtype,
-        )
-        bench = Bench(
-            what.model,
-            what.geometry.vision,
-            work,
-            Clock(device),
-            tokenizer=what.tokenizer,
-            clip_text=what.clip_text,
-        )
-        share = found.max_seconds / len(batches)
-        total = turns(chosen, found.rounds, what.geometry.vision)
-        with progress(total, f"batch {batch}", "turn") as bar:
-            measured = measure(bench, chosen, found.rounds, tick=bar.named, most_seconds=share)
-        rows += rows_of(measured, work, what.geometry)
-    facts = about(
-        device,
-        f"{what.about}; {pictures[0].width} x {pictures[0].height} pixels, {work.text_tokens} text "
-        f"tokens, {found.new_tokens} new ones; medians over {rows[0].rounds} rounds.",
+    geometry, model_path : a published shape with random weights, or a checkpoint; one is None
+    bits : 4 or 8 to quantise
+    tower_dtype : of random weights; None as LLaVA's scripts leave the tower
+    variants : what is compared; the first is unpruned
+    all_attentions : each method that reads the encoder also as the released codes do it
+    image_size : (width, height) of the pattern that is shown where `image_file` is None
+    batches : prompts at a time
+    text_tokens : of the prompt of random weights; `prompt` is a checkpoint's
+    max_seconds : shared by the batches
+    out : folder of the results
+    plots : whether a plot can be drawn there
+    """
+
+    geometry: str | None
+    model_path: str | None
+    model_base: str | None
+    conv_mode: str | None
+    bits: int | None
+    device: str
+    dtype: torch.dtype
+    tower_dtype: torch.dtype | None
+    variants: tuple[Variant, ...]
+    all_attentions: bool
+    image_file: str | None
+    image_size: tuple[int, int]
+    batches: tuple[int, ...]
+    prompt: str
+    text_tokens: int
+    new_tokens: int
+    rounds: int
+    max_seconds: float
+    seed: int
+    out: Path | None
+    plots: bool
+
+
+def parse(args: argparse.Namespace) -> BenchSettings:
+    """The settings; raises OptionError or LayerError for what is wrong, with nothing loaded."""
+    _check_subject(args)
+    bits = bits_of(args)
+    exclude(args, "image_file", "image_size")
+    for name, least in (("rounds", FEWEST), ("new_tokens", 1), ("text_tokens", 2)):
+        at_least(args, name, least)
+    if not args.max_seconds > 0:
+        raise OptionError(f"--max-seconds {args.max_seconds}: give a time above 0")
+    check_folder(args.out)
+    need("bench", "PIL", "sentencepiece", "google.protobuf")
+    device = device_of(args.device)
+    half = bits is not None or torch.device(device).type == "cuda"
+    settings = BenchSettings(
+        geometry=args.geometry,
+        model_path=None if args.model_path is None else named_path(args.model_path),
+        model_base=args.model_base,
+        conv_mode=args.conv_mode,
+        bits=bits,
+        device=device,
+        dtype=DTYPES[args.dtype or ("float16" if half else "float32")],
+        tower_dtype=DTYPES[args.tower_dtype] if args.tower_dtype else None,
+        batches=tuple(listed(args.batch, whole, "--batch")),
+        variants=tuple(
+            variants(args.methods.split(","), budgets(args, BUDGETS), args.prune_opt or ())
+        ),
+        all_attentions=args.all_attentions,
+        image_file=args.image_file,
+        image_size=_size(args.image_size or "640x480"),
+        prompt=args.prompt,
+        text_tokens=args.text_tokens,
+        new_tokens=args.new_tokens,
+        rounds=args.rounds,
+        max_seconds=args.max_seconds,
+        seed=args.seed,
+        out=args.out,
+        plots=args.out is not None and can_plot(),
     )
-    print(render(facts, rows, TERMINAL))
-    if found.out:
-        bits = f"-{found.bits}bit" if found.bits else ""
-        name = f"{what.name}{bits}-{device.type}"
-        _write(found.out / name, facts, rows, plots=found.plots)
-    return 0
+    if settings.model_path is not None:
+        check_before_loading(settings.model_path, [v.method for v in settings.variants])
+    return settings
 
 
-def _check(found: argparse.Namespace) -> None:
-    """Raise OptionError for what does not go together; fill in the device and the dtype."""
-    if (found.geometry is None) == (found.model_path is None):
+def _check_subject(args: argparse.Namespace) -> None:
+    """Raise OptionError unless one model is asked for."""
+    if (args.geometry is None) == (args.model_path is None):
         raise OptionError(
             "give --geometry NAME (random weights) or --model-path, one of them: geometries are "
             + ", ".join(list_geometries())
         )
-    if found.geometry is not None:
-        subject.get_geometry(found.geometry)
-    elif found.tower_dtype:
+    if args.geometry is not None:
+        get_geometry(args.geometry)
+    elif args.tower_dtype:
         raise OptionError("--tower-dtype goes with --geometry: a checkpoint's tower is as loaded")
-    if found.model_path is not None:
-        found.model_path = named_path(found.model_path)
-    found.bits = bits_of(found)
-    exclude(found, "image_file", "image_size")
-    for name, least in (("rounds", FEWEST), ("new_tokens", 1), ("text_tokens", 2)):
-        at_least(found, name, least)
-    if not found.max_seconds > 0:
-        raise OptionError(f"--max-seconds {found.max_seconds}: give a time above 0")
-    check_folder(found.out)
-    need("bench", "PIL", "sentencepiece", "google.protobuf")
-    found.plots = found.out is not None and can_plot()
-    found.device = device_of(found.device)
-    half = found.bits is not None or torch.device(found.device).type == "cuda"
-    found.dtype = DTYPES[found.dtype or ("float16" if half else "float32")]
-    found.tower_dtype = DTYPES[found.tower_dtype] if found.tower_dtype else None
 
 
-def _subject(found: argparse.Namespace) -> subject.Subject:
-    if found.geometry is not None:
-        return subject.of_geometry(
-            found.geometry,
-            found.device,
-            found.dtype,
-            tower_dtype=found.tower_dtype,
-            bits=found.bits,
-            text_tokens=found.text_tokens,
-            seed=found.seed,
-        )
-    return subject.of_checkpoint(
-        found.model_path,
-        found.model_base,
-        found.device,
-        found.dtype,
-        bits=found.bits,
-        conv_mode=found.conv_mode,
-        question=found.prompt,
-    )
-
-
-def _pictures(found: argparse.Namespace, count: int) -> list[Any]:
-    if found.image_file:
-        from PIL import Image
-
-        try:
-            return [Image.open(found.image_file).convert("RGB")] * count
-        except OSError as error:
-            raise OptionError(f"--image-file {found.image_file}: {error}") from error
-    text = found.image_size or "640x480"
+def _size(text: str) -> tuple[int, int]:
+    """(width, height); raises OptionError."""
     try:
         width, height = (whole(part) for part in text.lower().split("x"))
     except ValueError:
         raise OptionError(f"--image-size {text}: give WIDTHxHEIGHT, as 672x672") from None
-    return [pattern((width, height), found.seed + number) for number in range(count)]
+    return width, height
 
 
-def _write(base: Path, about: dict[str, str], rows: Sequence[Row], *, plots: bool) -> None:
-    """The JSON file, the Markdown table and the plot, each whole or not at all."""
-    from llava_hvp.bench.plot import plot
+def run(settings: BenchSettings) -> int:
+    """Measure and print; the exit code."""
+    pictures = _pictures(settings, max(settings.batches))
+    # LLaVA and the model come only now: whatever was typed wrong has been said.
+    from llava_hvp.hosts.llava import compat
 
-    title = f"{about['model']} {about['machine']}"
-    write_results(
-        base,
-        {**about, "rows": [asdict(row) for row in rows]},
-        render(about, rows, MARKDOWN),
-        partial(plot, title, rows) if plots else None,
+    compat.bridge()  # unpruned LLaVA runs on no newer transformers without
+    what = _subject(settings)
+    device, rows = torch.device(settings.device), []
+    for batch in settings.batches:
+        work = make_workload(
+            what.checkpoint.model,
+            pictures[:batch],
+            what.prompt,
+            new_tokens=settings.new_tokens,
+            device=device,
+            dtype=what.checkpoint.dtype,
+        )
+        rows += _measure(settings, what, work)
+    facts = about(
+        device,
+        f"{what.about}; {pictures[0].width} x {pictures[0].height} pixels, {work.text_tokens} text "
+        f"tokens, {settings.new_tokens} new ones; medians over {rows[0].rounds} rounds.",
     )
+    print(render(facts, rows, TERMINAL))
+    if settings.out:
+        bits = f"-{settings.bits}bit" if settings.bits else ""
+        name = f"{what.name}{bits}-{device.type}"
+        write_results(
+            settings.out / name,
+            {**facts, "rows": [asdict(row) for row in rows]},
+            render(facts, rows, MARKDOWN),
+            partial(plot, f"{facts['model']} {facts['machine']}", rows) if settings.plots else None,
+        )
+    return 0
+
+
+def main(args: argparse.Namespace) -> int:
+    """Parse and run."""
+    return run(parse(args))
+
+
+def _subject(settings: BenchSettings) -> subject.Subject:
+    if settings.geometry is not None:
+        return subject.of_geometry(
+            settings.geometry,
+            settings.device,
+            settings.dtype,
+            tower_dtype=settings.tower_dtype,
+            bits=settings.bits,
+            text_tokens=settings.text_tokens,
+            seed=settings.seed,
+        )
+    assert settings.model_path is not None  # of the two, one is given
+    return subject.of_checkpoint(
+        settings.model_path,
+        settings.model_base,
+        settings.device,
+        settings.dtype,
+        bits=settings.bits,
+        conv_mode=settings.conv_mode,
+        question=settings.prompt,
+    )
+
+
+def _pictures(settings: BenchSettings, count: int) -> list[Any]:
+    if settings.image_file is None:
+        return [pattern(settings.image_size, settings.seed + n) for n in range(count)]
+    from PIL import Image
+
+    try:
+        return [Image.open(settings.image_file).convert("RGB")] * count
+    except OSError as error:
+        raise OptionError(f"--image-file {settings.image_file}: {error}") from error
+
+
+def _measure(settings: BenchSettings, what: subject.Subject, work: Workload) -> list[BenchRow]:
+    """All rounds of one batch."""
+    vision = what.geometry.vision
+    chosen = list(settings.variants)
+    if settings.all_attentions:
+        chosen += [replace(v, all_attentions=True) for v in chosen if v.captures(vision)]
+    bench = Bench(what.checkpoint, vision, work, Clock(torch.device(settings.device)))
+    share = settings.max_seconds / len(settings.batches)
+    total = turns(chosen, settings.rounds, vision)
+    with progress(total, f"batch {work.batch}", "turn") as bar:
+        measured = measure(bench, chosen, settings.rounds, tick=bar.named, most_seconds=share)
+    return rows_of(measured, work, what.geometry)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -19,6 +18,7 @@ from llava_hvp import config
 from llava_hvp.cli.extras import HOST, NEEDED, install
 from llava_hvp.cli.interpreter import hook_in
 from llava_hvp.errors import LlavaHvpError
+from llava_hvp.version import version_of
 
 
 @dataclass
@@ -43,7 +43,12 @@ def add(commands: Any) -> None:
     parser.set_defaults(main=main)
 
 
-def main(found: argparse.Namespace) -> int:
+def main(args: argparse.Namespace) -> int:
+    """Check; there are no settings."""
+    return run()
+
+
+def run() -> int:
     """Print the findings; 1 if something is wrong."""
     findings = Findings()
     findings.note("llava-hvp", f"{llava_hvp.__version__} at {Path(llava_hvp.__file__).parent}")
@@ -67,20 +72,13 @@ def main(found: argparse.Namespace) -> int:
     return 1 if findings.problems else 0
 
 
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _llava(findings: Findings) -> None:
     """LLaVA and transformers: there, of a known version, and importable."""
-    findings.note("transformers", _version("transformers") or "missing")
+    findings.note("transformers", version_of("transformers") or "missing")
     try:
         from llava_hvp.hosts.llava.compat import gaps, versions
     except LlavaHvpError as error:
-        findings.note("llava", _version("llava-torch") or _version("llava") or "missing")
+        findings.note("llava", version_of("llava-torch") or version_of("llava") or "missing")
         findings.problem(str(error), _remedy(error))
         return
     findings.note("llava", versions.found_versions()["llava"])
@@ -148,5 +146,5 @@ def _variables(findings: Findings) -> None:
     except LlavaHvpError as error:
         findings.problem(str(error), f"unset {config.VARIABLE} {config.DEVICE_VARIABLE}")
         return
-    asked = "not set" if request.method is None else f"asks for {config.describe(request.method)}"
+    asked = "not set" if request.pruning is None else f"asks for {request.pruning}"
     findings.note(config.VARIABLE, asked)

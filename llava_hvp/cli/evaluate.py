@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from llava_hvp.console import say
 from llava_hvp.errors import OptionError
 from llava_hvp.evaluation.benchmarks import BENCHMARKS, get_benchmark
 from llava_hvp.evaluation.data import DEFAULT_DATA
+from llava_hvp.evaluation.job import Job
 from llava_hvp.evaluation.rendering import one_line
-from llava_hvp.evaluation.run import Job, evaluate
+from llava_hvp.evaluation.run import evaluate
 
 INTERRUPTED = 130
 
@@ -56,24 +58,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def main(found: argparse.Namespace) -> int:
-    """Run it and print its number; the exit code."""
-    benchmark = get_benchmark(found.benchmark)
-    request = requested(found)
+def parse(args: argparse.Namespace) -> Job:
+    """The run that is asked for; raises OptionError."""
+    benchmark = get_benchmark(args.benchmark)
+    request = requested(args)
     job = Job(
         benchmark,
-        named_path(found.model_path),
+        named_path(args.model_path),
         request,
-        found.data,
-        found.out,
-        gpus_of(found.gpus, request),
-        found.ocr,
-        found.restart,
-        (*found.unknown, *found.rest),
+        args.data,
+        args.out,
+        gpus_of(args.gpus, request),
+        args.ocr,
+        args.restart,
+        (*args.unknown, *args.rest),
     )
     hooked = hook_in((sys.executable,))
     if hooked is None or not hooked[0]:
         raise OptionError(f"{sys.executable} runs no startup hook of ours: see `llava-hvp doctor`")
+    return job
+
+
+def run(job: Job) -> int:
+    """Run it and print its number; the exit code."""
     try:
         result = evaluate(job)
     except KeyboardInterrupt:
@@ -83,9 +90,22 @@ def main(found: argparse.Namespace) -> int:
     return 0
 
 
-def requested(found: argparse.Namespace) -> Request:
+def main(args: argparse.Namespace) -> int:
+    """Parse and run."""
+    return run(parse(args))
+
+
+def requested(args: argparse.Namespace) -> Request:
     """The flags before the environment; raises OptionError for what cannot be done here."""
-    flags, around = config.requested(found), config.from_environment(os.environ)
+    return completed(config.requested(args))
+
+
+def completed(flags: Request) -> Request:
+    """What flags ask for, with the environment's word on all that they leave open.
+
+    Raises OptionError for what cannot be done here.
+    """
+    around = config.from_environment(os.environ)
     if config.switched_off(os.environ):
         raise OptionError(f"{config.DISABLE_VARIABLE} is set, nothing could be measured: unset it")
     if flags.train or around.train:
@@ -97,7 +117,9 @@ def requested(found: argparse.Namespace) -> Request:
         if not torch.cuda.is_available():
             raise OptionError("no CUDA on this machine: give --device cpu (slow)")
     # `none` is how answers are named that no method was given for, so both are one thing here.
-    return Request((flags if flags.asked else around).method, device=device)
+    return replace(
+        flags if flags.asked else around, device=device, unpruned=False, reports=None, part=None
+    )
 
 
 def gpus_of(text: str | None, request: Request) -> tuple[str, ...]:

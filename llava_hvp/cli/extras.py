@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 from dataclasses import dataclass
 
 from llava_hvp.console import say
 from llava_hvp.errors import OptionError
+from llava_hvp.version import version_of
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,7 @@ class Needed:
         """What is installed, None where it is missing."""
         if not is_there(self.module):
             return None
-        try:
-            return importlib.metadata.version(self.distribution)
-        except importlib.metadata.PackageNotFoundError:
-            return "of unknown version"
+        return version_of(self.distribution) or "of unknown version"
 
 
 HOST = "host"  # without it LLaVA loads nothing

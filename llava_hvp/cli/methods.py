@@ -8,9 +8,9 @@ import inspect
 import textwrap
 from typing import Any
 
-from llava_hvp.config import BUDGET
 from llava_hvp.methods import NONE, list_methods, method_class
 from llava_hvp.methods.base import Method
+from llava_hvp.runtime import Runtime
 
 
 def add(commands: Any) -> None:
@@ -19,15 +19,20 @@ def add(commands: Any) -> None:
     parser.set_defaults(main=main)
 
 
-def main(found: argparse.Namespace) -> int:
-    """Print the list."""
+def main(args: argparse.Namespace) -> int:
+    """Print the list; it has no settings."""
+    return run()
+
+
+def run() -> int:
+    """Print the list; the exit code."""
     common = [f.name for f in dataclasses.fields(Method)]
     for name in list_methods():
         kind = method_class(name)
         print(f"{name}: {kind.summary}")
         _list(kind, [o for o in dataclasses.fields(kind) if o.name not in common])
     print("every method: --r-max R or --num-tokens N, and")
-    _list(Method, [o for o in dataclasses.fields(Method) if o.name not in BUDGET])
+    _list(Runtime, list(dataclasses.fields(Runtime)))
     print(
         f"{NONE}: unpruned LLaVA, bridged to this transformers and accounted for; takes the flags"
     )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import subprocess
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from llava_hvp.checkpoints.naming import model_name, named_path
-from llava_hvp.cli.evaluate import add_arguments, gpus_of, requested
+from llava_hvp.cli.evaluate import add_arguments, completed, gpus_of
 from llava_hvp.cli.table import add_as_released
 from llava_hvp.config import Request
 from llava_hvp.console import say
@@ -15,7 +17,7 @@ from llava_hvp.errors import EvaluationError, OptionError
 from llava_hvp.evaluation.compare import compare
 from llava_hvp.evaluation.measured import read_results
 from llava_hvp.evaluation.plan import Step, check, check_checkpoint, environment, is_done, plan
-from llava_hvp.evaluation.published import TABLES, get_table
+from llava_hvp.evaluation.published import TABLES, Table, get_table
 from llava_hvp.evaluation.rendering import comparison
 
 
@@ -37,45 +39,85 @@ def add(commands: Any) -> None:
     parser.set_defaults(main=main, passes=True)
 
 
-def main(found: argparse.Namespace) -> int:
-    """Run the table, or list what would run; the exit code."""
-    paper = get_table(found.table)
-    table = paper.released(beside=False) if found.as_released else paper
-    found.model_path = named_path(found.model_path)
-    request = Request(device=found.device)
-    if not found.dry_run:
-        found.prune_method = found.r_max = found.num_tokens = found.prune_opt = None
-        found.prune_train = False
-        request = requested(found)
+@dataclass(frozen=True)
+class ReproduceSettings:
+    """What `llava-hvp reproduce` runs.
+
+    paper : the published table
+    as_released : prune as the paper's released code does
+    device : "cpu" for no CUDA
+    only : these benchmarks; all where it is empty
+    stock : further arguments for LLaVA's own eval scripts
+    dry_run : list the commands only
+    """
+
+    paper: Table
+    as_released: bool
+    model_path: str
+    data: Path
+    out: Path
+    gpus: tuple[str, ...]
+    device: str | None
+    only: tuple[str, ...]
+    stock: tuple[str, ...]
+    dry_run: bool
+
+
+def parse(args: argparse.Namespace) -> ReproduceSettings:
+    """The settings; raises OptionError."""
+    request = Request(device=args.device)
+    paper, model_path = get_table(args.table), named_path(args.model_path)
+    if args.dry_run:  # of a table that may run elsewhere
+        gpus = tuple((args.gpus or "0").split(","))
+    else:
+        request = completed(request)
         if request.method is not None:
             raise OptionError("LLAVA_HVP names a method, but the table does: unset it")
+        gpus = gpus_of(args.gpus, request)
+    return ReproduceSettings(
+        paper=paper,
+        as_released=args.as_released,
+        model_path=model_path,
+        data=args.data,
+        out=args.out,
+        gpus=gpus,
+        device=request.device,
+        only=tuple(name for name in args.only.split(",") if name),
+        stock=(*args.unknown, *args.rest),
+        dry_run=args.dry_run,
+    )
+
+
+def run(settings: ReproduceSettings) -> int:
+    """Run the table, or list what would run; the exit code."""
+    paper = settings.paper
+    table = paper.released(beside=False) if settings.as_released else paper
     steps = plan(
         table,
-        model_path=found.model_path,
-        data=found.data,
-        out=found.out,
-        gpus=_gpus(found, request),
-        device=request.device,
-        only=[name for name in found.only.split(",") if name],
-        stock=(*found.unknown, *found.rest),
+        model_path=settings.model_path,
+        data=settings.data,
+        out=settings.out,
+        gpus=settings.gpus,
+        device=settings.device,
+        only=settings.only,
+        stock=settings.stock,
     )
-    if found.dry_run:
+    if settings.dry_run:
         _list(steps)
         return 0
     check(steps)
     for number, step in enumerate(steps, 1):
         say(f"{number}/{len(steps)}: {table.name}, {step.row.label}, {step.column.label}")
-        _run(step, found)
-    results = read_results(found.out, model_name(found.model_path))
-    shown = paper.released(beside=True) if found.as_released else paper
+        _run(step, settings)
+    results = read_results(settings.out, model_name(settings.model_path))
+    shown = paper.released(beside=True) if settings.as_released else paper
     print(comparison(compare(shown, results), "terminal"))
     return 0
 
 
-def _gpus(found: argparse.Namespace, request: Request) -> tuple[str, ...]:
-    if found.dry_run:  # of a table that may run elsewhere
-        return tuple((found.gpus or "0").split(","))
-    return gpus_of(found.gpus, request)
+def main(args: argparse.Namespace) -> int:
+    """Parse and run."""
+    return run(parse(args))
 
 
 def _list(steps: list[Step]) -> None:
@@ -90,9 +132,9 @@ def _list(steps: list[Step]) -> None:
     print(f"# {len(steps)} commands, about {images} images; {missing} commands lack something")
 
 
-def _run(step: Step, found: argparse.Namespace) -> None:
-    check_checkpoint(step, found.out, found.model_path)
-    if is_done(step, found.out, found.model_path):
+def _run(step: Step, settings: ReproduceSettings) -> None:
+    check_checkpoint(step, settings.out, settings.model_path)
+    if is_done(step, settings.out, settings.model_path):
         say("the result is there")
         return
     code = subprocess.run(step.command, env=environment(step), check=False).returncode
@@ -100,5 +142,5 @@ def _run(step: Step, found: argparse.Namespace) -> None:
         raise EvaluationError(f"exit code {code} of: {step}. The same command goes on from here")
     # lmms-eval ends with 0 after errors too.
     is_lmms = step.column.task is not None
-    if is_lmms and not is_done(step, found.out, found.model_path):
+    if is_lmms and not is_done(step, settings.out, settings.model_path):
         raise EvaluationError(f"no result of: {step}")

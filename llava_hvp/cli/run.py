@@ -16,13 +16,17 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llava_hvp import config
 from llava_hvp.cli.interpreter import hook_in, python_of
+from llava_hvp.config import Request
 from llava_hvp.console import say
 from llava_hvp.errors import OptionError, RecordError
+from llava_hvp.methods import folder_of
 from llava_hvp.pruning.record import UNWRITTEN, Totals, summary
 
 FORWARDED = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
@@ -42,12 +46,20 @@ def add(commands: Any) -> None:
     parser.set_defaults(main=main)
 
 
-def main(found: argparse.Namespace) -> int:
-    """Run the command; its exit code, or 1 where a process of it should have pruned and failed."""
-    request = config.requested(found)
+@dataclass(frozen=True)
+class RunSettings:
+    """A command line, and how the LLaVA processes that it starts are to prune."""
+
+    request: Request
+    command: tuple[str, ...]
+
+
+def parse(args: argparse.Namespace) -> RunSettings:
+    """The settings; raises OptionError for what could not prune."""
+    request = config.requested(args)
     if not request.asked:
         raise OptionError("--prune-method is missing: `llava-hvp methods` lists the methods")
-    command = found.rest
+    command = args.rest
     if not command:
         raise OptionError("no command to run: give it after --, as -- bash scripts/eval.sh")
     if config.switched_off(os.environ):
@@ -59,14 +71,32 @@ def main(found: argparse.Namespace) -> int:
             f"{shlex.join(python)} ({hooked[1]}) runs no startup hook of ours: install llava-hvp "
             "there, and leave -S out"
         )
+    return RunSettings(request, tuple(command))
+
+
+def run(settings: RunSettings) -> int:
+    """Run the command; its exit code, or 1 where a process of it should have pruned and failed."""
     with _folder() as reports:
-        request = dataclasses.replace(request, reports=reports)
+        request = dataclasses.replace(settings.request, reports=reports)
         environ = {**os.environ, config.VARIABLE: shlex.join(config.to_flags(request))}
-        code = run(command, environ)
+        if request.method is not None:
+            environ |= _search_path(type(request.method))
+        code = execute(settings.command, environ)
         failed = tell(read_reports(Path(reports)), code, pruned=request.method is not None)
     if code < 0:
         _die_of(-code)
     return code or (FAILED if failed else 0)
+
+
+def _search_path(method: type[Any]) -> dict[str, str]:
+    """So that children find a method of this folder's, wherever they go."""
+    here, before = folder_of(method), os.environ.get("PYTHONPATH")
+    return {} if here is None else {"PYTHONPATH": os.pathsep.join(filter(None, (before, here)))}
+
+
+def main(args: argparse.Namespace) -> int:
+    """Parse and run."""
+    return run(parse(args))
 
 
 def _folder() -> tempfile.TemporaryDirectory[str]:
@@ -80,7 +110,7 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
         ) from error
 
 
-def run(command: list[str], environ: dict[str, str]) -> int:
+def execute(command: Sequence[str], environ: dict[str, str]) -> int:
     """Run to the end with signals passed on; as `Popen.returncode`, negative for a signal."""
     children: list[subprocess.Popen[bytes]] = []
     waiting: list[int] = []

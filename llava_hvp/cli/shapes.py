@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,22 +35,46 @@ def add(commands: Any) -> None:
     parser.set_defaults(main=main)
 
 
-def main(found: argparse.Namespace) -> int:
-    """Write, and say what to type next; the exit code."""
+@dataclass(frozen=True)
+class ShapesSettings:
+    """What `llava-hvp shapes` writes.
+
+    folder : where to
+    models : names of shipped checkpoints
+    questions : of each
+    """
+
+    folder: Path
+    models: tuple[str, ...]
+    questions: int
+
+
+def parse(args: argparse.Namespace) -> ShapesSettings:
+    """The settings; raises OptionError."""
     need("testing", "PIL", "numpy")
-    at_least(found, "questions", 1)
-    for name in found.model or list_checkpoints():
+    at_least(args, "questions", 1)
+    return ShapesSettings(args.folder, tuple(args.model or list_checkpoints()), args.questions)
+
+
+def run(settings: ShapesSettings) -> int:
+    """Write, and say what to type next; the exit code."""
+    for name in settings.models:
         try:
-            path = checkpoint(found.folder, name)
-            pictures = write_exam(path, exam(exam_for(name), found.questions))
+            path = checkpoint(settings.folder, name)
+            pictures = write_exam(path, exam(exam_for(name), settings.questions))
         except OSError as error:
-            raise OptionError(f"{found.folder}: cannot be written: {error}") from error
+            raise OptionError(f"{settings.folder}: cannot be written: {error}") from error
         say(
             f"wrote {path} with {pictures} pictures; to try it:\n"
             f"  python -m llava.serve.cli --model-path {path} "
             f"--image-file {path}/pictures/1.png --device cpu --prune-method hivtp"
         )
     return 0
+
+
+def main(args: argparse.Namespace) -> int:
+    """Parse and run."""
+    return run(parse(args))
 
 
 def write_exam(folder: Path, asked: Iterable[tuple[Scene, Question]]) -> int:

@@ -5,16 +5,25 @@ from __future__ import annotations
 import argparse
 import io
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llava_hvp.checkpoints.before_loading import check_before_loading
-from llava_hvp.checkpoints.variants import NONE, Variant, variants
-from llava_hvp.cli.arguments import at_least, bits_of, device_of, exclude, listed
+from llava_hvp.checkpoints.variants import NONE, Variant, name_of, variants
+from llava_hvp.cli.arguments import at_least, bits_of, budgets, device_of, exclude, listed
 from llava_hvp.console import say
 from llava_hvp.errors import OptionError
 from llava_hvp.files import write_whole
 from llava_hvp.methods import list_methods, method_class
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from llava_hvp.checkpoints.viewer import Viewer
+    from llava_hvp.pruning.report import ImageReport
+    from llava_hvp.show.page import MethodShown, Shown
 
 BUDGETS = "0.9,0.75,0.67,0.5,0.4,0.33,0.25,0.16,0.11,0.05"  # of a page
 QUESTION = "What is in the picture?"  # where none is asked; methods that read it insist on one
@@ -61,36 +70,131 @@ def add(commands: Any) -> None:
     parser.set_defaults(main=main)
 
 
-def main(found: argparse.Namespace) -> int:
+@dataclass(frozen=True)
+class ShowSettings:
+    """What `llava-hvp show` draws of which picture, and where to.
+
+    bits : 4 or 8 to quantise
+    conv_mode : LLaVA's conversation template; None for what fits the checkpoint's name
+    columns : for each method its budgets, none being one of its own
+    out : a PNG of heat maps where `draws_layers`, else of what is kept
+    html : a page with both
+    layers : of the heat maps; None for all
+    scale : of their colours, own or shared
+    prompt : None where none was given
+    new_tokens : of an answer
+    """
+
+    model_path: str
+    model_base: str | None
+    conv_mode: str | None
+    device: str
+    bits: int | None
+    image_file: str
+    columns: tuple[tuple[Variant, ...], ...]
+    out: Path | None
+    html: Path | None
+    draws_layers: bool
+    layers: tuple[int, ...] | None
+    scale: str
+    prompt: str | None
+    new_tokens: int
+
+    @property
+    def variants(self) -> tuple[Variant, ...]:
+        """All of them, method by method."""
+        return tuple(variant for budgets in self.columns for variant in budgets)
+
+
+def parse(args: argparse.Namespace) -> ShowSettings:
+    """The settings; raises OptionError or LayerError for what is wrong, with nothing loaded."""
+    if not args.out and not args.html:
+        raise OptionError("nothing to write: give -o FILE.png, --html FILE.html, or both")
+    _check_writable(args.out, ".png")
+    _check_writable(args.html, ".html", ".htm")
+    exclude(args, "prune_method", "methods")
+    exclude(args, "r_max", "num_tokens")
+    bits = bits_of(args)
+    at_least(args, "new_tokens", 1)
+    if args.out and bool(args.prune_method or args.methods) == bool(args.layers):
+        raise OptionError(
+            "-o draws one thing: give --prune-method or --methods for what is kept, or --layers "
+            "for heat maps (--html shows both)"
+        )
+    layers = None if args.layers in (None, "all") else listed(args.layers, int, "--layers")
+    settings = ShowSettings(
+        model_path=args.model_path,
+        model_base=args.model_base,
+        conv_mode=args.conv_mode,
+        device=device_of(args.device),
+        bits=bits,
+        image_file=args.image_file,
+        columns=_columns(args),
+        out=args.out,
+        html=args.html,
+        draws_layers=bool(args.layers),
+        layers=None if layers is None else tuple(layers),
+        scale=args.scale,
+        prompt=args.prompt or None,
+        new_tokens=args.new_tokens,
+    )
+    check_before_loading(settings.model_path, [v.method for v in settings.variants])
+    return settings
+
+
+def _check_writable(path: Path | None, *suffixes: str) -> None:
+    if path is None:
+        return
+    if path.suffix.lower() not in suffixes:
+        raise OptionError(f"{path}: give a name that ends in {suffixes[0]}")
+    if path.is_dir() or not path.parent.is_dir():
+        raise OptionError(f"{path}: give a file in a folder that is there")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise OptionError(f"{path}: may not be written: give another place")
+
+
+def _columns(args: argparse.Namespace) -> tuple[tuple[Variant, ...], ...]:
+    """For each method its budgets."""
+    names = [args.prune_method] if args.prune_method else (args.methods or "").split(",")
+    if not any(names):
+        names = ["hivtp", "hiprune", *(["hiprune++"] if args.prompt else [])]
+    options = args.prune_opt or ()
+    try:
+        chosen = variants(names, budgets(args, BUDGETS if args.html else None), options)
+    except OptionError:
+        if args.r_max or args.num_tokens:
+            raise
+        # Options may be a budget of their own, as hivtp's k is.
+        chosen = variants(names, [{}], options)
+    columns = dict.fromkeys(name_of(name) for name in names)
+    return tuple(tuple(v for v in chosen if v.name == name) for name in columns)
+
+
+def run(settings: ShowSettings) -> int:
     """Draw and write; the exit code."""
-    shown, layers = _check(found)
-    asked = [v.method for budgets in shown for v in budgets if v.method is not None]
-    check_before_loading(found.model_path, asked)
     from llava_hvp.show.pictures import open_picture
 
-    image, notes = open_picture(found.image_file)
+    image, notes = open_picture(settings.image_file)
     # LLaVA and the model come only now: whatever was typed wrong has been said.
     from llava_hvp.checkpoints.viewer import Viewer
 
     viewer = Viewer.load(
-        found.model_path,
-        found.model_base,
-        found.device,
-        bits=found.bits,
-        conv_mode=found.conv_mode,
+        settings.model_path,
+        settings.model_base,
+        settings.device,
+        bits=settings.bits,
+        conv_mode=settings.conv_mode,
     )
-    for variant in (variant for budgets in shown for variant in budgets):
-        if viewer.reads(variant.method).relevance and not found.prompt:
+    for variant in settings.variants:
+        if viewer.reads(variant.method).relevance and not settings.prompt:
             raise OptionError(f"{variant.name} reads the prompt: give --prompt")
-    ids = viewer.prompt(found.prompt or QUESTION)
+    drawing = _Drawing(settings, viewer, image, notes)
     files: dict[Path, bytes] = {}
-    if found.out and found.layers:
-        files[found.out] = _png(_heat_maps(viewer, image, layers, found, notes))
-    elif found.out:
-        files[found.out] = _png(_overlays(viewer, image, shown, ids, found, notes))
-    if found.html:
-        page = _page(viewer, image, shown, layers, ids, found, notes)
-        files[found.html] = page.encode()
+    if settings.out:
+        sheet = drawing.heat_maps() if settings.draws_layers else drawing.overlays()
+        files[settings.out] = _png(sheet)
+    if settings.html:
+        files[settings.html] = drawing.page().encode()
     for path, content in files.items():
         try:
             write_whole(path, content)
@@ -100,54 +204,9 @@ def main(found: argparse.Namespace) -> int:
     return 0
 
 
-def _check(found: argparse.Namespace) -> tuple[list[list[Variant]], tuple[int, ...] | None]:
-    """Methods at their budgets, and layers (None for all); OptionError for what is wrong."""
-    if not found.out and not found.html:
-        raise OptionError("nothing to write: give -o FILE.png, --html FILE.html, or both")
-    for path, suffixes in ((found.out, (".png",)), (found.html, (".html", ".htm"))):
-        if path is None:
-            continue
-        if path.suffix.lower() not in suffixes:
-            raise OptionError(f"{path}: give a name that ends in {suffixes[0]}")
-        if path.is_dir() or not path.parent.is_dir():
-            raise OptionError(f"{path}: give a file in a folder that is there")
-        if not os.access(path if path.exists() else path.parent, os.W_OK):
-            raise OptionError(f"{path}: may not be written: give another place")
-    exclude(found, "prune_method", "methods")
-    exclude(found, "r_max", "num_tokens")
-    found.bits = bits_of(found)
-    at_least(found, "new_tokens", 1)
-    names = found.prune_method or found.methods
-    if found.out and bool(names) == bool(found.layers):
-        raise OptionError(
-            "-o draws one thing: give --prune-method or --methods for what is kept, or --layers "
-            "for heat maps (--html shows both)"
-        )
-    found.device = device_of(found.device)
-    layers = None if found.layers in (None, "all") else listed(found.layers, int, "--layers")
-    return _methods(found), None if layers is None else tuple(layers)
-
-
-def _methods(found: argparse.Namespace) -> list[list[Variant]]:
-    """For each method its budgets, none being one of its own."""
-    budgets: list[dict[str, float | int]]
-    names = [found.prune_method] if found.prune_method else (found.methods or "").split(",")
-    if not any(names):
-        names = ["hivtp", "hiprune", *(["hiprune++"] if found.prompt else [])]
-    if found.num_tokens:
-        budgets = [{"num_tokens": n} for n in listed(found.num_tokens, int, "--num-tokens")]
-    elif found.r_max or found.html:
-        budgets = [{"r_max": r} for r in listed(found.r_max or BUDGETS, float, "--r-max")]
-    else:
-        budgets = [{}]
-    try:
-        chosen = variants(names, budgets, found.prune_opt or ())
-    except OptionError:
-        if found.r_max or found.num_tokens:
-            raise
-        # Options may be a budget of their own, as hivtp's k is.
-        chosen = variants(names, [{}], found.prune_opt or ())
-    return [[v for v in chosen if v.name == name] for name in dict.fromkeys(names)]
+def main(args: argparse.Namespace) -> int:
+    """Parse and run."""
+    return run(parse(args))
 
 
 def _png(picture: Any) -> bytes:
@@ -156,75 +215,89 @@ def _png(picture: Any) -> bytes:
     return file.getvalue()
 
 
-def _heat_maps(viewer: Any, image: Any, layers: Any, found: Any, notes: list[str]) -> Any:
-    from llava_hvp.show.heatmap import heat_maps
+class _Drawing:
+    """One picture as a model sees it, drawn as the settings ask.
 
-    title = " ".join([f"{Path(found.image_file).name}, {viewer.name}.", *notes])
-    received = viewer.received_attention(image, layers)
-    return heat_maps(viewer.view.frame(image), received, scale=found.scale, title=title)
+    notes : on how the picture was read
+    """
 
+    def __init__(
+        self, settings: ShowSettings, viewer: Viewer, image: Image, notes: list[str]
+    ) -> None:
+        self.settings, self.viewer, self.image, self.notes = settings, viewer, image, notes
+        self.ids = viewer.prompt(settings.prompt or QUESTION)
+        self.name = Path(settings.image_file).name
+        self.title = " ".join([f"{self.name}, {viewer.name}.", *notes])
 
-def _overlays(
-    viewer: Any, image: Any, shown: list[list[Variant]], ids: Any, found: Any, notes: list[str]
-) -> Any:
-    """One overlay, or a grid of them: a column a method, a row a budget, none in every row."""
-    from llava_hvp.show.overlay import grid, overlay
+    def heat_maps(self) -> Image:
+        """The attention that patches receive, a panel a layer."""
+        from llava_hvp.show.heatmap import heat_maps
 
-    several = sum(map(len, shown)) > 1
-    kwargs = {"widest": CELL} if several else {"notes": notes}
-    columns = [
-        [overlay(viewer.look(v.method, image, ids), image, title=str(v), **kwargs) for v in budgets]
-        for budgets in shown
-    ]
-    if not several:
-        return columns[0][0]
-    title = " ".join([f"{Path(found.image_file).name}, {viewer.name}.", *notes])
-    rows = max(map(len, columns))
-    columns = [cells * (rows // len(cells)) for cells in columns]
-    return grid(list(zip(*columns, strict=True)), title)
+        frame = self.viewer.view.frame(self.image)
+        received = self.viewer.received_attention(self.image, self.settings.layers)
+        return heat_maps(frame, received, scale=self.settings.scale, title=self.title)
 
+    def overlays(self) -> Image:
+        """One overlay, or a grid: a column a method, a row a budget, none in every row."""
+        from llava_hvp.show.overlay import grid, overlay
 
-def _page(
-    viewer: Any,
-    image: Any,
-    chosen: list[list[Variant]],
-    layers: Any,
-    ids: Any,
-    found: Any,
-    notes: list[str],
-) -> str:
-    from llava_hvp.show.page import MethodShown, Page, Shown
+        several = len(self.settings.variants) > 1
+        kwargs: dict[str, Any] = {"widest": CELL} if several else {"notes": self.notes}
+        columns = [
+            [
+                overlay(self._look(variant), self.image, title=str(variant), **kwargs)
+                for variant in budgets
+            ]
+            for budgets in self.settings.columns
+        ]
+        if not several:
+            return columns[0][0]
+        rows = max(map(len, columns))
+        columns = [cells * (rows // len(cells)) for cells in columns]
+        return grid(list(zip(*columns, strict=True)), self.title)
 
-    received = viewer.received_attention(image, layers)
-    unpruned = viewer.answer(None, image, ids, found.new_tokens)[0] if found.prompt else ""
+    def page(self) -> str:
+        """The HTML page."""
+        from llava_hvp.show.page import Page
 
-    def shown(variant: Variant) -> Shown:
-        method = variant.method
-        if method is None:
-            return Shown("everything kept", viewer.look(None, image, ids), unpruned)
+        viewer, settings = self.viewer, self.settings
+        received = viewer.received_attention(self.image, settings.layers)
+        unpruned = self._answer(Variant())[0] if settings.prompt else ""
+        return Page(
+            title=self.name,
+            model=viewer.name,
+            panels=viewer.view.frame(self.image),
+            methods=[self._method(budgets, unpruned) for budgets in settings.columns],
+            received=received,
+            notes=[viewer.view.describe(self.image.size), *self.notes],
+            prompt=settings.prompt or "",
+            unpruned=unpruned,
+        ).render()
+
+    def _method(self, budgets: Sequence[Variant], unpruned: str) -> MethodShown:
+        from llava_hvp.show.page import MethodShown
+
+        name, method = budgets[0].name, budgets[0].method
+        return MethodShown(
+            name,
+            "LLaVA without pruning" if method is None else method_class(name).summary,
+            self.viewer.reads(method).received_attention,
+            [self._budget(variant, unpruned) for variant in budgets],
+        )
+
+    def _budget(self, variant: Variant, unpruned: str) -> Shown:
+        from llava_hvp.show.page import Shown
+
+        if variant.method is None:
+            return Shown("everything kept", self._look(variant), unpruned)
         label = variant.options.replace("=", " ") or "no budget"
-        if found.prompt:
-            answer, report = viewer.answer(method, image, ids, found.new_tokens)
-            return Shown(label, report, answer)
-        return Shown(label, viewer.look(method, image, ids))
+        if not self.settings.prompt:
+            return Shown(label, self._look(variant))
+        answer, kept = self._answer(variant)
+        return Shown(label, kept, answer)
 
-    return Page(
-        title=Path(found.image_file).name,
-        model=viewer.name,
-        panels=viewer.view.frame(image),
-        methods=[
-            MethodShown(
-                budgets[0].name,
-                "LLaVA without pruning"
-                if budgets[0].method is None
-                else method_class(budgets[0].name).summary,
-                viewer.reads(budgets[0].method).received_attention,
-                [shown(variant) for variant in budgets],
-            )
-            for budgets in chosen
-        ],
-        received=received,
-        notes=[viewer.view.describe(image.size), *notes],
-        prompt=found.prompt or "",
-        unpruned=unpruned,
-    ).render()
+    def _look(self, variant: Variant) -> ImageReport:
+        return self.viewer.look(variant, self.image, self.ids)
+
+    def _answer(self, variant: Variant) -> tuple[str, Any]:
+        return self.viewer.answer(variant, self.image, self.ids, self.settings.new_tokens)

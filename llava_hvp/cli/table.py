@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from llava_hvp.console import say
 from llava_hvp.errors import OptionError
 from llava_hvp.evaluation.compare import compare
 from llava_hvp.evaluation.measured import read_results
-from llava_hvp.evaluation.published import TABLES, get_table
+from llava_hvp.evaluation.published import TABLES, Table, get_table
 from llava_hvp.evaluation.rendering import FORMATS, comparison, listing, plot
 
 
@@ -39,28 +40,65 @@ def add_as_released(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def main(found: argparse.Namespace) -> int:
-    """Print the table; the exit code."""
-    if found.format not in FORMATS:
-        raise OptionError(f"--format {found.format}: give one of {', '.join(FORMATS)}")
-    if found.against is None:
-        if found.plot or found.as_released:
-            flag = "--plot" if found.plot else "--as-released"
+@dataclass(frozen=True)
+class TableSettings:
+    """What `llava-hvp table` prints.
+
+    results : folder of the results; None for a paper's figures alone
+    against : the paper's table; None for the results alone
+    as_released : beside what the paper's released code does
+    model : only results of this one; None for all
+    format : one of FORMATS
+    plot : file to draw the comparison into
+    """
+
+    results: Path | None
+    against: Table | None
+    as_released: bool
+    model: str | None
+    format: str
+    plot: Path | None
+
+
+def parse(args: argparse.Namespace) -> TableSettings:
+    """The settings; raises OptionError."""
+    if args.format not in FORMATS:
+        raise OptionError(f"--format {args.format}: give one of {', '.join(FORMATS)}")
+    if args.against is None:
+        if args.plot or args.as_released:
+            flag = "--plot" if args.plot else "--as-released"
             raise OptionError(f"{flag} goes with --against NAME")
-        if found.results is None:
+        if args.results is None:
             raise OptionError("give a folder of results, or --against NAME for a paper's figures")
-        print(listing(read_results(found.results, found.model), found.format))
-        return 0
-    if found.plot:
+    if args.plot:
         need("plots", "matplotlib")
-    table = get_table(found.against)
-    results = [] if found.results is None else read_results(found.results, found.model)
-    shown = table.released(beside=True) if found.as_released else table
-    compared = compare(shown, results)
-    print(comparison(compared, found.format))
-    if compared.other_model and found.format == "csv":  # which has no place for it
+    return TableSettings(
+        results=args.results,
+        against=None if args.against is None else get_table(args.against),
+        as_released=args.as_released,
+        model=args.model,
+        format=args.format,
+        plot=args.plot,
+    )
+
+
+def run(settings: TableSettings) -> int:
+    """Print the table; the exit code."""
+    results = [] if settings.results is None else read_results(settings.results, settings.model)
+    table = settings.against
+    if table is None:
+        print(listing(results, settings.format))
+        return 0
+    compared = compare(table.released(beside=True) if settings.as_released else table, results)
+    print(comparison(compared, settings.format))
+    if compared.other_model and settings.format == "csv":  # which has no place for it
         say(compared.other_model)
-    if found.plot:
-        drawn = table.released(beside=False) if found.as_released else table
-        plot(compare(drawn, results), found.plot)
+    if settings.plot:
+        drawn = table.released(beside=False) if settings.as_released else table
+        plot(compare(drawn, results), settings.plot)
     return 0
+
+
+def main(args: argparse.Namespace) -> int:
+    """Parse and run."""
+    return run(parse(args))

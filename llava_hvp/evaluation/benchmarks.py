@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from llava_hvp.errors import OptionError
 
 JSONL, JSON, TSV = "jsonl", "json", "tsv"
+Flags = tuple[str, ...]
 GREEDY = ("--temperature", "0")
 # Where the files come from: a section of LLaVA's docs/Evaluation.md.
 GUIDE = "https://github.com/haotian-liu/LLaVA/blob/main/docs/Evaluation.md"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Benchmark:
     """One benchmark of LLaVA's evaluation; all paths are relative to the data folder.
 
@@ -36,136 +38,124 @@ class Benchmark:
     questions: tuple[str, ...]
     format: str
     images: str | None
-    scoring: dict[str, tuple[str, ...]]
-    extras: dict[str, tuple[str, ...]]
+    scoring: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    extras: dict[str, tuple[str, ...]] = field(default_factory=dict)
     flags: tuple[str, ...]
     metric: str
     pictures: int
 
 
-def _loader(
-    name: str,
-    title: str,
-    questions: str,
-    images: str,
-    metric: str,
-    pictures: int,
-    *,
-    section: str = "",
-    scoring: dict[str, tuple[str, ...]] | None = None,
-    extras: dict[str, tuple[str, ...]] | None = None,
-) -> Benchmark:
+def _loader(*, title: str, questions: str, section: str = "", **rest: Any) -> Benchmark:
+    """One that model_vqa_loader answers."""
     return Benchmark(
-        name,
-        title,
-        section or title,
-        "llava.eval.model_vqa_loader",
-        (questions,),
-        JSONL,
-        images,
-        scoring or {},
-        extras or {},
-        GREEDY,
-        metric,
-        pictures,
+        title=title,
+        section=section or title,
+        module="llava.eval.model_vqa_loader",
+        questions=(questions,),
+        format=JSONL,
+        flags=GREEDY,
+        **rest,
     )
 
 
-def _mmbench(name: str, title: str, file: str, pictures: int, *flags: str) -> Benchmark:
+def _mmbench(*, name: str, title: str, file: str, pictures: int, flags: Flags = ()) -> Benchmark:
     # Evaluation.md has the Chinese file in mmbench/, the stock script looks in mmbench_cn/.
     folders = dict.fromkeys((name, "mmbench"))
     return Benchmark(
-        name,
-        title,
-        title,
-        "llava.eval.model_vqa_mmbench",
-        tuple(f"{folder}/{file}" for folder in folders),
-        TSV,
-        None,
-        {},
-        {},
-        (*flags, "--single-pred-prompt", *GREEDY),
-        "circular_accuracy",
-        pictures,
+        name=name,
+        title=title,
+        section=title,
+        module="llava.eval.model_vqa_mmbench",
+        questions=tuple(f"{folder}/{file}" for folder in folders),
+        format=TSV,
+        images=None,
+        flags=(*flags, "--single-pred-prompt", *GREEDY),
+        metric="circular_accuracy",
+        pictures=pictures,
     )
 
 
 _GQA = "testdev_balanced_questions.json"
 _ALL = (
     _loader(
-        "mme",
-        "MME",
-        "MME/llava_mme.jsonl",
-        "MME/MME_Benchmark_release_version",
-        "perception",
-        2374,
+        name="mme",
+        title="MME",
+        questions="MME/llava_mme.jsonl",
+        images="MME/MME_Benchmark_release_version",
+        metric="perception",
+        pictures=2374,
         extras={"calculation": ("MME/eval_tool/calculation.py",)},
     ),
     _loader(
-        "pope",
-        "POPE",
-        "pope/llava_pope_test.jsonl",
-        "pope/val2014",
-        "f1",
-        8910,
+        name="pope",
+        title="POPE",
+        questions="pope/llava_pope_test.jsonl",
+        images="pope/val2014",
+        metric="f1",
+        pictures=8910,
         scoring={"annotations": ("pope/coco",)},
     ),
     _loader(
-        "textvqa",
-        "TextVQA",
-        "textvqa/llava_textvqa_val_v051_ocr.jsonl",
-        "textvqa/train_images",
-        "accuracy",
-        5000,
+        name="textvqa",
+        title="TextVQA",
+        questions="textvqa/llava_textvqa_val_v051_ocr.jsonl",
+        images="textvqa/train_images",
+        metric="accuracy",
+        pictures=5000,
         scoring={"annotations": ("textvqa/TextVQA_0.5.1_val.json",)},
     ),
-    _mmbench("mmbench", "MMBench", "mmbench_dev_20230712.tsv", 4377),
-    _mmbench("mmbench_cn", "MMBench-CN", "mmbench_dev_cn_20231003.tsv", 4329, "--lang", "cn"),
+    _mmbench(name="mmbench", title="MMBench", file="mmbench_dev_20230712.tsv", pictures=4377),
+    _mmbench(
+        name="mmbench_cn",
+        title="MMBench-CN",
+        file="mmbench_dev_cn_20231003.tsv",
+        pictures=4329,
+        flags=("--lang", "cn"),
+    ),
     Benchmark(
-        "scienceqa",
-        "ScienceQA",
-        "ScienceQA",
-        "llava.eval.model_vqa_science",
-        ("scienceqa/llava_test_CQM-A.json",),
-        JSON,
-        "scienceqa/images/test",
-        {
+        name="scienceqa",
+        title="ScienceQA",
+        section="ScienceQA",
+        module="llava.eval.model_vqa_science",
+        questions=("scienceqa/llava_test_CQM-A.json",),
+        format=JSON,
+        images="scienceqa/images/test",
+        scoring={
             "splits": ("scienceqa/pid_splits.json",),
             "problems": ("scienceqa/problems.json",),
         },
-        {},
-        ("--single-pred-prompt", *GREEDY),
-        "image_accuracy",
-        2017,
+        flags=("--single-pred-prompt", *GREEDY),
+        metric="image_accuracy",
+        pictures=2017,
     ),
     _loader(
-        "gqa",
-        "GQA",
-        "gqa/llava_gqa_testdev_balanced.jsonl",
-        "gqa/data/images",
-        "accuracy",
-        12578,
+        name="gqa",
+        title="GQA",
+        questions="gqa/llava_gqa_testdev_balanced.jsonl",
+        images="gqa/data/images",
+        metric="accuracy",
+        pictures=12578,
         scoring={
             "questions": tuple(f"gqa/data/{d}{_GQA}" for d in ("", "questions1.2/", "questions/"))
         },
         extras={"eval": ("gqa/data/eval/eval.py", "gqa/data/eval.py")},
     ),
     _loader(
-        "vqav2",
-        "VQAv2",
-        "vqav2/llava_vqav2_mscoco_test-dev2015.jsonl",
-        "vqav2/test2015",
-        "accuracy",
-        107394,
+        name="vqav2",
+        title="VQAv2",
+        questions="vqav2/llava_vqav2_mscoco_test-dev2015.jsonl",
+        images="vqav2/test2015",
+        metric="accuracy",
+        pictures=107394,
         scoring={"upload": ("vqav2/llava_vqav2_mscoco_test2015.jsonl",)},
     ),
     _loader(
-        "vizwiz",
-        "VizWiz",
-        "vizwiz/llava_test.jsonl",
-        "vizwiz/test",
-        "accuracy",
-        8000,
+        name="vizwiz",
+        title="VizWiz",
+        questions="vizwiz/llava_test.jsonl",
+        images="vizwiz/test",
+        metric="accuracy",
+        pictures=8000,
         section="VisWiz",  # as the file spells it
     ),
 )

@@ -95,7 +95,7 @@ def compare(table: Table, results: Sequence[Measured]) -> Comparison:
     base = _values(results, table, None)
     lines = []
     for row in table.rows:
-        found = {c.benchmark: find(results, c, row.method) for c in table.columns}
+        found = {c.benchmark: find(results, c, row.pruning) for c in table.columns}
         here = {name: each for name, each in found.items() if each is not None}
         used += [result for result, _ in here.values()]
         values = {name: value for name, (_, value) in here.items()}
@@ -127,7 +127,7 @@ def compare(table: Table, results: Sequence[Measured]) -> Comparison:
         other,
         unused,
         sorted({result.tower for result in used if result.tower}),
-        sorted({r.benchmark for r in used if not has_stock_attention(r.method)}),
+        sorted({r.benchmark for r in used if not has_stock_attention(r.pruning)}),
     )
 
 
@@ -136,8 +136,8 @@ def used_of(here: dict[str, tuple[Measured, float]]) -> list[Measured]:
     return [result for result, _ in here.values()]
 
 
-def _values(results: Sequence[Measured], table: Table, method: None) -> dict[str, float]:
-    found = {c.benchmark: find(results, c, method) for c in table.columns}
+def _values(results: Sequence[Measured], table: Table, pruning: None) -> dict[str, float]:
+    found = {c.benchmark: find(results, c, pruning) for c in table.columns}
     return {name: each[1] for name, each in found.items() if each is not None}
 
 

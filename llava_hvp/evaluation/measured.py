@@ -11,11 +11,10 @@ from llava_hvp.checkpoints.naming import model_name
 from llava_hvp.errors import EvaluationError, OptionError
 from llava_hvp.evaluation.benchmarks import BENCHMARKS
 from llava_hvp.evaluation.files import RESULT, read_json
-from llava_hvp.evaluation.model_args import OTHERS, method_of
+from llava_hvp.evaluation.model_args import OTHERS, pruning_of
 from llava_hvp.evaluation.published import Column, has_stock_attention, with_stock_attention
 from llava_hvp.evaluation.results import KIND, STOCK_HARNESS, TOWER, TOWER_METRIC
-from llava_hvp.methods import get_method
-from llava_hvp.methods.base import Method
+from llava_hvp.runtime import PruningConfig
 
 LMMS_HARNESS = "lmms-eval"
 NO_OCR = "no OCR"
@@ -50,7 +49,7 @@ class Measured:
     benchmark: str
     harness: str
     model: str
-    method: Method | None
+    pruning: PruningConfig | None
     metric: str
     metrics: dict[str, float]
     path: Path
@@ -139,7 +138,7 @@ def _ours(content: dict[str, Any], path: Path) -> Measured:
         content["benchmark"],
         content["harness"],
         content["model"],
-        get_method(content["method"], **options) if pruned else None,
+        PruningConfig.of(content["method"], **options) if pruned else None,
         content["metric"],
         content["metrics"],
         path,
@@ -156,7 +155,7 @@ def _ours(content: dict[str, Any], path: Path) -> Measured:
 def _lmms(content: dict[str, Any], path: Path) -> list[Measured]:
     pairs = dict(pair.split("=", 1) for pair in content["config"]["model_args"].split(","))
     options = {key: value for key, value in pairs.items() if key not in (*OTHERS, "prune_method")}
-    method = method_of(pairs.get("prune_method"), {k: _number(v) for k, v in options.items()})
+    pruning = pruning_of(pairs.get("prune_method"), {k: _number(v) for k, v in options.items()})
     measured = content.get("throughput") or {}
     alone = len(content["results"]) == 1
     marked = f"avg_{TOWER_METRIC}"
@@ -175,7 +174,7 @@ def _lmms(content: dict[str, Any], path: Path) -> list[Measured]:
                 TASKS.get(task, task),
                 LMMS_HARNESS,
                 model_name(pairs["pretrained"]),
-                method,
+                pruning,
                 next(iter(metrics), ""),
                 metrics,
                 path,
@@ -201,7 +200,7 @@ def _number(text: str) -> Any:
 
 
 def find(
-    results: Sequence[Measured], column: Column, method: Method | None
+    results: Sequence[Measured], column: Column, pruning: PruningConfig | None
 ) -> tuple[Measured, float] | None:
     """The result for a column, and its number; None where there is none of this method.
 
@@ -211,9 +210,9 @@ def find(
     fitting = []
     for result in results:
         value = result.value(column)
-        alike = with_stock_attention(result.method) == with_stock_attention(method)
+        alike = with_stock_attention(result.pruning) == with_stock_attention(pruning)
         if result.benchmark == column.benchmark and alike and value is not None:
-            rank = result.harness == column.harness, has_stock_attention(result.method)
+            rank = result.harness == column.harness, has_stock_attention(result.pruning)
             fitting.append((rank, result, value))
     if not fitting:
         return None

@@ -1,4 +1,4 @@
-"""`--model_args` of lmms-eval <-> one Method; lmms-eval itself is not needed."""
+"""`--model_args` of lmms-eval <-> one PruningConfig; lmms-eval itself is not needed."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from llava_hvp import config
-from llava_hvp.config import BUDGET, Request
+from llava_hvp.config import Request
 from llava_hvp.errors import OptionError
-from llava_hvp.methods import NONE, get_method, list_methods
-from llava_hvp.methods.base import Method
+from llava_hvp.methods import NONE, list_methods
+from llava_hvp.runtime import BUDGET, PruningConfig
 
 # Arguments of the model that are no options of a method.
 OTHERS = (
@@ -18,8 +18,8 @@ OTHERS = (
 )
 
 
-def method_of(name: str | None, options: Mapping[str, Any]) -> Method | None:
-    """The method of `prune_method=NAME,r_max=0.5,layers=7+8+9`, None for `none`.
+def pruning_of(name: str | None, options: Mapping[str, Any]) -> PruningConfig | None:
+    """The pruning of `prune_method=NAME,r_max=0.5,layers=7+8+9`, None for `none`.
 
     Raises OptionError.
     """
@@ -38,14 +38,14 @@ def method_of(name: str | None, options: Mapping[str, Any]) -> Method | None:
     if name == NONE:
         config.check_unused(given)
         return None
-    return get_method(name, **given)
+    return PruningConfig.of(name, **given)
 
 
-def model_args(pretrained: str, method: Method | None) -> str:
-    """What `method_of` reads back, for a command line."""
+def model_args(pretrained: str, pruning: PruningConfig | None) -> str:
+    """What `pruning_of` reads back, for a command line."""
     pairs = [("pretrained", pretrained)]
-    if method is not None:
-        flags = config.to_flags(Request(method))
+    if pruning is not None:
+        flags = config.to_flags(Request(pruning))
         pairs.append(("prune_method", flags[1]))
         for flag, value in zip(flags[2::2], flags[3::2], strict=True):
             key, _, text = value.partition("=") if flag == "--prune-opt" else (flag[2:], "", value)

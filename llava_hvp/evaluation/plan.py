@@ -83,7 +83,7 @@ def plan(
     columns = [c for c in table.columns if not only or c.benchmark in only]
     sources = {c.benchmark: _source(c, data) for c in columns}
     steps = []
-    for row in (replace(r, method=with_stock_attention(r.method)) for r in table.rows):
+    for row in (replace(r, pruning=with_stock_attention(r.pruning)) for r in table.rows):
         for column in columns:
             make = _lmms if column.harness == LMMS_HARNESS else _stock
             command, environ = make(row, column, model_path, data, out, gpus, device, stock)
@@ -122,7 +122,7 @@ def _stock(
     device: str | None,
     stock: Sequence[str],
 ) -> tuple[list[str], dict[str, str]]:
-    flags = config.to_flags(Request(row.method, device=device))
+    flags = config.to_flags(Request(row.pruning, device=device))
     command = [sys.executable, "-m", "llava_hvp", "eval", column.benchmark]
     command += ["--model-path", model_path, "--data", str(data), "--out", str(out)]
     return [*command, "--gpus", ",".join(gpus), *column.flags, *flags, *stock], {}
@@ -143,7 +143,7 @@ def _lmms(
     launch += ["--num_processes", str(len(gpus)), *(["--cpu"] if device == "cpu" else [])]
     command = [
         *(*launch, "-m", "lmms_eval", "--model", "llava_hvp"),
-        *("--model_args", model_args(model_path, row.method), "--tasks", column.task or ""),
+        *("--model_args", model_args(model_path, row.pruning), "--tasks", column.task or ""),
         *("--batch_size", "1", "--output_path", str(folder)),
         *(["--device", "cpu"] if device == "cpu" else []),
     ]
@@ -151,7 +151,7 @@ def _lmms(
 
 
 def _lmms_folder(out: Path, model_path: str, row: Row) -> Path:
-    return out / "lmms-eval" / model_name(model_path) / method_name(row.method)
+    return out / "lmms-eval" / model_name(model_path) / method_name(row.pruning)
 
 
 def check(steps: Sequence[Step]) -> None:
@@ -169,10 +169,10 @@ def is_done(step: Step, out: Path, model_path: str) -> bool:
         results = read_results(out, model_name(model_path))
     except OptionError:
         return False
-    found = find(results, step.column, step.row.method)
+    found = find(results, step.column, step.row.pruning)
     if found is None or found[0].harness != LMMS_HARNESS:
         return False
-    return found[0].method == step.row.method
+    return found[0].pruning == step.row.pruning
 
 
 def check_checkpoint(step: Step, out: Path, model_path: str) -> None:

@@ -8,8 +8,7 @@ from importlib.resources import files
 from typing import Any
 
 from llava_hvp.errors import OptionError
-from llava_hvp.methods import get_method
-from llava_hvp.methods.base import Method
+from llava_hvp.runtime import PruningConfig
 
 _FOLDER = files("llava_hvp.evaluation") / "tables"
 TABLES = ("hivtp-1", "hivtp-2", "hivtp-3", "hiprune-1")
@@ -38,12 +37,12 @@ class Column:
 class Row:
     """One setting; figures that cannot be read in the paper are not among the values.
 
-    method : None for unpruned LLaVA
+    pruning : None for unpruned LLaVA
     average : percent of unpruned, as the paper prints it
     """
 
     label: str
-    method: Method | None
+    pruning: PruningConfig | None
     values: dict[str, float]
     kept_tokens: float | None = None
     kept_of_patches: float | None = None
@@ -82,18 +81,19 @@ class Table:
             raise OptionError(f"{self.name} has no rows as released: {', '.join(have)} have")
         rows: list[Row] = []
         for row in self.rows:
-            if beside or row.method is None:
+            if beside or row.pruning is None:
                 rows.append(row)
-            if row.method is not None:
-                method = replace(row.method, **self.as_released)
-                rows.append(replace(row, label=f"{row.label}, as released", method=method))
+            if row.pruning is not None:
+                name = row.pruning.method.name
+                pruning = PruningConfig.of(name, **row.pruning.options | self.as_released)
+                rows.append(replace(row, label=f"{row.label}, as released", pruning=pruning))
         given = ", ".join(f"{name}={value}" for name, value in self.as_released.items())
         return replace(self, rows=tuple(rows), notes=(*self.notes, f"as released: {given}"))
 
     @property
     def unpruned(self) -> Row | None:
         """The row of LLaVA as it is, where the table has one."""
-        return next((row for row in self.rows if row.method is None), None)
+        return next((row for row in self.rows if row.pruning is None), None)
 
 
 def get_table(name: str) -> Table:
@@ -115,25 +115,27 @@ def get_table(name: str) -> Table:
 
 def _row(content: dict[str, Any]) -> Row:
     name, options = content["method"], _options(content["options"])
-    rest = {key: value for key, value in content.items() if key != "options"}
-    return Row(**{**rest, "method": None if name is None else get_method(name, **options)})
+    rest = {key: value for key, value in content.items() if key not in ("method", "options")}
+    return Row(pruning=None if name is None else PruningConfig.of(name, **options), **rest)
 
 
 def _options(content: dict[str, Any] | None) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in (content or {}).items()}
 
 
-def with_stock_attention(method: Method | None) -> Method | None:
+def with_stock_attention(pruning: PruningConfig | None) -> PruningConfig | None:
     """The method in a tower that keeps its own attention, as the released codes prune.
 
     In half precision another attention rounds otherwise, and moves choices between patches.
     """
-    return None if method is None else replace(method, tower_attention="stock")
+    if pruning is None:
+        return None
+    return replace(pruning, runtime=replace(pruning.runtime, tower_attention="stock"))
 
 
-def has_stock_attention(method: Method | None) -> bool:
+def has_stock_attention(pruning: PruningConfig | None) -> bool:
     """Whether the tower keeps its own attention."""
-    return method == with_stock_attention(method)
+    return pruning == with_stock_attention(pruning)
 
 
 def average(values: dict[str, float], unpruned: dict[str, float]) -> float | None:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_hvp import config
 from llava_hvp.checkpoints.naming import model_name
 from llava_hvp.errors import OptionError
 from llava_hvp.evaluation.benchmarks import BENCHMARKS
@@ -54,7 +53,7 @@ def listing(results: Sequence[Measured], form: str) -> str:
     table = [
         {
             "model": r.model,
-            "method": UNPRUNED if r.method is None else config.describe(r.method),
+            "method": UNPRUNED if r.pruning is None else str(r.pruning),
             "benchmark": f"{r.benchmark} {r.variant}".strip(),
             "harness": r.harness,
             "metric": r.metric,
@@ -126,7 +125,7 @@ def comparison(found: Comparison, form: str) -> str:
 
 
 def _method(result: Measured) -> str:
-    return UNPRUNED if result.method is None else config.describe(result.method)
+    return UNPRUNED if result.pruning is None else str(result.pruning)
 
 
 def _long(found: Comparison) -> str:

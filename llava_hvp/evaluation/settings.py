@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import importlib.metadata
 import platform
 import re
 from collections.abc import Sequence
@@ -16,8 +14,9 @@ from llava_hvp.config import Request
 from llava_hvp.evaluation.benchmarks import Benchmark
 from llava_hvp.evaluation.digests import digests_of
 from llava_hvp.evaluation.questions import Questions
-from llava_hvp.methods.base import Method
-from llava_hvp.version import __version__
+from llava_hvp.methods import method_spec, source_of
+from llava_hvp.runtime import PruningConfig
+from llava_hvp.version import __version__, installed
 
 UNPRUNED = "unpruned"
 
@@ -36,15 +35,16 @@ def settings_of(
 
     cache : as `digests_of` takes it
     """
-    method = request.method
+    pruning = request.pruning
     return {
         "benchmark": benchmark.name,
         "model_path": model_path,
         "model_base": model_base,
         "checkpoint": digests_of(model_path, model_base, cache),
-        "method": None if method is None else method.name,
-        "options": None if method is None else plain(dataclasses.asdict(method)),
-        "given": config.to_flags(Request(method)),
+        "method": None if pruning is None else method_spec(type(pruning.method)),
+        "options": None if pruning is None else plain(pruning.options),
+        "given": config.to_flags(Request(pruning)),
+        **({} if pruning is None else source_of(type(pruning.method))),
         "device": request.device or "cuda",
         "arguments": list(stock),
         "questions": questions.path.name,
@@ -63,18 +63,13 @@ def plain(value: Any) -> Any:
 
 def versions() -> dict[str, str]:
     """Of what takes part, without importing it."""
-    found = {"llava-hvp": __version__, "python": platform.python_version()}
-    for name in ("torch", "transformers", "llava-torch", "llava"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    others = installed("torch", "transformers", "llava-torch", "llava")
+    return {"llava-hvp": __version__, "python": platform.python_version(), **others}
 
 
-def method_name(method: Method | None) -> str:
+def method_name(pruning: PruningConfig | None) -> str:
     """As a folder: `hivtp-r_max-0.5`."""
-    text = UNPRUNED if method is None else config.describe(method)
+    text = UNPRUNED if pruning is None else str(pruning)
     return re.sub(r"[^\w.+]+", "-", text).strip("-")
 
 

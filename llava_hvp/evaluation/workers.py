@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -20,7 +21,8 @@ from llava_hvp import config
 from llava_hvp.config import Request
 from llava_hvp.errors import EvaluationError
 from llava_hvp.evaluation.files import CALLS, LOG, PART_ANSWERS, part_file
-from llava_hvp.evaluation.questions import Questions
+from llava_hvp.evaluation.job import Job
+from llava_hvp.evaluation.store import Store
 
 POLL = 0.2
 
@@ -53,34 +55,26 @@ class Worker:
         return [json.loads(line) for line in whole.splitlines()]
 
 
-def answer(
-    module: str,
-    questions: Questions,
-    rows: Sequence[int],
-    folder: Path,
-    arguments: Sequence[str],
-    request: Request,
-    gpus: Sequence[str],
-    *,
-    done: int,
-) -> None:
-    """Let one process a GPU answer the rows, and wait for all of them.
+def answer(job: Job, store: Store, images: Path | None) -> None:
+    """Let one process a GPU answer what the store lacks, and wait for all of them.
 
-    done : answers that were there before, for the bar
+    images : folder of the pictures; None where the question file holds them
 
     Raises EvaluationError if one of them fails; what the others answer is kept.
     """
+    rows = store.remaining
     workers: list[Worker] = []
+    command = [sys.executable, "-m", job.benchmark.module, "--model-path", job.model_path]
+    command += ["--model-base", job.flags.model_base] if job.flags.model_base else []
+    command += ["--image-folder", str(images)] if images is not None else []
+    command += job.flags.rest
     with _stopping(workers):
-        for number, chunk in enumerate(chunks(rows, len(gpus))):
-            part = folder / str(number)
-            command = [
-                *(sys.executable, "-m", module, *arguments),
-                *("--question-file", str(questions.write_part(part, chunk))),
-                *("--answers-file", str(part_file(part, PART_ANSWERS))),
-            ]
-            workers.append(_start(command, part, request, gpus[number]))
-        _watch(workers, done, done + len(rows))
+        for number, chunk in enumerate(chunks(rows, len(job.gpus))):
+            part = store.parts / str(number)
+            own = ["--question-file", str(store.questions.write_part(part, chunk))]
+            own += ["--answers-file", str(part_file(part, PART_ANSWERS))]
+            workers.append(_start([*command, *own], part, job.request, job.gpus[number]))
+        _watch(workers, len(store.answers), len(store.answers) + len(rows))
     failed = [worker for worker in workers if worker.process.returncode]
     if failed:
         raise EvaluationError(_reason(failed[0]))
@@ -88,11 +82,12 @@ def answer(
 
 def _start(command: list[str], part: Path, request: Request, gpu: str) -> Worker:
     flags = config.to_flags(
-        Request(
-            request.method,
-            device=request.device,
+        dataclasses.replace(
+            request,
+            train=False,
+            reports=None,
             part=str(part.absolute()),
-            unpruned=request.method is None,
+            unpruned=request.pruning is None,
         )
     )
     environ = {**os.environ, config.VARIABLE: shlex.join(flags)}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import dataclasses
 import errno
 import os
 import platform
@@ -28,10 +27,10 @@ from llava_hvp.console import say
 from llava_hvp.errors import LlavaHvpError, OptionError, RecordError, UnsupportedModelError
 from llava_hvp.files import write_json
 from llava_hvp.hook.answers import AnswersFile
-from llava_hvp.methods import NONE
-from llava_hvp.methods.base import Method
+from llava_hvp.methods import NONE, method_spec
 from llava_hvp.pruning.record import UNWRITTEN, Totals, record_path
 from llava_hvp.pruning.report import ImageReport
+from llava_hvp.runtime import PruningConfig
 
 if TYPE_CHECKING:
     from llava_hvp.pruning.pruning import Pruning
@@ -76,19 +75,23 @@ def leave_report(
 
 
 class PruningAudit:
-    """What one process prunes by `method`, and how it ends.
+    """What one process prunes, and how it ends.
 
     Parameters
     ----------
     command : as `llava.eval.model_vqa`; "" for a command that is not LLaVA's own
-    method : None for `none`, unpruned LLaVA
+    pruning : None for `none`, unpruned LLaVA
     versions : what to name in the lines and the record
     """
 
     def __init__(
-        self, command: str, request: Request, method: Method | None, versions: dict[str, str]
+        self,
+        command: str,
+        request: Request,
+        pruning: PruningConfig | None,
+        versions: dict[str, str],
     ) -> None:
-        self.command, self.request, self.method = command, request, method
+        self.command, self.request, self.pruning = command, request, pruning
         self.versions = versions
         self.totals = Totals()
         self.unpruned = 0
@@ -113,8 +116,8 @@ class PruningAudit:
         )
         what = (
             f"pruning off ({NONE}): every visual token is kept, whatever the budget"
-            if self.method is None
-            else f"pruning on: {config.describe(self.method)}"
+            if self.pruning is None
+            else f"pruning on: {self.pruning}"
         )
         say(f"{what} ({versions})")
         self._await_the_end()
@@ -253,7 +256,7 @@ class PruningAudit:
         os._exit(FAILED)  # the only way out of an exit with another code
 
     def _summary(self) -> str:
-        if self.method is not None:
+        if self.pruning is not None:
             return str(self.totals)
         return f"images encoded unpruned: {self.totals.images}"
 
@@ -284,11 +287,11 @@ class PruningAudit:
         return None if name is None else Path(name).expanduser()
 
     def _record(self, answers: dict[str, Any]) -> dict[str, Any]:
-        method = self.method
+        pruning = self.pruning
         return {
-            "method": NONE if method is None else method.name,
-            "options": None if method is None else dataclasses.asdict(method),
-            "given": config.to_flags(Request(method, unpruned=method is None)),
+            "method": NONE if pruning is None else method_spec(type(pruning.method)),
+            "options": None if pruning is None else pruning.options,
+            "given": config.to_flags(Request(pruning, unpruned=pruning is None)),
             "command": [self.command, *sys.argv[1:]],
             "versions": {**self.versions, "python": platform.python_version()},
             **self._facts,

@@ -24,8 +24,8 @@ from llava_hvp.config import Request
 from llava_hvp.console import say
 from llava_hvp.errors import LlavaHvpError, OptionError, RecordError, UnsupportedModelError
 from llava_hvp.hook.audit import PruningAudit, leave_report
-from llava_hvp.methods.base import Method
 from llava_hvp.pruning.record import Totals
+from llava_hvp.runtime import PruningConfig
 from llava_hvp.version import __version__
 
 USAGE, FAILED = 2, 1  # exit codes: what was asked for is wrong, or could not be done
@@ -91,7 +91,7 @@ class PrunedProcess:
     @property
     def prunes(self) -> bool:
         """Whether pruning was asked for."""
-        return self.request.method is not None
+        return self.request.pruning is not None
 
     # --- before LLaVA is imported ---
 
@@ -111,13 +111,13 @@ class PrunedProcess:
         if flags.train and not training:
             raise OptionError("--prune-train belongs to llava.train.train: leave it out")
         if flags.asked:
-            if training and flags.method is not None and not flags.train:
+            if training and flags.pruning is not None and not flags.train:
                 raise OptionError(
                     "--prune-method on a training command: training stays unpruned unless "
                     "--prune-train is given too"
                 )
             self.request = dataclasses.replace(
-                self.request, method=flags.method, train=flags.train, unpruned=flags.unpruned
+                self.request, pruning=flags.pruning, train=flags.train, unpruned=flags.unpruned
             )
         if self.command == "llava.serve.sglang_worker" and self.prunes:
             raise UnsupportedModelError(
@@ -143,8 +143,8 @@ class PrunedProcess:
         self._is_on = True
         if self.command.startswith("llava.train.") and self.prunes and not self.request.train:
             say(_UNPRUNED_TRAINING)
-            self.request = dataclasses.replace(self.request, method=None)
-        method, asked = self.request.method, self.request.asked
+            self.request = dataclasses.replace(self.request, pruning=None)
+        pruning, asked = self.request.pruning, self.request.asked
         if not asked and self.request.device != "cpu" and self.request.part is None:
             return
         from llava_hvp.hosts.llava import compat
@@ -153,32 +153,32 @@ class PrunedProcess:
 
         if self.request.device == "cpu":
             bridge_to_cpu(MonkeyPatcher())
-        if method is None:
+        if pruning is None:
             compat.bridge()
         if not asked:
             self._answer_part(lambda: 0)
             return
         found = {"llava-hvp": __version__, **compat.found_versions()}
-        self._account = account = PruningAudit(self.command, self.request, method, found)
+        self._account = account = PruningAudit(self.command, self.request, pruning, found)
         if self.command in startup.EVALUATING:
             account.answers.watch()
         self._patches, self._trainer_bridge = MonkeyPatcher(), MonkeyPatcher()
-        self._install(method, account)
+        self._install(pruning, account)
         self._answer_part(lambda: account.unpruned)
 
-    def _install(self, method: Method | None, account: PruningAudit) -> None:
+    def _install(self, pruning: PruningConfig | None, account: PruningAudit) -> None:
         loader = importlib.import_module("llava.model.builder")
         self._patches.replace(
             loader, "load_pretrained_model", self._checking(loader.load_pretrained_model)
         )
-        if method is None:
+        if pruning is None:
             from llava_hvp.hosts.llava.unpruned import count_images
 
             count_images(self._patches, account.count)
             return
         from llava_hvp.hosts.llava import builder
 
-        builder.install(method, on_model=account.watch)
+        builder.install(pruning.method, runtime=pruning.runtime, on_model=account.watch)
         clip = importlib.import_module("llava.model.multimodal_encoder.clip_encoder")
         arch = importlib.import_module("llava.model.llava_arch")
         tower = clip.CLIPVisionTower
@@ -233,8 +233,8 @@ class PrunedProcess:
 
         trainer : the module llava.train.train
         """
-        method, account, stock = self.request.method, self._account, trainer.train
-        if method is None or account is None or self.request.train:
+        pruning, account, stock = self.request.pruning, self._account, trainer.train
+        if pruning is None or account is None or self.request.train:
             return
 
         @functools.wraps(stock)
@@ -245,7 +245,7 @@ class PrunedProcess:
                 return stock(*args, **kwargs)
             finally:
                 self._trainer_bridge.undo()
-                self._install(method, account)
+                self._install(pruning, account)
                 self.training_imported()
 
         trainer.train = train

@@ -17,14 +17,13 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from tqdm import tqdm
 
-from llava_hvp import config
 from llava_hvp.checkpoints.before_loading import check_before_loading
+from llava_hvp.checkpoints.dtypes import DTYPES
 from llava_hvp.console import say
 from llava_hvp.errors import LlavaHvpError, OptionError, PrunedStateError
-from llava_hvp.evaluation.model_args import method_of
+from llava_hvp.evaluation.model_args import pruning_of
 from llava_hvp.evaluation.results import speed, towers, visual_tokens
 
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 # What LLaVA's own generate is given where a task says nothing.
 DEFAULTS = {"max_new_tokens": 1024, "temperature": 0, "top_p": None, "num_beams": 1}
 
@@ -54,8 +53,8 @@ class LlavaHvp(lmms):
     device : cuda where there is one, else cpu; with several processes each takes its own GPU
     device_map : auto spreads the model over GPUs
     dtype : float16, bfloat16 or float32; float16 as LLaVA loads it by default, on a CPU float32
-    prune_method, r_max, num_tokens, and every option of the method : as `r_max=0.5`; items of a
-        tuple are joined by +, as `layers=7+8+9`
+    prune_method, r_max, num_tokens, the options of the method and of Runtime : as `r_max=0.5`;
+        items of a tuple are joined by +, as `layers=7+8+9`
     """
 
     is_simple = True
@@ -77,7 +76,7 @@ class LlavaHvp(lmms):
         **options: Any,
     ) -> None:
         super().__init__()
-        method = method_of(prune_method, options)
+        pruning = pruning_of(prune_method, options)
         if dtype is not None and dtype not in DTYPES:
             raise OptionError(f"dtype={dtype}: give one of {', '.join(DTYPES)}")
         if load_4bit and load_8bit:
@@ -89,7 +88,7 @@ class LlavaHvp(lmms):
         self._rank = self.accelerator.process_index
         self._world_size = self.accelerator.num_processes
         self._device = self._choose_device(device)
-        check_before_loading(pretrained, [method])
+        check_before_loading(pretrained, [None if pruning is None else pruning.method])
         # LLaVA comes only now: whatever was typed wrong has been said.
         from llava_hvp.checkpoints.checkpoint import open_checkpoint
         from llava_hvp.hosts.llava.host import attach
@@ -104,15 +103,15 @@ class LlavaHvp(lmms):
             # One GPU unless asked otherwise, also for device=cuda: each process has its own.
             device_map=device_map or str(self._device),
         )
-        if method is not None:
-            attach(self.model, method, tokenizer=self.tokenizer)
+        if pruning is not None:
+            attach(self.model, pruning.method, runtime=pruning.runtime, tokenizer=self.tokenizer)
         elif "llava_hvp" in vars(self.model):
             raise PrunedStateError(
                 "the model was loaded pruned, as LLAVA_HVP asks, where unpruned LLaVA was wanted: "
                 "unset LLAVA_HVP, or name its method here"
             )
         if self._rank == 0:
-            what = "unpruned" if method is None else f"pruning on: {config.describe(method)}"
+            what = "unpruned" if pruning is None else f"pruning on: {pruning}"
             say(f"{what}; {self._world_size} process(es), {self._device}")
 
     def _choose_device(self, wanted: str | None) -> torch.device:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import importlib
 import importlib.metadata
 import inspect
 import os
 import pkgutil
+import re
 import sys
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from llava_hvp.errors import OptionError, shown
@@ -21,6 +24,9 @@ from llava_hvp.methods.base import Method
 
 ENTRY_POINTS = "llava_hvp.methods"
 NONE = "none"  # the word for unpruned LLaVA, which is no method
+# Options of llava_hvp.Runtime, which lies above the methods.
+OF_RUNTIME = ("patch_merge", "newline", "tower_attention", "tower_dtype")
+_NAME = re.compile(r"[\w.+-]+")  # for lists, key=value pairs and folders
 
 for _module in pkgutil.iter_modules(__path__, __name__ + "."):
     importlib.import_module(_module.name)
@@ -34,7 +40,8 @@ def _registry() -> dict[str, type[Method]]:
         queue += kinds
         for kind in kinds:
             # Ours were imported first, so that nobody takes a paper's name from it.
-            if "name" in vars(kind) and kind.listed and not inspect.isabstract(kind):
+            has_name = "name" in vars(kind) and hasattr(kind, "where")
+            if has_name and kind.listed and not inspect.isabstract(kind):
                 found.setdefault(kind.name, kind)
     return found
 
@@ -46,7 +53,7 @@ def _plugins() -> dict[str, importlib.metadata.EntryPoint]:
 
 
 def list_methods() -> list[str]:
-    """Names of all methods, sorted; a subclass of Method defined elsewhere is listed too."""
+    """Names of all methods, sorted; a subclass of VisionMethod defined elsewhere is listed too."""
     return sorted({*_registry(), *_plugins()})
 
 
@@ -84,19 +91,50 @@ def method_spec(kind: type[Method]) -> str:
     return kind.name if is_known else path
 
 
+def source_of(kind: type[Method]) -> dict[str, str]:
+    """What tells two versions of somebody's own method apart: the digest of its file.
+
+    Nothing for a method of ours, which this package's version tells.
+    """
+    path = getattr(sys.modules.get(kind.__module__), "__file__", None)
+    if kind.__module__.startswith("llava_hvp.") or path is None or not os.path.isfile(path):
+        return {}
+    with open(path, "rb") as file:
+        return {"method_sha256": hashlib.sha256(file.read()).hexdigest()}
+
+
+def folder_of(kind: type[Method]) -> str | None:
+    """The current folder, where it is there that somebody's own method was found; else None."""
+    name, here = kind.__module__.partition(".")[0], _here()
+    module = sys.modules.get(name)
+    places = getattr(module, "__path__", None) or [getattr(module, "__file__", None) or ""]
+    is_here = here in [os.path.dirname(os.path.abspath(place)) for place in places]
+    return here if is_here and name != "llava_hvp" else None
+
+
 def get_method(name: str, **options: Any) -> Method:
     """A method by name, as `get_method("hivtp", r_max=0.5)`, or by `module:Class`.
 
     Raises OptionError for an unknown name, option or value; the message lists the valid ones.
     """
     kind = method_class(name)
-    valid = [f.name for f in dataclasses.fields(kind)]
+    for option in OF_RUNTIME:
+        if option in options:
+            raise OptionError(
+                f"{name}: {option} says how the model runs and not what is chosen: give it as "
+                f"runtime=Runtime({option}={options[option]!r}) to llava_hvp.prune"
+            )
+    check_known(name, options, [field.name for field in dataclasses.fields(kind)])
+    return kind(**options)
+
+
+def check_known(name: str, options: Iterable[str], valid: Sequence[str]) -> None:
+    """Raise OptionError for an option that the method of this name does not have."""
     for option in options:
         if option not in valid:
             raise OptionError(
                 f"{name}: unknown option {shown(option)}: give one of {', '.join(valid)}"
             )
-    return kind(**options)
 
 
 def _own(path: str, called: str) -> type[Method]:
@@ -106,19 +144,28 @@ def _own(path: str, called: str) -> type[Method]:
         kind: Any = _imported(module)
         for part in attribute.split("."):
             kind = getattr(kind, part)
-    except Exception as error:  # whatever a module of somebody else's does while it is imported
+    # Whatever a module of somebody else's does while it is imported, sys.exit included.
+    except (Exception, SystemExit) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise OptionError(
-            f"the method {called} cannot be had: {type(error).__name__}: {error}. Give "
+            f"the method {called} cannot be had: {reason}. Give "
             "module:Class of a module that can be imported, or that lies in "
             f"{_here() or 'this folder'}"
         ) from error
     if not (isinstance(kind, type) and issubclass(kind, Method)):
-        raise OptionError(f"the method {called} is no subclass of llava_hvp.Method")
+        raise OptionError(f"the method {called} is no subclass of llava_hvp.VisionMethod")
+    if not hasattr(kind, "where"):
+        raise OptionError(f"the method {called} is of no kind: build on llava_hvp.VisionMethod")
     if inspect.isabstract(kind):
-        missing = ", ".join(sorted(kind.__abstractmethods__))
+        missing = ", ".join(sorted(vars(kind)["__abstractmethods__"]))
         raise OptionError(f"the method {called} is abstract: it lacks {missing}")
-    if not all(isinstance(vars(kind).get(n), str) for n in ("name", "summary")):
-        raise OptionError(f"the method {called} has no name and summary of its own: give it both")
+    own = vars(kind)
+    if not all(own.get(option) for option in ("name", "summary", "roles")):
+        raise OptionError(f"the method {called} lacks a name, a summary or roles of its own")
+    if not _NAME.fullmatch(str(kind.name)) or kind.name == NONE:
+        raise OptionError(
+            f"the method {called} calls itself {kind.name!r}: give a name of letters, digits, . + -"
+        )
     if _registry().get(kind.name) is not kind:
         raise OptionError(
             f"the method {called} calls itself {kind.name!r}, as another does: rename"

@@ -1,25 +1,37 @@
-"""What a pruning method is: a Method reads a VisionContext and returns a Selection."""
+"""What a pruning method is: a VisionMethod reads a VisionContext and returns a Selection."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from llava_hvp.errors import ContextError, OptionError, UnsupportedModelError, shown
-from llava_hvp.methods.checks import choice, integer, number
+from llava_hvp.methods.checks import integer, number
 from llava_hvp.methods.context import Needs, VisionContext, raise_unless_finite
 from llava_hvp.methods.masks import Grid
 from llava_hvp.methods.selection import Mix, Selection
 
-__all__ = ["Method", "Mix", "Needs", "Selection", "VisionContext", "raise_unless_finite"]
+__all__ = [
+    "Method",
+    "Mix",
+    "Needs",
+    "Selection",
+    "VisionContext",
+    "VisionMethod",
+    "raise_unless_finite",
+    "vision_method",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method(ABC):
-    """A training-free pruning method: a frozen set of options and one rule, `choose`.
+class Method:
+    """A training-free pruning method: a frozen set of options, and a rule that its kind says.
+
+    Nobody builds on this class itself: a method that chooses at the vision tower is a
+    `VisionMethod`.
 
     Parameters
     ----------
@@ -27,16 +39,6 @@ class Method(ABC):
         given. It stands for round(r_max * N) patches, so that the bound holds up to this rounding
         (0.3 of 576 is 173 patches, 30.03 %), and for one patch at least.
     num_tokens : instead of `r_max`, patches in total for one image, shared evenly by its tiles
-    patch_merge : "stock" packs LLaVA-NeXT tiles as the checkpoint says; "spatial" without unpad
-        and newlines
-    newline : mosaic rows that end in an image_newline: "rows" with a kept patch, "all" or "none"
-    tower_attention : "sdpa" replaces the vision tower's eager attention by torch's fused one, as
-        transformers before 4.46 has none (the same up to rounding, which in half precision moves
-        choices between patches); "stock" leaves it, as the released codes do
-    tower_dtype : "model" runs the tower in the dtype of the images, which is the language model's;
-        "stock" in its own, float32 where LLaVA's scripts load a LLaVA-1.5
-
-    With r_max=1 the tower is stock's whatever the two say.
 
     Raises
     ------
@@ -46,17 +48,11 @@ class Method(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     roles: ClassVar[tuple[str, ...]]
+    where: ClassVar[str]  # where it prunes; its kind says it
     listed: ClassVar[bool] = True  # whether it can be had by its name
-    needs_cls: ClassVar[bool] = False  # whether it asks the CLS token, which not every tower has
-    loose: ClassVar[tuple[str, ...]] = ()  # roles whose tokens follow their tile, off the mosaic
-    extra_first: ClassVar[bool] = False  # whether a tile's extra token leads it; else it ends it
 
     r_max: float | None = None
     num_tokens: int | None = None
-    patch_merge: str = "stock"
-    newline: str = "rows"
-    tower_attention: str = "sdpa"
-    tower_dtype: str = "stock"
 
     def __post_init__(self) -> None:
         if self.r_max is not None and self.num_tokens is not None:
@@ -70,23 +66,32 @@ class Method(ABC):
             integer(self, "num_tokens", least=1)
         if not self._has_budget():
             object.__setattr__(self, "r_max", 0.5)
-        choice(self, "patch_merge", ("stock", "spatial"))
-        choice(self, "newline", ("rows", "all", "none"))
-        choice(self, "tower_attention", ("sdpa", "stock"))
-        choice(self, "tower_dtype", ("stock", "model"))
 
     def _has_budget(self) -> bool:
         return self.r_max is not None or self.num_tokens is not None
 
     @property
-    def of_image(self) -> bool:
-        """Whether `budget` is of an image, which its tiles share as the method decides."""
-        return False
-
-    @property
     def keeps_all(self) -> bool:
         """Whether the budget alone says that every patch stays."""
         return self.r_max == 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionMethod(Method, ABC):
+    """A method at the vision tower: it reads a VisionContext and chooses patches of each tile.
+
+    The rule is `choose`; `reads` says which scores it goes by.
+    """
+
+    where: ClassVar[str] = "vision tower"
+    needs_cls: ClassVar[bool] = False  # whether it asks the CLS token, which not every tower has
+    loose: ClassVar[tuple[str, ...]] = ()  # roles whose tokens follow their tile, off the mosaic
+    extra_first: ClassVar[bool] = False  # whether a tile's extra token leads it; else it ends it
+
+    @property
+    def of_image(self) -> bool:
+        """Whether `budget` is of an image, which its tiles share as the method decides."""
+        return False
 
     def needs(self, depth: int | None, feature_layer: int | None) -> Needs:
         """What to capture on an encoder of `depth` layers that hands on layer `feature_layer`.
@@ -101,7 +106,7 @@ class Method(ABC):
         """What `choose` reads; nothing by default."""
         return Needs()
 
-    def check(self, grid: Grid) -> None:  # noqa: B027 - nothing to check is the usual case
+    def check(self, grid: Grid) -> None:
         """Raise OptionError where these options cannot be met on a tile of this grid."""
 
     @abstractmethod
@@ -195,3 +200,17 @@ class Method(ABC):
                 f"{self.name} needs the CLS token's attention, and the context holds none "
                 f"(cls_attention={{}}); for a vision tower without a CLS token {remedy}"
             )
+
+
+def vision_method(method: Any) -> VisionMethod:
+    """The method, if it is one that chooses at the vision tower; else UnsupportedModelError."""
+    if isinstance(method, VisionMethod):
+        return method
+    if isinstance(method, Method):
+        raise UnsupportedModelError(
+            f"{type(method).__name__} prunes at {getattr(type(method), 'where', None)!r}, and here "
+            f"only at the {VisionMethod.where!r} can be pruned: give a VisionMethod"
+        )
+    raise UnsupportedModelError(
+        f"{method!r} is no Method: give one, as HIVTP(r_max=0.5) or get_method('hivtp')"
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from llava_hvp.methods.base import Method, Needs, Selection, VisionContext
+from llava_hvp.methods.base import Needs, Selection, VisionContext, VisionMethod
 from llava_hvp.methods.checks import checked_layers, choice, integer, number, scaled_layers
 from llava_hvp.methods.masks import Grid, flat_neighbours, neighbours, top_k
 
@@ -18,7 +18,7 @@ BUFFERS: dict[str, tuple[Grid, ...]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class HiPrune(Method):
+class HiPrune(VisionMethod):
     """HiPrune (arXiv 2508.00553, "Prune Visual Tokens by Hierarchical Attention").
 
     Anchors are the patches that receive most attention in `object_layer`, buffers their

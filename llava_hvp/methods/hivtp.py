@@ -9,13 +9,13 @@ from typing import ClassVar
 import torch
 
 from llava_hvp.errors import OptionError, shown
-from llava_hvp.methods.base import Method, Needs, Selection, VisionContext
+from llava_hvp.methods.base import Needs, Selection, VisionContext, VisionMethod
 from llava_hvp.methods.checks import checked_layers, integer, number, scaled_layers
 from llava_hvp.methods.masks import Grid, top_k_per_block
 
 
 @dataclass(frozen=True, kw_only=True)
-class HIVTP(Method):
+class HIVTP(VisionMethod):
     """HIVTP (arXiv 2509.23663, Section 4).
 
     The score is the mean received attention of `layers`. The global stage keeps the best patches

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from llava_hvp.methods.base import Method, Selection, VisionContext
+from llava_hvp.methods.base import Selection, VisionContext, VisionMethod
 from llava_hvp.methods.checks import integer
 from llava_hvp.methods.masks import top_k
 
@@ -15,7 +15,7 @@ LARGEST_SEED = 2**64 - 1  # of torch's generators
 
 
 @dataclass(frozen=True, kw_only=True)
-class Random(Method):
+class Random(VisionMethod):
     """Patches drawn without replacement; captures nothing.
 
     Parameters

@@ -7,11 +7,11 @@ from typing import ClassVar
 
 import torch
 
-from llava_hvp.methods.base import Method, Selection, VisionContext
+from llava_hvp.methods.base import Selection, VisionContext, VisionMethod
 
 
 @dataclass(frozen=True, kw_only=True)
-class Uniform(Method):
+class Uniform(VisionMethod):
     """Patches at even steps over the raster, from the first; captures nothing."""
 
     name: ClassVar[str] = "uniform"

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from llava_hvp.encoder.capture import AttentionScores, QKHooks, recording
 from llava_hvp.encoder.vit import Geometry, hidden_states, layers_of, read_geometry
 from llava_hvp.errors import TextEncoderError, UnsupportedModelError
-from llava_hvp.methods.base import Method, Needs, Selection, VisionContext, raise_unless_finite
+from llava_hvp.methods.base import (
+    Needs,
+    Selection,
+    VisionContext,
+    VisionMethod,
+    raise_unless_finite,
+)
+from llava_hvp.runtime import Runtime
 
 Relevance = Callable[[Tensor], Tensor]  # features (T, N, D) -> relevance (T, N)
 _CHANGING = threading.Lock()
@@ -83,7 +90,8 @@ class PrunedEncoder:
     that goes on, as an index into the hidden states.
     """
 
-    prune_method: Method
+    prune_method: VisionMethod
+    prune_runtime: Runtime
     _plan: CapturePlan | None = None
     _stock_weights: StockWeights | None = None  # of a tower whose dtype was changed
 
@@ -150,13 +158,13 @@ class PrunedEncoder:
             self._plan.hooks.remove()
         if self._stock_weights is not None:
             self._stock_weights.put_back(self.vit)
-        for name in ("prune_method", "_plan", "_stock_weights"):
+        for name in ("prune_method", "prune_runtime", "_plan", "_stock_weights"):
             self.__dict__.pop(name, None)
 
     @property
     def fuses_attention(self) -> bool:
         """Whether layers whose attention is eager get torch's fused one."""
-        return self.prune_method.tower_attention == "sdpa" and not self.prune_method.keeps_all
+        return self.prune_runtime.tower_attention == "sdpa" and not self.prune_method.keeps_all
 
     def run_to_layer(self, images: Tensor) -> tuple[Tensor, AttentionScores]:
         """(T, 1 + N, D) output of the layer that goes on, and the scores that the method reads."""
@@ -184,7 +192,7 @@ class PrunedEncoder:
         """
         plan, method = self.plan(), self.prune_method
         geometry, needs = plan.geometry, plan.needs
-        if method.tower_dtype == "model" and not method.keeps_all:
+        if self.prune_runtime.tower_dtype == "model" and not method.keeps_all:
             self.take_dtype(images.dtype)
         hidden, scores = self.run_to_layer(images.to(device=self.device, dtype=self.dtype))
         features = hidden[:, hidden.shape[1] - geometry.patches :].to(images.dtype)
@@ -211,7 +219,7 @@ class PrunedEncoder:
         return EncodedTiles(features, _selection_on_cpu(method, context))
 
 
-def _selection_on_cpu(method: Method, context: VisionContext) -> Selection:
+def _selection_on_cpu(method: VisionMethod, context: VisionContext) -> Selection:
     """Select, and bring masks and the look at the scores over in the one transfer there is."""
     selection = method.select_unchecked(context)
     names, finite = context.finite()

@@ -47,16 +47,16 @@ def pack(
     rows : token ids of each row of the batch without padding, for methods that read them
     laid_out : whether the host lays tiles out by its config; else each image is one bare tile
     """
-    model, method = pruning.host_model, pruning.method
+    model, method, runtime = pruning.host_model, pruning.method, pruning.runtime
     encoded = pruning.encode(pixels, tiles, rows)
     grid = model.encoder.plan().geometry.grid
     layouts = [
-        model.layout(count, size, method.patch_merge) if laid_out else _one_tile(grid)
+        model.layout(count, size, runtime.patch_merge) if laid_out else _one_tile(grid)
         for count, size in zip(tiles, sizes, strict=True)
     ]
     selections = _by_image(encoded.selection, tiles)
     kept = [
-        place.kept(selection.keep.flatten(), method.newline)
+        place.kept(selection.keep.flatten(), runtime.newline)
         for place, selection in zip(layouts, selections, strict=True)
     ]
     view = model.view()

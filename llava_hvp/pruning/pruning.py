@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from llava_hvp.encoder.text import ClipText, cosine_relevance
-from llava_hvp.methods.base import Method
+from llava_hvp.methods.base import VisionMethod
 from llava_hvp.pruning.encoding import EncodedTiles, Relevance
 from llava_hvp.pruning.host import HostModel
 from llava_hvp.pruning.report import ImageReport
 from llava_hvp.pruning.reuse import RecentlyEncoded, weights_version
+from llava_hvp.runtime import Runtime
 
 # Held while a model is looked at and changed, so that of two threads one comes first.
 CHANGING = threading.RLock()
@@ -52,9 +53,14 @@ class Pruning:
         return self.host_model.model
 
     @property
-    def method(self) -> Method:
+    def method(self) -> VisionMethod:
         """The method in force."""
         return self.host_model.encoder.prune_method
+
+    @property
+    def runtime(self) -> Runtime:
+        """How the method is run."""
+        return self.host_model.encoder.prune_runtime
 
     @property
     def last(self) -> list[ImageReport]:
@@ -138,14 +144,16 @@ class Pruning:
         rows : token ids of each row of the batch, without padding
         """
         encoder = self.host_model.encoder
-        if encoder.plan().needs.relevance is None or rows is None:
+        text = encoder.plan().needs.relevance
+        if text is None or rows is None:
             return None
         self.load_text()
         prompts = self.host_model.prompts(rows, len(tiles), self.tokenizer)
         repeats = torch.tensor(tiles)
 
         def of_features(features: Tensor) -> Tensor:
-            if self.clip_text is not None:
+            # An encoder may be there that another method of this model has read with.
+            if text == "clip" and self.clip_text is not None:
                 clip = self.clip_text.to(features.device)
                 patches = clip.patches(encoder.vit, features)
                 texts = torch.stack([clip.embed(prompt) for prompt in prompts])

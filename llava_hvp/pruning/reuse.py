@@ -89,7 +89,11 @@ def weights_version(encoder: PrunedEncoder) -> Any:
     changed by an optimiser. What changes through a parameter's `.data` in place leaves no trace: to
     find out, all weights would have to be read at each image.
     """
-    made_by: list[Any] = [encoder.prune_method, encoder.hidden_state_index]
+    made_by: list[Any] = [
+        encoder.prune_method,
+        encoder.prune_runtime,
+        encoder.hidden_state_index,
+    ]
     for module in encoder.vit.modules():
         # Numbers of hooks are given once only.
         made_by += (id(module), *module._forward_pre_hooks, *module._forward_hooks)

@@ -15,6 +15,7 @@ from llava_hvp.hosts.llava.tower import PrunedCLIPVisionTower
 from llava_hvp.methods.base import Method
 from llava_hvp.pruning.monkeypatch import MonkeyPatcher
 from llava_hvp.pruning.pruning import Pruning
+from llava_hvp.runtime import PruningConfig, Runtime
 
 _INSTALLED = MonkeyPatcher()
 _CHANGING = threading.Lock()  # of two threads one comes first
@@ -23,6 +24,7 @@ _CHANGING = threading.Lock()  # of two threads one comes first
 def install(
     method: Method,
     *,
+    runtime: Runtime | None = None,
     tokenizer: Any = None,
     on_model: Callable[[Pruning], None] | None = None,
 ) -> None:
@@ -34,6 +36,7 @@ def install(
     Parameters
     ----------
     method : what to prune by
+    runtime : how to run it, by default `Runtime()`
     tokenizer : for prompt-aware methods; by default they load the checkpoint's own
     on_model : called with the `Pruning` of each model that is built
 
@@ -43,13 +46,12 @@ def install(
     UnsupportedVersionError : this LLaVA or transformers is not supported
     """
     compat.check_versions()
-    if not isinstance(method, Method):
-        raise UnsupportedModelError(f"{method!r} is no Method: give one, as HIVTP(r_max=0.5)")
+    chosen = PruningConfig.checked(method, runtime)
     with _CHANGING:
         if _INSTALLED:
             raise PrunedStateError("a method is installed already: call uninstall() first")
         towers = importlib.import_module("llava.model.multimodal_encoder.builder")
-        tower = functools.partial(PrunedCLIPVisionTower, method=method)
+        tower = functools.partial(PrunedCLIPVisionTower, pruning=chosen)
         _INSTALLED.replace(towers, "CLIPVisionTower", tower)
         if hasattr(towers, "CLIPVisionTowerS2"):
             _INSTALLED.replace(towers, "CLIPVisionTowerS2", _refuse_s2)

@@ -20,6 +20,7 @@ from llava_hvp.hosts.llava.view import LlavaView
 from llava_hvp.methods.base import Method
 from llava_hvp.pruning.layout import Layout, Size
 from llava_hvp.pruning.pruning import CHANGING, Pruning
+from llava_hvp.runtime import PruningConfig, Runtime
 
 OVERRIDES: tuple[Callable[..., Any], ...] = (
     overrides.encode_images,
@@ -102,19 +103,21 @@ class LlavaModel:
 
 
 def attach(
-    model: Any, method: Method, *, tokenizer: Any = None, clip_text: ClipText | None = None
+    model: Any,
+    method: Method,
+    *,
+    runtime: Runtime | None = None,
+    tokenizer: Any = None,
+    clip_text: ClipText | None = None,
 ) -> Pruning:
     """See `llava_hvp.prune`.
 
     clip_text : instead of the one in the tower's own checkpoint
     """
-    if not isinstance(method, Method):
-        raise UnsupportedModelError(
-            f"{method!r} is no Method: give one, as HIVTP(r_max=0.5) or get_method('hivtp')"
-        )
+    chosen = PruningConfig.checked(method, runtime)
     model = find_llava(model)
     with CHANGING:
-        PrunedCLIPVisionTower.adopt(_unpruned_tower(model), method)
+        PrunedCLIPVisionTower.adopt(_unpruned_tower(model), chosen)
         pruning = bind(model, tokenizer, clip_text)
     try:
         pruning.load_text()

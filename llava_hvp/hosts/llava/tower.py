@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from llava_hvp.encoder.vit import Geometry, attention_of, geometry_of, read_geometry
 from llava_hvp.errors import UnsupportedModelError
-from llava_hvp.methods.base import Method
+from llava_hvp.methods.base import VisionMethod
 from llava_hvp.pruning.encoding import PrunedEncoder
+from llava_hvp.runtime import PruningConfig
 
 
 class PrunedCLIPVisionTower(PrunedEncoder, CLIPVisionTower):
@@ -21,18 +22,20 @@ class PrunedCLIPVisionTower(PrunedEncoder, CLIPVisionTower):
     stock tower into one, in place, and `release` turns it back.
     """
 
-    def __init__(self, vision_tower: str, args: Any, delay_load: bool = False, *, method: Method):
-        self.prune_method = method
+    def __init__(
+        self, vision_tower: str, args: Any, delay_load: bool = False, *, pruning: PruningConfig
+    ):
+        self.prune_method, self.prune_runtime = pruning.method, pruning.runtime
         super().__init__(vision_tower, args, delay_load)
         if not self.is_loaded:  # now, and not when the language model is there
-            _check_layers(method, geometry_of(self.cfg_only), self.select_layer)
+            _check_layers(pruning.method, geometry_of(self.cfg_only), self.select_layer)
 
     @classmethod
-    def adopt(cls, tower: CLIPVisionTower, method: Method) -> None:
+    def adopt(cls, tower: CLIPVisionTower, pruning: PruningConfig) -> None:
         """Make a loaded stock tower a pruned one; on an error it stays as it was."""
-        check_tower(tower, method)
+        check_tower(tower, pruning.method)
         tower.__class__ = cls
-        tower.prune_method = method
+        tower.prune_method, tower.prune_runtime = pruning.method, pruning.runtime
         try:
             tower.plan()
         except BaseException:
@@ -85,7 +88,7 @@ def tower_facts(tower: Any) -> dict[str, str]:
     }
 
 
-def check_tower(tower: Any, method: Method) -> None:
+def check_tower(tower: Any, method: VisionMethod) -> None:
     """Raise a LlavaHvpError unless `method` can run on this loaded tower."""
     if not isinstance(tower, CLIPVisionTower) or type(tower) not in (
         CLIPVisionTower,
@@ -107,6 +110,6 @@ def check_tower(tower: Any, method: Method) -> None:
     _check_layers(method, read_geometry(tower.vision_tower), tower.select_layer)
 
 
-def _check_layers(method: Method, geometry: Geometry, select_layer: int) -> None:
+def _check_layers(method: VisionMethod, geometry: Geometry, select_layer: int) -> None:
     method.needs(geometry.depth, geometry.normalised(select_layer))
     method.check(geometry.grid)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.metadata
 import importlib.util
 import inspect
 import sys
 import types
 
 from llava_hvp.errors import UnsupportedVersionError
+from llava_hvp.version import version_of
 
 OLDEST, NEWEST = (4, 36), (6, 0)  # transformers, the second excluded
 SUPPORTED = (
@@ -41,10 +41,7 @@ def found_versions() -> dict[str, str]:
 
 
 def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return "none"
+    return version_of(distribution) or "none"
 
 
 def transformers_version() -> tuple[int, int]:
