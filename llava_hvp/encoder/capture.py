@@ -1,4 +1,4 @@
-"""Received and CLS attention of named layers, from the q and k that the encoder computes anyway.
+"""Attention, keys and queries of named layers, from what the encoder computes anyway.
 
 Forward hooks on `q_proj` and `k_proj` see both projections while every layer keeps its own (eager,
 sdpa, flash) attention. The attention map is recomputed from them in float32, a chunk at a time,
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,10 +28,16 @@ CHUNK_ELSEWHERE = 2**24
 
 @dataclass(frozen=True)
 class AttentionScores:
-    """(T, N) float32 scores by layer, numbered from 1."""
+    """What was seen, by layer, numbered from 1.
+
+    received, cls : (T, N) float32 attention
+    keys, queries : (T, S, D), k_proj's and q_proj's output in the tower's dtype
+    """
 
     received: dict[int, Tensor]
     cls: dict[int, Tensor]
+    keys: dict[int, Tensor] = field(default_factory=dict)
+    queries: dict[int, Tensor] = field(default_factory=dict)
 
 
 class _Recording:
@@ -43,6 +49,9 @@ class _Recording:
         self.scores = AttentionScores({}, {})
 
     def take(self, layer: int, side: str, projected: Tensor) -> None:
+        self._hold(layer, side, projected)
+        if layer not in self.needs.received and layer not in self.needs.cls:
+            return
         pair = self.waiting.setdefault(layer, {})
         pair[side] = projected
         if len(pair) < 2:
@@ -55,6 +64,21 @@ class _Recording:
             self.scores.received[layer] = received
         if cls is not None:
             self.scores.cls[layer] = cls
+
+    def _hold(self, layer: int, side: str, projected: Tensor) -> None:
+        if side == "k" and layer in self.needs.keys:
+            self.scores.keys[layer] = projected.detach()
+        if side == "q" and layer in self.needs.queries:
+            self.scores.queries[layer] = projected.detach()
+
+    def missing(self) -> set[int]:
+        """Layers of which something was wanted and not seen."""
+        return {
+            layer
+            for kind in ("received", "cls", "keys", "queries")
+            for layer in getattr(self.needs, kind)
+            if layer not in getattr(self.scores, kind)
+        }
 
 
 # Per thread (and task), so that eight generations on one model never see each other's scores.
@@ -78,22 +102,20 @@ class Taps:
     """The hooks that a method needs on the layers of one encoder."""
 
     def __init__(self, layers: Sequence[Any], needs: Needs) -> None:
-        self._layers = tuple(sorted({*needs.received, *needs.cls}))
+        self._taps = tuple(
+            _Tap(layer, side)
+            for side, kinds in (("q", needs.queries), ("k", needs.keys))
+            for layer in sorted({*needs.received, *needs.cls, *kinds})
+        )
         self._modules = tuple(self._projections(layers))
         self._handles: list[RemovableHandle] = [
-            module.register_forward_hook(_Tap(layer, side))
-            for module, layer, side in zip(
-                self._modules,
-                (layer for layer in self._layers for _ in "qk"),
-                "qk" * len(self._layers),
-                strict=True,
-            )
+            module.register_forward_hook(tap)
+            for module, tap in zip(self._modules, self._taps, strict=True)
         ]
 
     def _projections(self, layers: Sequence[Any]) -> Iterator[nn.Module]:
-        for layer in self._layers:
-            attention = layers[layer - 1].self_attn
-            yield from (attention.q_proj, attention.k_proj)
+        for tap in self._taps:
+            yield getattr(layers[tap.layer - 1].self_attn, f"{tap.side}_proj")
 
     def on(self, layers: Sequence[Any]) -> bool:
         """Whether the hooks sit on these layers still: quantised loading replaces the modules."""
@@ -117,7 +139,7 @@ def recording(needs: Needs, heads: int, patches: int) -> Iterator[AttentionScore
         yield record.scores
     finally:
         _RECORDING.reset(token)
-    missing = {*needs.received} - {*record.scores.received} | {*needs.cls} - {*record.scores.cls}
+    missing = record.missing()
     if missing:
         raise UnsupportedModelError(
             f"the vision tower's attention of layers {sorted(missing)} did not pass through q_proj "
