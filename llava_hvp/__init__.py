@@ -10,11 +10,17 @@ from typing import TYPE_CHECKING, Any
 from llava_hvp.errors import LlavaHvpError
 from llava_hvp.methods import get_method, list_methods
 from llava_hvp.methods.base import Method, Mix, Needs, Selection, VisionContext
+from llava_hvp.methods.cdpruner import CDPruner
+from llava_hvp.methods.divprune import DivPrune
+from llava_hvp.methods.fastervlm import FasterVLM
 from llava_hvp.methods.hiprune import HiPrune
 from llava_hvp.methods.hipruneplus import HiPrunePlus
 from llava_hvp.methods.hivtp import HIVTP
+from llava_hvp.methods.mmtok import MMTok
 from llava_hvp.methods.random import Random
+from llava_hvp.methods.scope import SCOPE
 from llava_hvp.methods.uniform import Uniform
+from llava_hvp.methods.vispruner import VisPruner
 
 if TYPE_CHECKING:
     from llava_hvp.host.pruning import Pruning
@@ -22,15 +28,21 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "HIVTP",
+    "SCOPE",
+    "CDPruner",
+    "DivPrune",
+    "FasterVLM",
     "HiPrune",
     "HiPrunePlus",
     "LlavaHvpError",
+    "MMTok",
     "Method",
     "Mix",
     "Needs",
     "Random",
     "Selection",
     "Uniform",
+    "VisPruner",
     "VisionContext",
     "get_method",
     "list_methods",

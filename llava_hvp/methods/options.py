@@ -40,6 +40,11 @@ def checked_layers(
     return layers
 
 
+def selected_layer(depth: int | None, select: int | None) -> int:
+    """`select` itself, the layer handed to the projector, once it is known to be one."""
+    return _geometry(depth, select)[1]
+
+
 def _geometry(depth: int | None, select: int | None) -> tuple[int, int]:
     if depth is None or select is None:
         raise ContextError(
