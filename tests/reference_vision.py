@@ -57,6 +57,7 @@ def max_min(rows, k: int) -> Chosen:
 def determinantal(similarity: np.ndarray, quality: Sequence[float], k: int) -> Chosen:
     """Greedy MAP: who makes the determinant of the chosen kernel grow most; the rest by quality."""
     order: list[int] = []
+    pivots: list[float] = []
     margin = np.inf
     while len(order) < k:
         free = [i for i in range(len(quality)) if i not in order]
@@ -65,21 +66,25 @@ def determinantal(similarity: np.ndarray, quality: Sequence[float], k: int) -> C
             margin = 1e-12  # inside or outside: as right
         gains = {i: quality[i] ** 2 * left[i] for i in free if left[i] > SPANNED}
         if not gains:
+            if pivots and min(pivots) < 1e-2:
+                margin = 1e-12  # rounding has grown past SPANNED: it says who is left outside
             by_quality = sorted(free, key=lambda i: (-quality[i], i))[: k - len(order)]
             return order + by_quality, margin
         index, gap = largest(gains, gains)
         order.append(index)
+        pivots.append(left[index])
         margin = min(margin, gap)
     return order, margin
 
 
 def _outside(similarity: np.ndarray, index: int, chosen: list[int]) -> float:
     """Squared length that the span of the chosen leaves of a unit vector."""
+    length = round(similarity[index, index])  # 1 but for rounding, or 0
     if not chosen:
-        return float(similarity[index, index])
+        return length
     inside = similarity[index, chosen]
     independent = similarity[np.ix_(chosen, chosen)]
-    return float(similarity[index, index] - inside @ np.linalg.solve(independent, inside))
+    return float(length - inside @ np.linalg.solve(independent, inside))
 
 
 def covering(
@@ -95,7 +100,7 @@ def covering(
         free = [i for i in free if i not in last] or free
         gains = {}
         for i in free:
-            gain = sum(max(0.0, rows[r, i] - covered[r]) for r in range(len(rows)))
+            gain = np.maximum(0, rows[:, i] - covered).sum()
             gains[i] = gain if weight is None else weight[i] * gain
         index, gap = largest(gains, free)
         order.append(index)

@@ -61,7 +61,7 @@ class Tally:
         assert found == order, case
 
     def assert_most_compared(self):
-        assert self.compared > 4 * self.open
+        assert self.compared > 2 * self.open
 
 
 def sizes(seed):
