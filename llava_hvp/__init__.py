@@ -10,11 +10,16 @@ from typing import TYPE_CHECKING, Any
 from llava_hvp.errors import LlavaHvpError
 from llava_hvp.methods import get_method, list_methods
 from llava_hvp.methods.base import Method, Mix, Needs, Selection, VisionContext
+from llava_hvp.methods.fopru import FoPru
 from llava_hvp.methods.hiprune import HiPrune
 from llava_hvp.methods.hipruneplus import HiPrunePlus
+from llava_hvp.methods.hired import HiRED
 from llava_hvp.methods.hivtp import HIVTP
+from llava_hvp.methods.prumerge import PruMerge
+from llava_hvp.methods.prumergeplus import PruMergePlus
 from llava_hvp.methods.random import Random
 from llava_hvp.methods.uniform import Uniform
+from llava_hvp.methods.visionzip import VisionZip
 
 if TYPE_CHECKING:
     from llava_hvp.host.pruning import Pruning
@@ -22,16 +27,21 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "HIVTP",
+    "FoPru",
     "HiPrune",
     "HiPrunePlus",
+    "HiRED",
     "LlavaHvpError",
     "Method",
     "Mix",
     "Needs",
+    "PruMerge",
+    "PruMergePlus",
     "Random",
     "Selection",
     "Uniform",
     "VisionContext",
+    "VisionZip",
     "get_method",
     "list_methods",
     "prune",
