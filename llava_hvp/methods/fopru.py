@@ -77,15 +77,15 @@ class FoPru(Method):
         return Selection.of(focal=chosen.repeat_interleave(context.grid[1], dim=1))
 
     def _score(self, context: VisionContext) -> Tensor:
+        """(T, N) float32, but for a factor that is the same for all patches."""
         layer, patches = selected_layer(context.depth, context.select), context.patches
         if self.attention == "softmax":
             received, cls = context.score("received", layer), context.score("cls", layer)
-            return ((patches + 1) * received - cls) / patches
+            return (patches + 1) * received - cls
         keys, queries = (context.score(kind, layer)[:, -patches:] for kind in ("keys", "queries"))
-        # Means over heads of head by head products are those over the whole width, but for a
-        # factor that leaves ranks and the choice as they are. Sums of products and no matrix
-        # product, whose roundings may depend on the batch.
-        received = (queries.mean(1, keepdim=True) * keys).sum(-1)
-        given = (keys.mean(1, keepdim=True) * queries).sum(-1)
+        # Head by head products add up to those over the whole width. Sums of products and no
+        # matrix product, whose roundings may depend on the batch.
+        received = (queries.sum(1, keepdim=True) * keys).sum(-1)
+        given = (keys.sum(1, keepdim=True) * queries).sum(-1)
         varies = received.var(1, keepdim=True) >= given.var(1, keepdim=True)
         return received.where(varies, given)
