@@ -967,3 +967,28 @@ def test_the_names_of_the_methods_are_sorted_and_each_has_its_texts():
         assert kind.name == name
         assert kind.summary
         assert kind.roles
+
+
+@each_method
+def test_choosing_never_waits_for_the_device(name):
+    # A meta tensor has no values: whatever would fetch one, or a count of them, raises.
+    method = get_method(name, num_tokens=40)
+    context = context_for(method, Draw("meta", name), (6, 10), (1, 5, 1))
+
+    def moved(value):
+        if isinstance(value, torch.Tensor):
+            return value.to("meta")
+        if isinstance(value, dict):
+            return {key: moved(v) for key, v in value.items()}
+        if isinstance(value, tuple):
+            return tuple(moved(v) for v in value)
+        return value
+
+    fields = {f.name: moved(getattr(context, f.name)) for f in dataclasses.fields(context)}
+    on_meta = VisionContext(**fields)
+    selection = method.select_unchecked(on_meta)
+    assert selection.keep.shape == (7, 60)
+    if on_meta.device.type == "meta":
+        assert selection.keep.device.type == "meta"
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        torch.ones(1, device="meta").item()
