@@ -13,13 +13,18 @@ from llava_hvp.methods.base import Method, Mix, Needs, Selection, VisionContext
 from llava_hvp.methods.cdpruner import CDPruner
 from llava_hvp.methods.divprune import DivPrune
 from llava_hvp.methods.fastervlm import FasterVLM
+from llava_hvp.methods.fopru import FoPru
 from llava_hvp.methods.hiprune import HiPrune
 from llava_hvp.methods.hipruneplus import HiPrunePlus
+from llava_hvp.methods.hired import HiRED
 from llava_hvp.methods.hivtp import HIVTP
 from llava_hvp.methods.mmtok import MMTok
+from llava_hvp.methods.prumerge import PruMerge
+from llava_hvp.methods.prumergeplus import PruMergePlus
 from llava_hvp.methods.random import Random
 from llava_hvp.methods.scope import SCOPE
 from llava_hvp.methods.uniform import Uniform
+from llava_hvp.methods.visionzip import VisionZip
 from llava_hvp.methods.vispruner import VisPruner
 
 if TYPE_CHECKING:
@@ -32,18 +37,23 @@ __all__ = [
     "CDPruner",
     "DivPrune",
     "FasterVLM",
+    "FoPru",
     "HiPrune",
     "HiPrunePlus",
+    "HiRED",
     "LlavaHvpError",
     "MMTok",
     "Method",
     "Mix",
     "Needs",
+    "PruMerge",
+    "PruMergePlus",
     "Random",
     "Selection",
     "Uniform",
     "VisPruner",
     "VisionContext",
+    "VisionZip",
     "get_method",
     "list_methods",
     "prune",

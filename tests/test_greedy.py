@@ -6,6 +6,7 @@ import reference_vision as slow
 import torch
 
 from llava_hvp.methods import greedy
+from llava_hvp.select import first_best
 
 ROUNDING = 1e-5  # decisions closer than this may fall either way in float32
 
@@ -179,11 +180,11 @@ def test_a_double_of_high_quality_waits_for_what_is_new_however_poor():
 
 def test_the_best_is_the_first_of_equals_also_where_all_are_minus_infinity():
     scores = torch.tensor([[1.0, 3, 3, 2], [-torch.inf] * 4, [0, 0, 0, 0.5]])
-    assert greedy.best(scores).tolist() == [[1], [0], [3]]
+    assert first_best(scores).tolist() == [1, 0, 3]
 
 
 def test_the_best_of_nan_is_a_candidate():
-    assert greedy.best(torch.full((1, 5), torch.nan)).tolist() == [[4]]
+    assert first_best(torch.full((1, 5), torch.nan)).tolist() == [4]
 
 
 def test_cosines_of_short_and_long_rows_are_those_of_their_directions():

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llava_hvp.select import first_best
+
 TINY = 1e-12  # least norm that a row is divided by
 SPANNED = 1e-5  # a unit vector with less of its square left lies in the span of the chosen ones
 
@@ -29,18 +31,6 @@ def cosines(rows: Tensor) -> Tensor:
     rows = unit(rows)
     product = rows @ rows.transpose(-1, -2)
     return (product + product.transpose(-1, -2)) / 2
-
-
-def best(scores: Tensor) -> Tensor:
-    """Index of the largest score of each row, (B, N) -> (B, 1); of equal ones the first.
-
-    `argmax` promises that in some releases and on some devices only.
-    """
-    last = scores.shape[-1] - 1
-    places = torch.arange(last + 1, device=scores.device)
-    # `last` for what is not largest: a row of nan, which is refused later on, stays in range.
-    largest = scores == scores.amax(-1, keepdim=True)
-    return torch.where(largest, places, last).amin(-1, keepdim=True)
 
 
 def mask_of(order: Tensor, candidates: int) -> Tensor:
@@ -64,12 +54,12 @@ def farthest_first(similarity: Tensor, k: int) -> Tensor:
         torch.full_like(similarity[..., 0], -torch.inf), dim1=-2, dim2=-1
     )
     nearest = alone.amax(-1)
-    order = [best(-nearest)]
+    order = [_best(-nearest)]
     nearest = torch.full_like(nearest, -torch.inf)
     while len(order) < k:
         nearest = torch.maximum(nearest, _row(similarity, order[-1]))
         nearest.scatter_(-1, order[-1], torch.inf)
-        order.append(best(-nearest))
+        order.append(_best(-nearest))
     return torch.cat(order, dim=-1)
 
 
@@ -94,7 +84,7 @@ def determinantal(similarity: Tensor, quality: Tensor, k: int) -> Tensor:
     for step in range(k):
         outside = left > SPANNED
         gain = torch.where(outside.any(-1, keepdim=True), quality * quality * left, quality)
-        choice = best(gain.masked_fill(~_first(outside, free), -torch.inf))
+        choice = _best(gain.masked_fill(~_first(outside, free), -torch.inf))
         order.append(choice)
         free.scatter_(-1, choice, False)
         past = factors[:, :step]
@@ -128,7 +118,7 @@ def covering(
         if weight is not None:
             gain = gain * weight
         pool = free if last is None else _first(free & ~last, free)
-        choice = best(gain.masked_fill(~pool, -torch.inf))
+        choice = _best(gain.masked_fill(~pool, -torch.inf))
         order.append(choice)
         free.scatter_(-1, choice, False)
         covered = torch.maximum(covered, _column(rows, choice))
@@ -138,6 +128,11 @@ def covering(
 def _first(mask: Tensor, otherwise: Tensor) -> Tensor:
     """`mask`, and `otherwise` in the rows where it is empty."""
     return torch.where(mask.any(-1, keepdim=True), mask, otherwise)
+
+
+def _best(scores: Tensor) -> Tensor:
+    """`first_best` of each row, (B, N) -> (B, 1)."""
+    return first_best(scores)[:, None]
 
 
 def _row(square: Tensor, index: Tensor) -> Tensor:

@@ -40,9 +40,20 @@ def checked_layers(
     return layers
 
 
+def next_layer(depth: int | None, select: int | None) -> int:
+    """The layer after `select`, whose keys are made of `select`'s output; the last has none."""
+    depth, select = _geometry(depth, select)
+    return min(select + 1, depth)
+
+
 def selected_layer(depth: int | None, select: int | None) -> int:
-    """`select` itself, the layer handed to the projector, once it is known to be one."""
+    """Layer `select`, where the encoder's geometry is known."""
     return _geometry(depth, select)[1]
+
+
+def switch(method: Method, option: str) -> None:
+    """Raise OptionError unless the option is True or False."""
+    choice(method, option, (True, False))
 
 
 def _geometry(depth: int | None, select: int | None) -> tuple[int, int]:
