@@ -194,6 +194,15 @@ def test_cosines_of_short_and_long_rows_are_those_of_their_directions():
     assert greedy.cosines(rows).dtype == torch.float32
 
 
+@pytest.mark.parametrize("candidates", [1, 60, 511, 512, 513, 1100])
+def test_cosines_of_many_rows_are_symmetric_and_those_of_all_pairs(candidates):
+    rows = rows_of(candidates, "apart", 2, candidates, 24)
+    found = greedy.cosines(rows)
+    assert torch.equal(found, found.transpose(-1, -2))
+    for similarity, each in zip(found.numpy(), rows.numpy(), strict=True):
+        assert np.abs(similarity - slow.cosines(each)).max() < 1e-6
+
+
 def test_choosing_leaves_its_arguments_as_they_were():
     rows = rows_of(0, "apart", 2, 12, 5)
     similarity, weight = greedy.cosines(rows), weights_of(0, "apart", 2, 12)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from llava_hvp.select import first_best
 
+PIECE = 512  # rows that are multiplied at a time
 TINY = 1e-12  # least norm that a row is divided by
 SPANNED = 1e-5  # a unit vector with less of its square left lies in the span of the chosen ones
 
@@ -29,8 +30,12 @@ def cosines(rows: Tensor) -> Tensor:
     longer tie, and the choice between them would hang on the size of the batch.
     """
     rows = unit(rows)
-    product = rows @ rows.transpose(-1, -2)
-    return (product + product.transpose(-1, -2)) / 2
+    product = rows.new_zeros(*rows.shape[:-1], rows.shape[-2])
+    # Half of it is enough: of all tiles of an image together, this is the dearest step.
+    for start in range(0, rows.shape[-2], PIECE):
+        piece = rows[..., start : start + PIECE, :]
+        product[..., start : start + PIECE, start:] = piece @ rows[..., start:, :].transpose(-1, -2)
+    return product.triu() + product.triu(1).transpose(-1, -2)
 
 
 def mask_of(order: Tensor, candidates: int) -> Tensor:
