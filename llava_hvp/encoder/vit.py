@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from llava_hvp.errors import UnsupportedModelError
+from llava_hvp.methods.base import Needs
 from llava_hvp.methods.masks import Grid
 
 
@@ -102,6 +103,30 @@ def hidden_states(model: nn.Module, images: Tensor, layer: int, *, fused: bool =
         output = block(hidden, **_no_masks(type(block).forward))
         hidden = output[0] if isinstance(output, tuple) else output
     return hidden
+
+
+@torch.no_grad()
+def project_next(model: nn.Module, hidden: Tensor, layer: int, needs: Needs) -> None:
+    """Keys and queries of layer `layer` + 1 where a method reads them, for the hooks to see.
+
+    They are made of the output of `layer`; the layer itself is not run.
+
+    Parameters
+    ----------
+    hidden : (T, S, D), the output of `layer`
+    """
+    sides = [
+        side for side, named in (("q", needs.queries), ("k", needs.keys)) if layer + 1 in named
+    ]
+    if not sides:
+        return
+    block = layers_of(model)[layer]
+    place = block.layer_norm1.weight.device
+    if place.type != "meta":  # of an offloaded layer, whose own hooks move what comes in
+        hidden = hidden.to(place)
+    normed = block.layer_norm1(hidden)
+    for side in sides:
+        getattr(block.self_attn, f"{side}_proj")(normed)
 
 
 def attention_of(model: nn.Module, *, fused: bool = False) -> str:
