@@ -459,7 +459,7 @@ def test_methods_that_ask_cls_say_so_and_read_the_layer_that_is_handed_on():
         assert method.needs_cls
         assert method.needs(DEPTH, SELECT).cls_attention == (SELECT,)
         assert method.needs(DEPTH, DEPTH).cls_attention == (DEPTH,)
-        with pytest.raises(LayerError, match="select=25"):
+        with pytest.raises(LayerError, match="feature_layer=25"):
             method.needs(DEPTH, 25)
     for method in (DivPrune(), CDPruner(), MMTok()):
         assert not method.needs_cls
