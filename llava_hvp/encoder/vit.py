@@ -20,11 +20,15 @@ from llava_hvp.methods.masks import Grid
 
 @dataclass(frozen=True)
 class Geometry:
-    """grid : (rows, columns) of patches; depth : layers; heads : of each layer."""
+    """grid : (rows, columns) of patches; depth : layers; heads : of each layer.
+
+    has_cls : whether a CLS token leads the patches
+    """
 
     grid: Grid
     depth: int
     heads: int
+    has_cls: bool = True
 
     @property
     def patches(self) -> int:
@@ -60,7 +64,8 @@ def read_geometry(model: nn.Module) -> Geometry:
             f"the vision tower holds a {type(model).__name__}, which is not a CLIP vision "
             "transformer with q_proj and k_proj in every layer: pruning needs one of LLaVA's own"
         )
-    return dataclasses.replace(geometry_of(model.config), depth=len(layers))
+    has_cls = hasattr(vit.embeddings, "class_embedding")
+    return dataclasses.replace(geometry_of(model.config), depth=len(layers), has_cls=has_cls)
 
 
 def geometry_of(config: Any) -> Geometry:
