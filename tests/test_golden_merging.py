@@ -1,7 +1,6 @@
 """What the released codes of VisionZip, PruMerge(+), HiRED (and HydraInfer's FoPru) keep and merge.
 
-Index for index, in the order in which the language model gets the tokens. That order is written
-here from the rules, since packing is the host's.
+Index for index, in the order in which the language model gets the tokens.
 """
 
 import json
@@ -12,6 +11,9 @@ import pytest
 import torch
 
 from llava_hvp import FoPru, HiRED, PruMerge, PruMergePlus, VisionContext, VisionZip
+from llava_hvp.hosts.llava.tiling import TilingConfig, arrangement, layout
+from llava_hvp.pruning.layout import EXTRA, NEWLINE
+from llava_hvp.pruning.packing import tokens_of
 
 GOLDEN = Path(__file__).parent / "golden"
 DEPTH, SELECT = 24, 23
@@ -56,57 +58,21 @@ class Case:
         return VisionContext(self.grid, depth=DEPTH, feature_layer=SELECT, tiles=images, **fields)
 
 
-# Packing, from the rules
+# Packing
 
 
-def in_mosaic(case, unpad):
-    """(tile, patch) of all places of the mosaic behind the first tile, row by row."""
-    (down, across), (rows, columns) = case.mosaic, case.grid
-    height, width = down * rows, across * columns
-    ys, xs = range(height), range(width)
-    if unpad:
-        wide, tall = case.size
-        if wide / tall > width / height:
-            cut = (height - int(tall * (width / wide))) // 2
-            ys = range(cut, height - cut)
-        else:
-            cut = (width - int(wide * (height / tall))) // 2
-            xs = range(cut, width - cut)
-    return [
-        (1 + y // rows * across + x // columns, y % rows * columns + x % columns)
-        for y in ys
-        for x in xs
-    ]
-
-
-def sequence(method, selection, case, unpad=False):
+def sequence(method, selection, case):
     """Tokens in order: `tile * N + patch`, or -(tile + 1) for the one that stands at no patch."""
-    loose = selection.loose(method.loose)
-    placed = selection.keep & ~loose
-
-    def first(tile):
-        return [-tile - 1] if selection.extras[tile] and method.extra_first else []
-
-    def behind(tile):
-        patches = loose[tile].nonzero().flatten().tolist()
-        if selection.mix is not None and selection.mix.rank is not None:
-            patches.sort(key=selection.mix.rank[tile].tolist().__getitem__)
-        last = [-tile - 1] if selection.extras[tile] and not method.extra_first else []
-        return [tile * case.patches + patch for patch in patches] + last
-
-    def alone(tile):
-        own = placed[tile].nonzero().flatten().tolist()
-        return first(tile) + [tile * case.patches + patch for patch in own] + behind(tile)
-
-    if case.size is None:
-        return [token for tile in range(case.tiles) for token in alone(tile)]
-    order = alone(0)
-    order += [t * case.patches + p for t, p in in_mosaic(case, unpad) if placed[t, p]]
-    for tile in range(1, case.tiles):
-        order += first(tile)
-    for tile in range(1, case.tiles):
-        order += behind(tile)
-    return order
+    merge_type = "spatial_unpad" if case.size else "flat"
+    side, tiles = 14 * case.grid[0], case.tiles
+    # The pinpoints of LLaVA-v1.6, of tiles of this side.
+    pinpoints = [[side * x, side * y] for x, y in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))]
+    tiling = TilingConfig(merge_type, "anyres", str(pinpoints), case.grid, side)
+    assert arrangement(tiling, tiles, case.size) == case.mosaic
+    place = layout(tiling, tiles, case.size, method.patch_merge)
+    tokens = tokens_of(place, selection, method)
+    assert NEWLINE not in tokens
+    return torch.where(tokens <= EXTRA, tokens - EXTRA - 1, tokens).tolist()
 
 
 def features_of(tokens, selection, states, patches):
@@ -128,7 +94,9 @@ def test_visionzip_sends_what_the_released_code_sends(case):
     states = drawn.draw(drawn.tiles, drawn.tokens, 8) - 0.5
     a_tile = case["dominant"] + case["contextual"]
     method = VisionZip(
-        num_tokens=a_tile * (drawn.tiles if drawn.size else 1), contextual=case["contextual"]
+        num_tokens=a_tile * (drawn.tiles if drawn.size else 1),
+        contextual=case["contextual"],
+        patch_merge="spatial",
     )
     if a_tile > 3:  # the smallest case is not one of the authors' ratio
         assert VisionZip().sizes(a_tile) == (case["dominant"] - 1, case["contextual"])
@@ -176,14 +144,14 @@ def test_hired_keeps_what_the_released_code_keeps(case):
     top, bottom = (drawn.draw(drawn.tiles, drawn.patches) for _ in range(2))
     coarse = drawn.draw(4, 4).repeat_interleave(drawn.grid[0] // 4, 0)
     top[0] *= coarse.repeat_interleave(drawn.grid[1] // 4, 1).flatten()
-    method = HiRED(r_max=case["rate"], alpha=case["alpha"])
+    method = HiRED(r_max=case["rate"], alpha=case["alpha"], newline="none")
     context = drawn.context(cls_attention={1: top, SELECT: bottom}, mosaics=(drawn.mosaic,))
     selection = method.select(context)
     kept = [tile.nonzero().flatten().tolist() for tile in selection.keep]
     assert kept == case["kept"]
     assert "sequence" in case or drawn.mosaic != (2, 2)
     if "sequence" in case:
-        assert sequence(method, selection, drawn, unpad=True) == case["sequence"]
+        assert sequence(method, selection, drawn) == case["sequence"]
 
 
 def kept_by_fopru(case, **fields):

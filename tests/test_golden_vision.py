@@ -9,10 +9,13 @@ import torch
 from reference_vision import cosines
 
 from llava_hvp import VisionContext, get_method
+from llava_hvp.hosts.llava.tiling import TilingConfig, arrangement, layout
 from llava_hvp.methods import greedy
+from llava_hvp.pruning.layout import NEWLINE
+from llava_hvp.pruning.packing import tokens_of
 
 GOLDEN = Path(__file__).parent / "golden"
-DEPTH, SELECT, NEWLINE = 24, 23, -1
+DEPTH, SELECT = 24, 23
 # The sub-images of the pinpoint that the official code takes, (down, across).
 MOSAICS = {(640, 480): (2, 2), (1000, 300): (1, 3), (300, 1000): (3, 1)}
 
@@ -110,20 +113,36 @@ def packed(keep, down, across, side):
     return [token for token in order if flat[token]]
 
 
+def tiling_of(side):
+    """LLaVA-v1.6's, on tiles of so many patches a side."""
+    pixels = 14 * side
+    pinpoints = [[pixels * x, pixels * y] for x, y in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))]
+    return TilingConfig("spatial_unpad", "anyres", str(pinpoints), (side, side), pixels)
+
+
 def assert_keeps_the_golden(case, method, down_across=None):
     context = context_of(case)
-    keep = method.select(context).keep
+    selection = method.select(context)
+    keep = selection.keep
     assert keep.sum(-1).tolist() == [case.get("budget", keep[0].sum())] * case["tiles"]
     if "kept" in case:
         assert kept(keep) == case["kept"]
         return
-    down, across = down_across or MOSAICS[tuple(case["image_size"])]
-    assert packed(keep, down, across, context.grid[0]) == case["packed"]
+    size, tiling = tuple(case["image_size"]), tiling_of(context.grid[0])
+    if down_across not in (None, MOSAICS.get(size)):
+        # The official code cuts every image 2 x 2, which LLaVA does not do with this one.
+        assert packed(keep, *down_across, context.grid[0]) == case["packed"]
+        return
+    assert arrangement(tiling, case["tiles"], size) == MOSAICS[size]
+    place = layout(tiling, case["tiles"], size, method.patch_merge)
+    assert tokens_of(place, selection, method).tolist() == case["packed"]
 
 
 @each("fastervlm")
 def test_fastervlm_keeps_what_the_official_code_keeps(case):
-    method = get_method("fastervlm", num_tokens=case["budget"] * case["tiles"])
+    method = get_method(
+        "fastervlm", num_tokens=case["budget"] * case["tiles"], patch_merge="spatial"
+    )
     assert_keeps_the_golden(case, method)
 
 
@@ -133,6 +152,7 @@ def test_vispruner_keeps_what_the_official_code_keeps(case):
         "vispruner",
         num_tokens=case["budget"] * case["tiles"],
         important_ratio=case["important_ratio"],
+        patch_merge="spatial",
     )
     # Its code tiles every image 2 x 2.
     assert_keeps_the_golden(case, method, (2, 2))
@@ -140,7 +160,9 @@ def test_vispruner_keeps_what_the_official_code_keeps(case):
 
 @each("cdpruner")
 def test_cdpruner_keeps_what_the_official_code_keeps(case):
-    method = get_method("cdpruner", num_tokens=case["budget"] * case["tiles"])
+    method = get_method(
+        "cdpruner", num_tokens=case["budget"] * case["tiles"], patch_merge="spatial"
+    )
     assert_keeps_the_golden(case, method, (2, 2))
 
 
@@ -160,24 +182,11 @@ def test_mmtok_keeps_what_the_official_code_keeps(case):
     assert_keeps_the_golden(case, method)
 
 
-def unpadded(rows, width, height):
-    """The mosaic's rows and columns that show the image, as LLaVA counts them."""
-    tall, wide = len(rows), len(rows[0])
-    if width / height > wide / tall:
-        cut = (tall - int(height * (wide / width))) // 2
-        return rows[cut : tall - cut]
-    cut = (wide - int(width * (tall / height))) // 2
-    return [row[cut : wide - cut] for row in rows]
-
-
 def stock_sequence(case):
     """The image's tokens as LLaVA packs them, newlines included."""
-    (width, height), side = case["image_size"], round(case["patches"] ** 0.5)
-    rows = mosaic(case["tiles"], *MOSAICS[width, height], side)
-    sequence = list(range(case["patches"]))
-    for row in unpadded(rows, width, height):
-        sequence += [*row, NEWLINE]
-    return sequence
+    tiles, patches = case["tiles"], case["patches"]
+    place = layout(tiling_of(round(patches**0.5)), tiles, tuple(case["image_size"]), "stock")
+    return place.kept(torch.ones(tiles * patches, dtype=torch.bool), "all").tolist()
 
 
 @pytest.mark.parametrize(

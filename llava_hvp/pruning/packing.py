@@ -59,7 +59,7 @@ def pack(
     ]
     selections = _by_image(encoded.selection, tiles)
     kept = [
-        _tokens(place, selection, method)
+        tokens_of(place, selection, method)
         for place, selection in zip(layouts, selections, strict=True)
     ]
     view = model.view()
@@ -92,7 +92,7 @@ def features_by_tile(encoded: EncodedTiles, method: Method, grid: Grid) -> list[
     """(tokens, D) of each tile by itself, in the order in which a host would get them."""
     tiles = (1,) * len(encoded.features)
     kept = [
-        _tokens(_one_tile(grid), selection, method)
+        tokens_of(_one_tile(grid), selection, method)
         for selection in _by_image(encoded.selection, tiles)
     ]
     index = _index_of(encoded, tiles, kept)
@@ -127,7 +127,7 @@ def _mixes(mix: Mix, tiles: tuple[int, ...]) -> list[Mix]:
     ]
 
 
-def _tokens(place: Layout, selection: Selection, method: Method) -> Tensor:
+def tokens_of(place: Layout, selection: Selection, method: Method) -> Tensor:
     """(tokens,) int64 that stay of an image, in order, named as in `pruning.layout`."""
     keep = selection.keep
     if selection.mix is None:
