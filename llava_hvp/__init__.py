@@ -12,11 +12,22 @@ from llava_hvp.errors import LlavaHvpError
 from llava_hvp.hosts import host_of
 from llava_hvp.methods import get_method, list_methods
 from llava_hvp.methods.base import Method, Mix, Needs, Selection, VisionContext, VisionMethod
+from llava_hvp.methods.cdpruner import CDPruner
+from llava_hvp.methods.divprune import DivPrune
+from llava_hvp.methods.fastervlm import FasterVLM
+from llava_hvp.methods.fopru import FoPru
 from llava_hvp.methods.hiprune import HiPrune
 from llava_hvp.methods.hipruneplus import HiPrunePlus
+from llava_hvp.methods.hired import HiRED
 from llava_hvp.methods.hivtp import HIVTP
+from llava_hvp.methods.mmtok import MMTok
+from llava_hvp.methods.prumerge import PruMerge
+from llava_hvp.methods.prumergeplus import PruMergePlus
 from llava_hvp.methods.random import Random
+from llava_hvp.methods.scope import SCOPE
 from llava_hvp.methods.uniform import Uniform
+from llava_hvp.methods.visionzip import VisionZip
+from llava_hvp.methods.vispruner import VisPruner
 from llava_hvp.runtime import Runtime
 from llava_hvp.version import __version__
 
@@ -25,18 +36,29 @@ if TYPE_CHECKING:
 
 __all__ = [
     "HIVTP",
+    "SCOPE",
+    "CDPruner",
+    "DivPrune",
+    "FasterVLM",
+    "FoPru",
     "HiPrune",
     "HiPrunePlus",
+    "HiRED",
     "LlavaHvpError",
+    "MMTok",
     "Method",
     "Mix",
     "Needs",
+    "PruMerge",
+    "PruMergePlus",
     "Random",
     "Runtime",
     "Selection",
     "Uniform",
+    "VisPruner",
     "VisionContext",
     "VisionMethod",
+    "VisionZip",
     "__version__",
     "get_method",
     "install",

@@ -6,7 +6,7 @@ from transformers import CLIPVisionModel
 
 from llava_hvp.encoder import capture
 from llava_hvp.encoder.capture import QKHooks, recording, reduce_attention
-from llava_hvp.encoder.vit import hidden_states, layers_of
+from llava_hvp.encoder.vit import hidden_states, layers_of, project_next
 from llava_hvp.errors import UnsupportedModelError
 from llava_hvp.methods.base import Needs
 
@@ -125,3 +125,105 @@ def test_only_the_named_layers_are_hooked(tower):
     ]
     hooks.remove()
     assert hooked == [7, 8]
+
+
+# Keys and queries
+
+
+def by_hand(model, images, layer, side):
+    """The output of a layer's projection, of a full pass of an encoder without our hooks."""
+    with torch.no_grad():
+        before = model(images, output_hidden_states=True).hidden_states[layer - 1]
+        block = layers_of(model)[layer - 1]
+        projection = getattr(block.self_attn, f"{side}_proj")
+        assert projection.bias.any()
+        return projection.forward(block.layer_norm1(before))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("which", ["plain", "eager"])
+def test_keys_and_queries_are_what_the_projections_give(which, fused, tower):
+    model, images = tower[["plain", "eager"].index(which)], tower[2]
+    needs = Needs(received_attention=(5,), cls_attention=(23,), keys=(9, 23, 24), queries=(2, 24))
+    expected = {
+        (side, layer): by_hand(model, images, layer, side)
+        for side, layers in (("k", needs.keys), ("q", needs.queries))
+        for layer in layers
+    }
+    hooks = QKHooks(layers_of(model), needs)
+    with recording(needs, 4, 64) as scores:
+        hidden = hidden_states(model, images, 23, fused=fused)
+        project_next(model, hidden, 23, needs)
+    hooks.remove()
+    assert (set(scores.keys), set(scores.queries)) == ({9, 23, 24}, {2, 24})
+    assert (set(scores.received_attention), set(scores.cls_attention)) == ({5}, {23})
+    for (side, layer), whole in expected.items():
+        seen = (scores.keys if side == "k" else scores.queries)[layer]
+        assert seen.shape == (2, 65, whole.shape[2])
+        # Fused attention changes roundings of the layers before.
+        assert torch.allclose(seen, whole, atol=1e-5) if fused else torch.equal(seen, whole)
+        others = [w for (s, n), w in expected.items() if (s, n) != (side, layer)]
+        assert not any(torch.allclose(seen, other, atol=1e-3) for other in others)
+
+
+def test_the_layer_after_the_selected_one_is_not_run(tower):
+    model, _, images = tower
+    needs = Needs(keys=(24,), queries=(24,))
+    ran = []
+    block = layers_of(model)[23]
+    handles = [
+        module.register_forward_hook(lambda *_, name=name: ran.append(name))
+        for name, module in [("layer", block), *block.named_modules()]
+        if name
+    ]
+    hooks = QKHooks(layers_of(model), needs)
+    with recording(needs, 4, 64):
+        project_next(model, hidden_states(model, images, 23), 23, needs)
+    hooks.remove()
+    for handle in handles:
+        handle.remove()
+    assert ran == ["layer_norm1", "self_attn.q_proj", "self_attn.k_proj"]
+
+
+def test_only_the_projections_that_are_read_are_hooked_and_run(tower):
+    model, _, images = tower
+    needs = Needs(keys=(7, 24), queries=(9,), received_attention=(3,))
+    hooks = QKHooks(layers_of(model), needs)
+    hooked = {
+        (number, side)
+        for number, layer in enumerate(layers_of(model), 1)
+        for side in "qk"
+        if getattr(layer.self_attn, f"{side}_proj")._forward_hooks
+    }
+    assert hooked == {(3, "q"), (3, "k"), (7, "k"), (24, "k"), (9, "q")}
+    assert hooks.on(layers_of(model))
+    with recording(needs, 4, 64) as scores:
+        hidden = hidden_states(model, images, 23)
+        project_next(model, hidden, 23, needs)
+    hooks.remove()
+    assert (set(scores.keys), set(scores.queries), set(scores.cls_attention)) == (
+        {7, 24},
+        {9},
+        set(),
+    )
+
+
+@pytest.mark.parametrize("needs", [Needs(keys=(24,)), Needs(queries=(24,)), Needs(keys=(3, 24))])
+def test_keys_and_queries_that_were_not_seen_are_an_error(needs, tower):
+    model, _, images = tower
+    hooks = QKHooks(layers_of(model), needs)
+    with pytest.raises(UnsupportedModelError, match=r"\[24\].*q_proj"), recording(needs, 4, 64):
+        hidden_states(model, images, 23)  # and nobody projects layer 24
+    hooks.remove()
+
+
+def test_a_method_that_reads_nothing_of_the_next_layer_projects_nothing(tower):
+    model, _, images = tower
+    block = layers_of(model)[23]
+    handle = block.layer_norm1.register_forward_hook(lambda *_: pytest.fail("was run"))
+    project_next(
+        model, hidden_states(model, images, 23), 23, Needs(keys=(23,), received_attention=(23,))
+    )
+    handle.remove()
+    last = hidden_states(model, images, 24)
+    project_next(model, last, 24, Needs(keys=(24,)))  # there is no layer 25

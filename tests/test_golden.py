@@ -189,15 +189,25 @@ def test_pruned_images_stay_within_their_budget_and_below_stock(tiling, name, r_
             features=torch.rand(tiles, PATCHES, 4) if needs.features else None,
             relevance=torch.rand(tiles, PATCHES, generator=generator),
             tiles=(tiles,),
+            keys={n: torch.randn(tiles, 1 + PATCHES, 8, generator=generator) for n in needs.keys},
+            queries={
+                n: torch.randn(tiles, 1 + PATCHES, 8, generator=generator) for n in needs.queries
+            },
+            heads=2,
+            projected=torch.rand(tiles, PATCHES, 4) if needs.projected else None,
+            words=(torch.rand(3, 4),) if needs.words else None,
+            padding=torch.zeros(tiles, PATCHES, dtype=torch.bool) if needs.padding else None,
+            mosaics=((1, tiles - 1),) if needs.mosaics else None,
         )
         keep = method.select(context).keep.flatten()
-        assert keep.sum() <= budget * tiles
+        most = method.budget(PATCHES, tiles) if method.of_image else budget * tiles
+        assert keep.sum() <= most
         for merge, limit in (("stock", stock_tokens), ("spatial", tiles * PATCHES)):
             place = tiling.layout(tiling_of(tiling), tiles, size, merge)
             for newline in ("rows", "all", "none"):
                 tokens = place.kept(keep, newline)
                 patches = tokens[tokens != NEWLINE]
                 assert len(tokens) <= limit, f"{size} {merge} {newline}"
-                assert len(patches) <= budget * tiles
+                assert len(patches) <= most
                 assert keep[patches].all()
                 assert len(patches.unique()) == len(patches)

@@ -171,7 +171,7 @@ def test_scores_that_are_not_finite_name_the_layer(own, photos):
     vit = getattr(vit, "vision_model", vit)
     with prune(bundle.model, HIVTP(r_max=0.5)):
         vit.encoder.layers[8].self_attn.k_proj.bias.data.fill_(float("inf"))
-        with pytest.raises(ScoreError, match=r"received\[9\].*bfloat16"):
+        with pytest.raises(ScoreError, match=r"received_attention\[9\].*bfloat16"):
             bundle.generate(bundle.ids("What?"), bundle.pixels(photos[0]), None)
 
 

@@ -9,7 +9,7 @@ from torch.nn import functional
 from transformers import CLIPModel, CLIPTokenizer
 
 from llava_hvp import HiPrunePlus, prune
-from llava_hvp.encoder.text import ClipText, relevance
+from llava_hvp.encoder.text import ClipText, cosine_relevance
 from llava_hvp.hosts.llava.prompt import last_user_turn, read_prompt, rows_of_images
 
 QUESTION = "Is there a red car, or a USER manual?"
@@ -161,5 +161,5 @@ def test_the_question_decides_what_is_kept(loaded, photos):
 def test_relevance_is_a_cosine():
     patches = torch.tensor([[[1.0, 0.0], [0.0, 2.0], [-3.0, 0.0]]])
     assert torch.allclose(
-        relevance(patches, torch.tensor([[2.0, 0.0]])), torch.tensor([[1.0, 0, -1]])
+        cosine_relevance(patches, torch.tensor([[2.0, 0.0]])), torch.tensor([[1.0, 0, -1]])
     )

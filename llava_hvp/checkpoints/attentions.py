@@ -7,13 +7,14 @@ They ask transformers for `output_attentions`, which forces eager attention in a
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llava_hvp.encoder.capture import AttentionScores
+from llava_hvp.encoder.capture import AttentionScores, recording
 from llava_hvp.encoder.vit import layers_of
 from llava_hvp.errors import UnsupportedModelError
 
@@ -36,7 +37,10 @@ def all_attentions(tower: Any) -> Iterator[None]:
 
 def _run_to_layer(tower: Any, images: Tensor) -> tuple[Tensor, AttentionScores]:
     plan = tower.plan()
-    output = tower.vision_tower(images, output_attentions=True, output_hidden_states=True)
+    # Keys and queries come by the hooks, as ever.
+    projected = dataclasses.replace(plan.needs, received_attention=(), cls_attention=())
+    with recording(projected, plan.geometry.heads, plan.geometry.patches) as seen:
+        output = tower.vision_tower(images, output_attentions=True, output_hidden_states=True)
     if not output.attentions or output.attentions[0] is None:
         raise UnsupportedModelError("this transformers gives no attentions of its CLIP tower")
     needs = plan.needs
@@ -49,6 +53,8 @@ def _run_to_layer(tower: Any, images: Tensor) -> tuple[Tensor, AttentionScores]:
             layer: output.attentions[layer - 1][:, :, 0, 1:].float().mean(1)
             for layer in needs.cls_attention
         },
+        seen.keys,
+        seen.queries,
     )
 
 

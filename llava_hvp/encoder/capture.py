@@ -1,4 +1,4 @@
-"""Received and CLS attention of named layers, from the q and k that the encoder computes anyway.
+"""Attention, keys and queries of named layers, from what the encoder computes anyway.
 
 Forward hooks on `q_proj` and `k_proj` see both projections while every layer keeps its own (eager,
 sdpa, flash) attention. The attention map is recomputed from them in float32, a chunk at a time,
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,10 +29,16 @@ CHUNK_ELSEWHERE = 2**24
 
 @dataclass(frozen=True)
 class AttentionScores:
-    """(T, N) float32 scores by layer, numbered from 1."""
+    """What was seen, by layer, numbered from 1.
+
+    received_attention, cls_attention : (T, N) float32
+    keys, queries : (T, S, D), k_proj's and q_proj's output in the tower's dtype
+    """
 
     received_attention: dict[int, Tensor]
     cls_attention: dict[int, Tensor]
+    keys: dict[int, Tensor] = field(default_factory=dict)
+    queries: dict[int, Tensor] = field(default_factory=dict)
 
 
 class _Recording:
@@ -44,6 +50,9 @@ class _Recording:
         self.scores = AttentionScores({}, {})
 
     def take(self, layer: int, side: str, projected: Tensor) -> None:
+        self._hold(layer, side, projected)
+        if layer not in self.needs.received_attention and layer not in self.needs.cls_attention:
+            return
         pair = self.waiting.setdefault(layer, {})
         pair[side] = projected
         if len(pair) < 2:
@@ -60,6 +69,21 @@ class _Recording:
             self.scores.received_attention[layer] = received
         if cls is not None:
             self.scores.cls_attention[layer] = cls
+
+    def _hold(self, layer: int, side: str, projected: Tensor) -> None:
+        if side == "k" and layer in self.needs.keys:
+            self.scores.keys[layer] = projected.detach()
+        if side == "q" and layer in self.needs.queries:
+            self.scores.queries[layer] = projected.detach()
+
+    def missing(self) -> set[int]:
+        """Layers of which something was wanted and not seen."""
+        return {
+            layer
+            for kind in ("received_attention", "cls_attention", "keys", "queries")
+            for layer in getattr(self.needs, kind)
+            if layer not in getattr(self.scores, kind)
+        }
 
 
 # Per thread (and task), so that eight generations on one model never see each other's scores.
@@ -89,23 +113,22 @@ class QKHooks:
     """
 
     def __init__(self, layers: Sequence[Any], needs: Needs) -> None:
-        self._layers = tuple(sorted({*needs.received_attention, *needs.cls_attention}))
+        self._hooks = tuple(
+            _QKHook(layer, side)
+            for side, kinds in (("q", needs.queries), ("k", needs.keys))
+            for layer in sorted({*needs.received_attention, *needs.cls_attention, *kinds})
+        )
         self._modules = tuple(self._projections(layers))
-        for module, layer, side in self._named():
-            refuse_sharded(f"{side}_proj of layer {layer}", *_known_widths(module))
+        for module, hook in zip(self._modules, self._hooks, strict=True):
+            refuse_sharded(f"{hook.side}_proj of layer {hook.layer}", *_known_widths(module))
         self._handles: list[RemovableHandle] = [
-            module.register_forward_hook(_QKHook(layer, side))
-            for module, layer, side in self._named()
+            module.register_forward_hook(hook)
+            for module, hook in zip(self._modules, self._hooks, strict=True)
         ]
 
-    def _named(self) -> Iterator[tuple[nn.Module, int, str]]:
-        layers = (layer for layer in self._layers for _ in "qk")
-        return zip(self._modules, layers, "qk" * len(self._layers), strict=True)
-
     def _projections(self, layers: Sequence[Any]) -> Iterator[nn.Module]:
-        for layer in self._layers:
-            attention = layers[layer - 1].self_attn
-            yield from (attention.q_proj, attention.k_proj)
+        for hook in self._hooks:
+            yield getattr(layers[hook.layer - 1].self_attn, f"{hook.side}_proj")
 
     def on(self, layers: Sequence[Any]) -> bool:
         """Whether the hooks sit on these layers still: quantised loading replaces the modules."""
@@ -139,9 +162,7 @@ def recording(needs: Needs, heads: int, patches: int) -> Iterator[AttentionScore
         yield record.scores
     finally:
         _RECORDING.reset(token)
-    missing = {*needs.received_attention} - {*record.scores.received_attention} | {
-        *needs.cls_attention
-    } - {*record.scores.cls_attention}
+    missing = record.missing()
     if missing:
         raise UnsupportedModelError(
             f"the vision tower's attention of layers {sorted(missing)} did not pass through q_proj "

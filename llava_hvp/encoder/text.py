@@ -31,7 +31,10 @@ class ClipText:
         """
         from transformers import AutoConfig, CLIPModel, CLIPTokenizer
 
-        remedy = "use text='llm', or a tower whose checkpoint is a full CLIP model"
+        remedy = (
+            "use a tower whose checkpoint is a full CLIP model, or a method that does without, as "
+            "hiprune++ with text='llm'"
+        )
         try:
             config = AutoConfig.from_pretrained(checkpoint)
             if getattr(config, "text_config", None) is None or config.model_type != "clip":

@@ -14,16 +14,21 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from llava_hvp.errors import UnsupportedModelError
+from llava_hvp.methods.base import Needs
 from llava_hvp.methods.masks import Grid
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """grid : (rows, columns) of patches; depth : layers; heads : of each layer."""
+    """grid : (rows, columns) of patches; depth : layers; heads : of each layer.
+
+    has_cls : whether a CLS token leads the patches
+    """
 
     grid: Grid
     depth: int
     heads: int
+    has_cls: bool = True
 
     @property
     def patches(self) -> int:
@@ -59,7 +64,8 @@ def read_geometry(model: nn.Module) -> Geometry:
             f"the vision tower holds a {type(model).__name__}, which is not a CLIP vision "
             "transformer with q_proj and k_proj in every layer: pruning needs one of LLaVA's own"
         )
-    return dataclasses.replace(geometry_of(model.config), depth=len(layers))
+    has_cls = hasattr(vit.embeddings, "class_embedding")
+    return dataclasses.replace(geometry_of(model.config), depth=len(layers), has_cls=has_cls)
 
 
 def geometry_of(config: Any) -> Geometry:
@@ -102,6 +108,30 @@ def hidden_states(model: nn.Module, images: Tensor, layer: int, *, fused: bool =
         output = block(hidden, **_no_masks(type(block).forward))
         hidden = output[0] if isinstance(output, tuple) else output
     return hidden
+
+
+@torch.no_grad()
+def project_next(model: nn.Module, hidden: Tensor, layer: int, needs: Needs) -> None:
+    """Keys and queries of layer `layer` + 1 where a method reads them, for the hooks to see.
+
+    They are made of the output of `layer`; the layer itself is not run.
+
+    Parameters
+    ----------
+    hidden : (T, S, D), the output of `layer`
+    """
+    sides = [
+        side for side, named in (("q", needs.queries), ("k", needs.keys)) if layer + 1 in named
+    ]
+    if not sides:
+        return
+    block = layers_of(model)[layer]
+    place = block.layer_norm1.weight.device
+    if place.type != "meta":  # of an offloaded layer, whose own hooks move what comes in
+        hidden = hidden.to(place)
+    normed = block.layer_norm1(hidden)
+    for side in sides:
+        getattr(block.self_attn, f"{side}_proj")(normed)
 
 
 def attention_of(model: nn.Module, *, fused: bool = False) -> str:

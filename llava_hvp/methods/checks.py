@@ -44,6 +44,22 @@ def checked_layers(
     return layers
 
 
+def next_layer(depth: int | None, feature_layer: int | None) -> int:
+    """The layer after `feature_layer`, whose keys are made of its output; the last has none."""
+    depth, feature_layer = _geometry(depth, feature_layer)
+    return min(feature_layer + 1, depth)
+
+
+def selected_layer(depth: int | None, feature_layer: int | None) -> int:
+    """Layer `feature_layer`, where the encoder's geometry is known."""
+    return _geometry(depth, feature_layer)[1]
+
+
+def switch(options: Named, option: str) -> None:
+    """Raise OptionError unless the option is True or False."""
+    choice(options, option, (True, False))
+
+
 def _geometry(depth: int | None, feature_layer: int | None) -> tuple[int, int]:
     if depth is None or feature_layer is None:
         raise ContextError(

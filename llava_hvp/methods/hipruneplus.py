@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from llava_hvp.errors import ContextError
+from llava_hvp.errors import OptionError
 from llava_hvp.methods.base import Needs, Selection, VisionContext
 from llava_hvp.methods.checks import choice, number
 from llava_hvp.methods.hiprune import HiPrune
@@ -30,6 +30,9 @@ class HiPrunePlus(HiPrune):
         language model's input embeddings, for a tower that has no text encoder (this projects every
         patch, where all else projects only the kept ones)
     extra : put the prompt's patches on top of the budget
+    sign : "direct" takes the patches whose cosine with the prompt is largest, as the paper says;
+        "negated" the smallest, for text="clip" only: in CLIP's space these are said to show what is
+        asked for (CDPruner's issue 14, TRIM's issue 3, LiteLVLM, arXiv 2605.13178)
     """
 
     name: ClassVar[str] = "hiprune++"
@@ -39,23 +42,31 @@ class HiPrunePlus(HiPrune):
     beta: float = 0.1
     text: str = "clip"
     extra: bool = False
+    sign: str = "direct"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         number(self, "beta", least=0, most=1)
         choice(self, "text", ("clip", "llm"))
         choice(self, "extra", (True, False))
+        choice(self, "sign", ("direct", "negated"))
+        if self.sign == "negated" and self.text != "clip":
+            raise OptionError(
+                f"hiprune++: sign='negated' is of CLIP's space, and text={self.text!r}: give "
+                "text='clip', or sign='direct'"
+            )
 
     def reads(self, depth: int | None, feature_layer: int | None) -> Needs:
         return dataclasses.replace(super().reads(depth, feature_layer), relevance=self.text)
 
     def choose(self, context: VisionContext, budget: int) -> Selection:
-        if context.relevance is None:
-            raise ContextError("hiprune++ needs relevance (T, N) in the context: it has none")
+        relevance = context.read("relevance", self.name)
+        if self.sign == "negated":
+            relevance = -relevance
         text = round(self.beta * budget)
         total = budget + text if self.extra else budget
         roles = self._hierarchy(context, budget, registers_up_to=total - text)
         kept = torch.stack(tuple(roles.values())).any(0)
         missing = total - kept.sum(1, keepdim=True)
-        roles["text"] = top_k(context.relevance.float(), missing, among=~kept)
+        roles["text"] = top_k(relevance, missing, among=~kept)
         return Selection.from_roles(roles)

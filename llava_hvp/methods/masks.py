@@ -95,3 +95,26 @@ def flat_neighbours(mask: Tensor, grid: Grid, offsets: Iterable[Grid]) -> Tensor
         target = torch.arange(patches, device=mask.device) + down * grid[1] + right
         reached.index_add_(1, target.clamp_(0, patches - 1), mask.to(torch.int32))
     return reached > 0
+
+
+def ranks(scores: Tensor) -> Tensor:
+    """The place of each patch in its row's order, 0 for the best; of equals the lower index."""
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, places)
+
+
+def first_best(scores: Tensor) -> Tensor:
+    """The index of each row's best entry, (..., N) -> (...), the first of equals on every device.
+
+    `argmax` promises that in some releases only. A row with nan, which is refused once somebody
+    looks, gives an index in range too.
+    """
+    last = scores.shape[-1] - 1
+    places = torch.arange(last + 1, device=scores.device)
+    return places.where(scores == scores.amax(-1, keepdim=True), last).amin(-1)
+
+
+def indices(mask: Tensor, count: int) -> Tensor:
+    """(T, count) indices of the first patches of a mask in raster order, then of the others."""
+    return (~mask).to(torch.uint8).argsort(dim=-1, stable=True)[:, :count]

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llava_hvp.encoder.capture import AttentionScores, QKHooks, recording
-from llava_hvp.encoder.vit import Geometry, hidden_states, layers_of, read_geometry
+from llava_hvp.encoder.vit import (
+    Geometry,
+    hidden_states,
+    layers_of,
+    project_next,
+    read_geometry,
+)
 from llava_hvp.errors import TextEncoderError, UnsupportedModelError
 from llava_hvp.methods.base import (
     Needs,
@@ -20,23 +26,44 @@ from llava_hvp.methods.base import (
     VisionMethod,
     raise_unless_finite,
 )
+from llava_hvp.methods.masks import Grid
 from llava_hvp.runtime import Runtime
 
-Relevance = Callable[[Tensor], Tensor]  # features (T, N, D) -> relevance (T, N)
+OfFeatures = Callable[[Tensor], Tensor]  # of features (T, N, D)
 _CHANGING = threading.Lock()
 
 
 @dataclass(frozen=True)
-class EncodedTiles:
-    """Features of all tiles, and which patches of them stay.
+class HostInputs:
+    """What a method may read that a vision tower does not know; a host gives what is needed.
 
-    features : (T, N, D) of the layer that goes on, on the device, in the images' dtype
-    selection : on the CPU
+    relevance : of features to the prompt of their image, (T, N)
+    projected : features as the language model takes them, (T, N, P)
+    words, mosaics : as in VisionContext
+    padding : as in VisionContext, on the CPU
+    """
+
+    relevance: OfFeatures | None = None
+    projected: OfFeatures | None = None
+    words: tuple[Tensor, ...] | None = None
+    mosaics: tuple[Grid | None, ...] | None = None
+    padding: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class EncodedTiles:
+    """Tokens of all tiles, and which of them stay.
+
+    features : (T, N, D) of the layer that goes on, on the device, in the images' dtype; what a
+        method merged stands where the patches' own stood
+    selection : on the CPU, but for the weights of its mix
+    extra : (T, D), of each tile the token that stands at no patch; None where there is none
     reused : whether they were made for an earlier call
     """
 
     features: Tensor
     selection: Selection
+    extra: Tensor | None = None
     reused: bool = False
 
 
@@ -172,11 +199,12 @@ class PrunedEncoder:
         geometry = plan.geometry
         with recording(plan.needs, geometry.heads, geometry.patches) as scores:
             hidden = hidden_states(self.vit, images, plan.feature_layer, fused=self.fuses_attention)
+            project_next(self.vit, hidden, plan.feature_layer, plan.needs)
         return hidden, scores
 
     @torch.no_grad()
     def encode(
-        self, images: Tensor, tiles: tuple[int, ...], relevance: Relevance | None = None
+        self, images: Tensor, tiles: tuple[int, ...], inputs: HostInputs | None = None
     ) -> EncodedTiles:
         """Encode tiles and select on each.
 
@@ -184,47 +212,81 @@ class PrunedEncoder:
         ----------
         images : (T, 3, H, W)
         tiles : tiles of each image, T in all
-        relevance : of the features to the prompt, for a method that needs it
+        inputs : what the method reads besides; without any, every tile stands alone
 
         Raises
         ------
-        ScoreError : scores that are not finite
+        ScoreError : scores, or merged features, that are not finite
+        TextEncoderError : the method reads the prompt, and none came
         """
         plan, method = self.plan(), self.prune_method
-        geometry, needs = plan.geometry, plan.needs
         if self.prune_runtime.tower_dtype == "model" and not method.keeps_all:
             self.take_dtype(images.dtype)
         hidden, scores = self.run_to_layer(images.to(device=self.device, dtype=self.dtype))
-        features = hidden[:, hidden.shape[1] - geometry.patches :].to(images.dtype)
-        if needs.relevance is not None and relevance is None:
+        features = hidden[:, hidden.shape[1] - plan.geometry.patches :].to(images.dtype)
+        inputs = inputs or HostInputs(mosaics=(None,) * len(tiles))
+        context = self._context(plan, features, scores, tiles, inputs)
+        selection = method.select_unchecked(context)
+        (names, finite), extra = context.finite(), None
+        if selection.mix is not None:
+            features, extra = selection.mix.apply(hidden)
+            features = features.to(images.dtype)
+            extra = None if extra is None else extra.to(images.dtype)
+            merged = [tokens for tokens in (features, extra) if tokens is not None]
+            whole = torch.stack([tokens.isfinite().all() for tokens in merged]).all()
+            names, finite = [*names, "merged features"], torch.cat((finite, whole[None]))
+        return EncodedTiles(features, _on_cpu(selection, names, finite), extra)
+
+    def _context(
+        self,
+        plan: CapturePlan,
+        features: Tensor,
+        scores: AttentionScores,
+        tiles: tuple[int, ...],
+        inputs: HostInputs,
+    ) -> VisionContext:
+        """What the method reads, and no more."""
+        needs, device = plan.needs, features.device
+        name = self.prune_method.name
+        if (needs.relevance and inputs.relevance is None) or (needs.words and inputs.words is None):
             raise TextEncoderError(
-                f"{method.name} reads the prompt, and none came with the images: call the model "
+                f"{name} reads the prompt, and none came with the images: call the model "
                 "with input_ids, or use a method that does not read it"
             )
-        context = VisionContext(
-            grid=geometry.grid,
+
+        def moved(by_layer: dict[int, Tensor]) -> dict[int, Tensor]:
             # A tower spread over several devices leaves its scores on each.
-            received_attention={
-                layer: s.to(features.device) for layer, s in scores.received_attention.items()
-            },
-            depth=geometry.depth,
+            return {layer: tensor.to(device) for layer, tensor in by_layer.items()}
+
+        return VisionContext(
+            grid=plan.geometry.grid,
+            received_attention=moved(scores.received_attention),
+            depth=plan.geometry.depth,
             feature_layer=plan.feature_layer,
-            cls_attention={
-                layer: s.to(features.device) for layer, s in scores.cls_attention.items()
-            },
+            cls_attention=moved(scores.cls_attention),
             features=features if needs.features else None,
-            relevance=relevance(features) if needs.relevance and relevance else None,
+            relevance=inputs.relevance(features) if needs.relevance and inputs.relevance else None,
             tiles=tiles,
+            keys=moved(scores.keys),
+            queries=moved(scores.queries),
+            heads=plan.geometry.heads,
+            projected=inputs.projected(features) if needs.projected and inputs.projected else None,
+            words=tuple(w.to(device) for w in inputs.words or ()) if needs.words else None,
+            padding=inputs.padding.to(device) if inputs.padding is not None else None,
+            mosaics=inputs.mosaics,
         )
-        return EncodedTiles(features, _selection_on_cpu(method, context))
 
 
-def _selection_on_cpu(method: VisionMethod, context: VisionContext) -> Selection:
-    """Select, and bring masks and the look at the scores over in the one transfer there is."""
-    selection = method.select_unchecked(context)
-    names, finite = context.finite()
+def _on_cpu(selection: Selection, names: list[str], finite: Tensor) -> Selection:
+    """Bring masks and the look at the scores over, in the one transfer that there is.
+
+    Weights of a mix stay where they are; the order that it gives comes in one more.
+    """
     masks = torch.stack([selection.keep, *selection.roles.values()])
     packed = torch.cat([masks.flatten(), finite.to(masks.device)]).cpu()
     raise_unless_finite(names, packed[masks.numel() :].tolist())
     keep, *roles = packed[: masks.numel()].view(masks.shape)
-    return Selection(keep, dict(zip(selection.roles, roles, strict=True)))
+    mix = selection.mix
+    if mix is not None and mix.rank is not None:
+        mix = replace(mix, rank=mix.rank.cpu())
+    return Selection(keep, dict(zip(selection.roles, roles, strict=True)), mix)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from llava_hvp.methods.masks import Grid
 from llava_hvp.pruning.encoding import PrunedEncoder
 from llava_hvp.pruning.layout import Layout, Size
 from llava_hvp.show.frame import View
@@ -29,6 +30,19 @@ class HostModel(Protocol):
         size : (width, height) of the picture in pixels where known
         merge : "stock", or "spatial" for several tiles with neither unpad nor newline
         """
+
+    def mosaic(self, tiles: int, size: Size | None) -> Grid | None:
+        """(down, across) of the tiles behind an image's first; None where tiles stand alone."""
+
+    def padding(self, size: Size | None) -> Tensor:
+        """(N,) bool, the patches of a tile that show nothing but the padding of a squared picture.
+
+        Raises UnsupportedModelError where the host squares pictures and the size is unknown.
+        """
+
+    @property
+    def projector(self) -> nn.Module:
+        """What `project` runs."""
 
     def project(self, features: Tensor) -> Tensor:
         """(…, D) features of patches as the language model takes them."""

@@ -1,18 +1,31 @@
 """The tokens of an image as indices: what the host would send unpruned, in its order.
 
 A token is named by its patch, `tile * N + patch` counted over the image's own tiles; NEWLINE stands
-for an `image_newline`.
+for an `image_newline`, EXTRA less the tile's number for a tile's token that stands at no patch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 NEWLINE = -1
+EXTRA = -2
 Size = tuple[int, int]  # (width, height) in pixels
+
+
+@dataclass(frozen=True)
+class LooseTokens:
+    """What a method sends beside the mosaic, tile by tile; unpad cuts none of it.
+
+    before, after : (tokens,) int64 of each tile, what leads its placed tokens and what follows
+    """
+
+    before: Sequence[Tensor]
+    after: Sequence[Tensor]
 
 
 @dataclass(frozen=True)
@@ -45,19 +58,33 @@ class Layout:
             sent[self.mosaic.flatten()] = True
         return sent
 
-    def kept(self, keep: Tensor, newline: str) -> Tensor:
+    def kept(self, keep: Tensor, newline: str, loose: LooseTokens | None = None) -> Tensor:
         """(tokens,) int64, the tokens that stay, in order.
+
+        Tokens beside the mosaic enclose their own tile where it comes first; those of the
+        sub-images follow the mosaic, first all that lead, then the others tile by tile.
 
         Parameters
         ----------
-        keep : (tiles * N,) bool, on the CPU
+        keep : (tiles * N,) bool, on the CPU, of the patches that stay in their places
         newline : "all" keeps every one, "none" none, "rows" those of rows that did not lose all
             their patches; a row in which stock sends nothing else has none to lose
+        loose : tokens beside the mosaic; none by default
         """
-        base = self.base[keep[self.base]]
+        if loose is None:
+            return torch.cat((self.base[keep[self.base]], self._rows(keep, newline)))
+        tiles = self.base.split(len(keep) // len(loose.before))
+        parts = []
+        for tile, before, after in zip(tiles, loose.before, loose.after, strict=False):
+            parts += [before, tile[keep[tile]], after]
+        rest = loose.before[len(tiles) :], loose.after[len(tiles) :]
+        return torch.cat((*parts, self._rows(keep, newline), *rest[0], *rest[1]))
+
+    def _rows(self, keep: Tensor, newline: str) -> Tensor:
+        """What stays of the mosaic, with the newlines that end its rows, or the image."""
         if self.mosaic is None:
             ends = self.newline and newline != "none"
-            return torch.cat((base, torch.full((int(ends),), NEWLINE)))
+            return torch.full((int(ends),), NEWLINE)
         table, stays = self.mosaic, keep[self.mosaic]
         if self.newline:
             occupied = stays.any(1, keepdim=True)
@@ -68,4 +95,4 @@ class Layout:
             }[newline]
             stays = torch.cat((stays, edge), dim=1)
             table = torch.cat((table, table.new_full((len(table), 1), NEWLINE)), dim=1)
-        return torch.cat((base, table[stays]))
+        return table[stays]

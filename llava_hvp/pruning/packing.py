@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from llava_hvp.methods.base import Selection
+from llava_hvp.methods.base import Mix, Selection, VisionMethod
+from llava_hvp.methods.masks import Grid
+from llava_hvp.pruning.encoding import EncodedTiles
 from llava_hvp.pruning.host import HostModel
-from llava_hvp.pruning.layout import NEWLINE, Layout, Size
+from llava_hvp.pruning.layout import EXTRA, NEWLINE, Layout, LooseTokens, Size
 from llava_hvp.pruning.pruning import Pruning
 from llava_hvp.pruning.report import ImageReport
 
@@ -20,7 +23,7 @@ class PackedImages:
     """Stands in for `images` on the way through the host's own method.
 
     features : (tokens, D) of each image, ready for the language model
-    pruned : whether any image has fewer tokens than stock would send
+    pruned : whether any image has other tokens than stock would send
     """
 
     features: list[Tensor]
@@ -48,7 +51,7 @@ def pack(
     laid_out : whether the host lays tiles out by its config; else each image is one bare tile
     """
     model, method, runtime = pruning.host_model, pruning.method, pruning.runtime
-    encoded = pruning.encode(pixels, tiles, rows)
+    encoded = pruning.encode(pixels, tiles, rows, sizes=sizes, laid_out=laid_out)
     grid = model.encoder.plan().geometry.grid
     layouts = [
         model.layout(count, size, runtime.patch_merge) if laid_out else _one_tile(grid)
@@ -56,7 +59,7 @@ def pack(
     ]
     selections = _by_image(encoded.selection, tiles)
     kept = [
-        place.kept(selection.keep.flatten(), runtime.newline)
+        tokens_of(place, selection, method, runtime.newline)
         for place, selection in zip(layouts, selections, strict=True)
     ]
     view = model.view()
@@ -78,45 +81,105 @@ def pack(
             tiles, layouts, kept, sizes, selections, strict=True
         )
     )
-    features = _project(model, encoded.features, tiles, kept, bool(encoded.selection.keep.all()))
-    pruned = any(len(t) < place.stock_tokens for t, place in zip(kept, layouts, strict=True))
+    features = _project(model, encoded, tiles, kept)
+    pruned = encoded.selection.mix is not None or any(
+        len(tokens) < place.stock_tokens for tokens, place in zip(kept, layouts, strict=True)
+    )
     return PackedImages(features, pruned)
 
 
-def _one_tile(grid: tuple[int, int]) -> Layout:
+def features_by_tile(encoded: EncodedTiles, method: VisionMethod, grid: Grid) -> list[Tensor]:
+    """(tokens, D) of each tile by itself, in the order in which a host would get them."""
+    tiles = (1,) * len(encoded.features)
+    kept = [
+        tokens_of(_one_tile(grid), selection, method, "rows")
+        for selection in _by_image(encoded.selection, tiles)
+    ]
+    index = _index_of(encoded, tiles, kept)
+    return list(_all_tokens(encoded)[index].split([len(tokens) for tokens in kept]))
+
+
+def _one_tile(grid: Grid) -> Layout:
     return Layout(torch.arange(grid[0] * grid[1]))
 
 
 def _by_image(selection: Selection, tiles: tuple[int, ...]) -> list[Selection]:
     roles = {role: mask.split(tiles) for role, mask in selection.roles.items()}
+    mixes = [None] * len(tiles) if selection.mix is None else _mixes(selection.mix, tiles)
     return [
-        Selection(keep, {role: masks[i] for role, masks in roles.items()})
+        Selection(keep, {role: masks[i] for role, masks in roles.items()}, mixes[i])
         for i, keep in enumerate(selection.keep.split(tiles))
     ]
 
 
+def _mixes(mix: Mix, tiles: tuple[int, ...]) -> list[Mix]:
+    """The mix of each image."""
+    ends = list(itertools.accumulate(tiles))
+    parts = [slice(end - count, end) for end, count in zip(ends, tiles, strict=True)]
+    return [
+        Mix(
+            mix.added[part],
+            None if mix.extra is None else mix.extra[part],
+            None if mix.rank is None else mix.rank[part],
+            None if mix.mixed is None else mix.mixed[part],
+        )
+        for part in parts
+    ]
+
+
+def tokens_of(place: Layout, selection: Selection, method: VisionMethod, newline: str) -> Tensor:
+    """(tokens,) int64 that stay of an image, in order, named as in `pruning.layout`."""
+    keep = selection.keep
+    if selection.mix is None:
+        return place.kept(keep.flatten(), newline)
+    loose, rank, patches = selection.loose(method.loose), selection.mix.rank, keep.shape[1]
+    before, after = [], []
+    for tile, (mask, has_extra) in enumerate(zip(loose, selection.extras, strict=True)):
+        own = mask.nonzero()[:, 0]
+        if rank is not None:
+            own = own[rank[tile, own].argsort()]
+        extra = torch.full((int(has_extra),), EXTRA - tile)
+        before.append(extra if method.extra_first else extra[:0])
+        after.append(torch.cat((own + tile * patches, extra[:0] if method.extra_first else extra)))
+    return place.kept((keep & ~loose).flatten(), newline, LooseTokens(before, after))
+
+
 def _sent(tokens: Tensor, keep: Tensor) -> Tensor:
     sent = torch.zeros_like(keep)
-    sent.view(-1)[tokens[tokens != NEWLINE]] = True
+    sent.view(-1)[tokens[tokens >= 0]] = True
     return sent
 
 
+def _all_tokens(encoded: EncodedTiles) -> Tensor:
+    """(T * N, D), or (T * N + T, D): every tile's patches, and behind them the extra tokens."""
+    patches = encoded.features.flatten(0, 1)
+    return patches if encoded.extra is None else torch.cat((patches, encoded.extra))
+
+
+def _index_of(encoded: EncodedTiles, tiles: tuple[int, ...], kept: list[Tensor]) -> Tensor:
+    """(tokens,) int64, for the tokens of all images their rows of `_all_tokens`, or NEWLINE."""
+    total, patches = encoded.features.shape[:2]
+    firsts = itertools.accumulate(tiles[:-1], initial=0)
+    parts = []
+    for tokens, first in zip(kept, firsts, strict=True):
+        extra = total * patches + first + EXTRA - tokens
+        placed = torch.where(tokens <= EXTRA, extra, tokens + first * patches)
+        parts.append(torch.where(tokens == NEWLINE, tokens, placed))
+    return torch.cat(parts)
+
+
 def _project(
-    model: HostModel, features: Tensor, tiles: tuple[int, ...], kept: list[Tensor], all_kept: bool
+    model: HostModel, encoded: EncodedTiles, tiles: tuple[int, ...], kept: list[Tensor]
 ) -> list[Tensor]:
-    """(tokens, D) of each image: its kept patches projected, its newlines put in."""
-    patches = features.shape[1]
-    starts = torch.tensor((0, *tiles[:-1])).cumsum(0) * patches
-    tokens = torch.cat(
-        [torch.where(t == NEWLINE, t, t + start) for t, start in zip(kept, starts, strict=True)]
-    )
+    """(tokens, D) of each image: its tokens projected, its newlines put in."""
+    tokens = _index_of(encoded, tiles, kept)
     is_newline = tokens == NEWLINE
-    index = tokens[~is_newline].to(features.device)
-    if all_kept:
+    index = tokens[~is_newline].to(encoded.features.device)
+    if encoded.selection.mix is None and bool(encoded.selection.keep.all()):
         # In stock's own shape: a matrix product of other shape may round differently.
-        projected = model.project(features).flatten(0, 1)[index]
+        projected = model.project(encoded.features).flatten(0, 1)[index]
     else:
-        projected = model.project(features.flatten(0, 1)[index])
+        projected = model.project(_all_tokens(encoded)[index])
     if bool(is_newline.any()):
         newline = model.newline()[None].to(projected.device)
         order = torch.where(is_newline, len(index), (~is_newline).cumsum(0) - 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -14,8 +14,10 @@ from torch import Tensor
 
 from llava_hvp.encoder.text import ClipText, cosine_relevance
 from llava_hvp.methods.base import VisionMethod
-from llava_hvp.pruning.encoding import EncodedTiles, Relevance
+from llava_hvp.methods.mmtok import content_words
+from llava_hvp.pruning.encoding import EncodedTiles, HostInputs, OfFeatures
 from llava_hvp.pruning.host import HostModel
+from llava_hvp.pruning.layout import Size
 from llava_hvp.pruning.report import ImageReport
 from llava_hvp.pruning.reuse import RecentlyEncoded, weights_version
 from llava_hvp.runtime import Runtime
@@ -91,7 +93,13 @@ class Pruning:
         return html_of_all(self.last)
 
     def encode(
-        self, pixels: Tensor, tiles: tuple[int, ...], rows: list[Tensor] | None
+        self,
+        pixels: Tensor,
+        tiles: tuple[int, ...],
+        rows: list[Tensor] | None,
+        *,
+        sizes: Sequence[Size | None] | None = None,
+        laid_out: bool = False,
     ) -> EncodedTiles:
         """Encode and select, or find what was made of the same pixels a short while ago.
 
@@ -100,19 +108,46 @@ class Pruning:
         pixels : (T, 3, H, W)
         tiles : tiles of each image, T in all
         rows : token ids of each row of the batch, without padding
+        sizes : (width, height) of each image in pixels where known
+        laid_out : whether the host lays tiles out by its config; else each image is one bare tile
         """
         encoder = self.host_model.encoder
-        relevance = self.relevance(tiles, rows)
-        if not self.reuse or torch.is_grad_enabled() or encoder.plan().needs.relevance:
-            return encoder.encode(pixels, tiles, relevance)
-        made_by = weights_version(encoder)
+        needs = encoder.plan().needs
+        inputs = self._inputs(tiles, sizes or [None] * len(tiles), rows, laid_out)
+        reads_prompt = needs.relevance is not None or needs.words
+        if not self.reuse or torch.is_grad_enabled() or reads_prompt:
+            return encoder.encode(pixels, tiles, inputs)
+        made_by = weights_version(encoder, self.host_model.projector if needs.projected else None)
         if made_by is None:
-            return encoder.encode(pixels, tiles, relevance)
-        encoded = self._recently.find(pixels, tiles, made_by)
+            return encoder.encode(pixels, tiles, inputs)
+        encoded = self._recently.find(pixels, tiles, inputs, made_by)
         if encoded is None:
-            encoded = encoder.encode(pixels, tiles, relevance)
-            self._recently.add(pixels, tiles, made_by, encoded)
+            encoded = encoder.encode(pixels, tiles, inputs)
+            self._recently.add(pixels, tiles, inputs, made_by, encoded)
         return encoded
+
+    def _inputs(
+        self,
+        tiles: tuple[int, ...],
+        sizes: Sequence[Size | None],
+        rows: list[Tensor] | None,
+        laid_out: bool,
+    ) -> HostInputs:
+        """What the method reads besides the tower, and no more."""
+        host, needs = self.host_model, self.host_model.encoder.plan().needs
+        images = list(zip(tiles, sizes, strict=True))
+        mosaics, padding = None, None
+        if needs.mosaics:
+            mosaics = tuple(host.mosaic(*image) if laid_out else None for image in images)
+        if needs.padding:
+            padding = torch.cat([host.padding(size).expand(count, -1) for count, size in images])
+        return HostInputs(
+            self.relevance(tiles, rows),
+            host.project if needs.projected else None,
+            self._words(len(tiles), rows) if needs.words else None,
+            mosaics,
+            padding,
+        )
 
     def __enter__(self) -> Pruning:
         return self
@@ -129,13 +164,13 @@ class Pruning:
     def load_text(self) -> None:
         """Load what a prompt-aware method reads the prompt with; raises TextEncoderError."""
         encoder = self.host_model.encoder
-        text = encoder.plan().needs.relevance
-        if text is not None and self.tokenizer is None:
+        needs = encoder.plan().needs
+        if (needs.relevance is not None or needs.words) and self.tokenizer is None:
             self.tokenizer = self.host_model.load_tokenizer()
-        if text == "clip" and self.clip_text is None:
+        if needs.relevance == "clip" and self.clip_text is None:
             self.clip_text = ClipText.load(self.host_model.clip_checkpoint)
 
-    def relevance(self, tiles: tuple[int, ...], rows: list[Tensor] | None) -> Relevance | None:
+    def relevance(self, tiles: tuple[int, ...], rows: list[Tensor] | None) -> OfFeatures | None:
         """The function of patch features that a prompt-aware method needs; None for others.
 
         Parameters
@@ -165,10 +200,32 @@ class Pruning:
 
         return of_features
 
+    @torch.no_grad()
+    def _words(self, images: int, rows: list[Tensor] | None) -> tuple[Tensor, ...] | None:
+        """(M, D) of each image: the input embeddings of its prompt's words; None without prompts.
+
+        Each word is tokenised by itself, as text that is split into words.
+        """
+        if rows is None:
+            return None
+        self.load_text()
+        embedded: dict[str, Tensor] = {}
+        prompts = self.host_model.prompts(rows, images, self.tokenizer)
+        for prompt in prompts:
+            if prompt not in embedded:
+                words = content_words(prompt).split() or prompt.split()
+                ids = [i for word in words for i in self._ids(word)]
+                embedded[prompt] = self.host_model.embed(torch.tensor(ids))
+        return tuple(embedded[prompt] for prompt in prompts)
+
+    def _ids(self, text: str) -> list[int]:
+        """Token ids of a text, no special ones added."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
     def _mean_embedding(self, prompt: str) -> Tensor:
         """(D,) float32, mean of the language model's input embeddings of the prompt."""
-        ids = self.tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
-        return self.host_model.embed(ids[0]).float().mean(0)
+        return self.host_model.embed(torch.tensor(self._ids(prompt))).float().mean(0)
 
 
 _LAST: ContextVar[tuple[weakref.ref[Pruning], list[ImageReport]] | None] = ContextVar(

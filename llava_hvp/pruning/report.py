@@ -21,7 +21,7 @@ class ImageReport:
     method : name of the method
     tiles : the encoder saw: 1, or the base tile and the sub-images of AnyRes
     stock_tokens : visual tokens that unpruned LLaVA would send for this image
-    kept_tokens : visual tokens sent, image_newline included
+    kept_tokens : visual tokens sent, image_newline and tokens that stand at no patch included
     sent : (tiles, N) bool, the patches sent: of those selected, the ones outside the padding that
         AnyRes cuts off
     grid : (rows, columns) of patches of a tile
@@ -46,8 +46,14 @@ class ImageReport:
 
     @property
     def kept_patches(self) -> int:
-        """Visual tokens sent, image_newline left out."""
+        """Patches sent, each a visual token; neither image_newline nor what stands at no patch."""
         return int(self.sent.sum())
+
+    @property
+    def tile_tokens(self) -> tuple[int, ...]:
+        """Visual tokens sent of each tile, image_newline left out."""
+        patches = self.sent.sum(1).tolist()
+        return tuple(n + e for n, e in zip(patches, self.selection.extras, strict=True))
 
     @property
     def kept_of_stock(self) -> float:

@@ -6,15 +6,16 @@ picture waits for the device, so that it is off where nobody asked for it.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import deque
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from llava_hvp.pruning.encoding import EncodedTiles, PrunedEncoder
+from llava_hvp.pruning.encoding import EncodedTiles, HostInputs, PrunedEncoder
 
 ENTRIES = 8  # a worker serves several chats in turn
 BYTES = 64 * 2**20
@@ -27,12 +28,15 @@ PARTITIONED = frozenset({"ds_id", "_is_flat_param", "_fsdp_flattened"})
 class _Entry:
     pixels: Tensor
     tiles: tuple[int, ...]
+    inputs: HostInputs
     made_by: Any
     encoded: EncodedTiles
 
     @property
     def bytes(self) -> int:
-        return self.pixels.nbytes + self.encoded.features.nbytes
+        mix, extra = self.encoded.selection.mix, self.encoded.extra
+        held = (self.pixels, self.encoded.features, extra, None if mix is None else mix.added)
+        return sum(tensor.nbytes for tensor in held if tensor is not None)
 
 
 class RecentlyEncoded:
@@ -49,10 +53,16 @@ class RecentlyEncoded:
         # A copied or loaded model begins with none.
         return RecentlyEncoded, ()
 
-    def find(self, pixels: Tensor, tiles: tuple[int, ...], made_by: Any) -> EncodedTiles | None:
+    def find(
+        self, pixels: Tensor, tiles: tuple[int, ...], inputs: HostInputs, made_by: Any
+    ) -> EncodedTiles | None:
         """The encoding of equal pixels by an encoder of the same version; None if new."""
         with self._lock:
-            alike = [e for e in self._entries if _alike(e, pixels, tiles) and e.made_by == made_by]
+            alike = [
+                entry
+                for entry in self._entries
+                if _alike(entry, pixels, tiles, inputs) and entry.made_by == made_by
+            ]
         if not alike:
             return None
         # One transfer from the device for all of them.
@@ -61,29 +71,44 @@ class RecentlyEncoded:
         return None if found is None else replace(found, reused=True)
 
     def add(
-        self, pixels: Tensor, tiles: tuple[int, ...], made_by: Any, encoded: EncodedTiles
+        self,
+        pixels: Tensor,
+        tiles: tuple[int, ...],
+        inputs: HostInputs,
+        made_by: Any,
+        encoded: EncodedTiles,
     ) -> None:
         """Remember an encoding; the oldest give way."""
         # A clone: the caller may fill the same memory with the next image.
-        entry = _Entry(pixels.clone(), tiles, made_by, encoded)
+        entry = _Entry(pixels.clone(), tiles, inputs, made_by, encoded)
         with self._lock:
             self._entries.append(entry)
             while sum(e.bytes for e in self._entries) > BYTES:
                 self._entries.popleft()
 
 
-def _alike(entry: _Entry, pixels: Tensor, tiles: tuple[int, ...]) -> bool:
-    mine = entry.pixels
+def _alike(entry: _Entry, pixels: Tensor, tiles: tuple[int, ...], inputs: HostInputs) -> bool:
+    mine, padding = entry.pixels, entry.inputs.padding
+    # Equal pixels can be cut from pictures of other sizes.
+    padded_alike = (
+        padding is inputs.padding
+        if padding is None or inputs.padding is None
+        else torch.equal(padding, inputs.padding)
+    )
     return (
         entry.tiles == tiles
+        and entry.inputs.mosaics == inputs.mosaics
+        and padded_alike
         and mine.shape == pixels.shape
         and mine.dtype == pixels.dtype
         and mine.device == pixels.device
     )
 
 
-def weights_version(encoder: PrunedEncoder) -> Any:
+def weights_version(encoder: PrunedEncoder, projector: nn.Module | None = None) -> Any:
     """Changes when the encoder does; None where its encodings must not be used again.
+
+    projector : looked at too, where the method reads what it gives
 
     Sees another method, layer, module or hook, and weights that were loaded, moved, exchanged or
     changed by an optimiser. What changes through a parameter's `.data` in place leaves no trace: to
@@ -94,7 +119,8 @@ def weights_version(encoder: PrunedEncoder) -> Any:
         encoder.prune_runtime,
         encoder.hidden_state_index,
     ]
-    for module in encoder.vit.modules():
+    read = (encoder.vit,) if projector is None else (encoder.vit, projector)
+    for module in itertools.chain.from_iterable(part.modules() for part in read):
         # Numbers of hooks are given once only.
         made_by += (id(module), *module._forward_pre_hooks, *module._forward_hooks)
         made_by.append(id(vars(module).get("forward")))

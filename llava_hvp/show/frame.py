@@ -131,7 +131,8 @@ def states_of(report: Report) -> Tensor:
     for number, mask in enumerate(roles.values(), 1):
         states[(mask & report.sent).flatten()] = number
     if report.stock is not None:
-        states[~report.stock.flatten()] = CUT
+        # What unpad cuts off; tokens that follow their tile are sent from there too.
+        states[~(report.stock | report.sent).flatten()] = CUT
     return states
 
 

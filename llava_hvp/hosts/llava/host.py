@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from llava_hvp.encoder.text import ClipText
 from llava_hvp.errors import PrunedStateError, TextEncoderError, UnsupportedModelError
-from llava_hvp.hosts.llava import compat, overrides
+from llava_hvp.hosts.llava import compat, overrides, tiling
 from llava_hvp.hosts.llava.prompt import read_prompt, rows_of_images
-from llava_hvp.hosts.llava.tiling import TilingConfig, layout
+from llava_hvp.hosts.llava.tiling import TilingConfig
 from llava_hvp.hosts.llava.tower import PrunedCLIPVisionTower
 from llava_hvp.hosts.llava.view import LlavaView
 from llava_hvp.methods.base import Method
+from llava_hvp.methods.masks import Grid
 from llava_hvp.pruning.layout import Layout, Size
 from llava_hvp.pruning.pruning import CHANGING, Pruning
 from llava_hvp.runtime import PruningConfig, Runtime
@@ -53,11 +54,28 @@ class LlavaModel:
 
     def layout(self, tiles: int, size: Size | None, merge: str) -> Layout:
         """The tokens that LLaVA would send of an image of `tiles` tiles."""
-        return layout(self.tiling(), tiles, size, merge)
+        return tiling.layout(self.tiling(), tiles, size, merge)
+
+    def mosaic(self, tiles: int, size: Size | None) -> Grid | None:
+        """(down, across) of the tiles behind an image's first; None where tiles stand alone."""
+        return tiling.arrangement(self.tiling(), tiles, size)
+
+    def padding(self, size: Size | None) -> Tensor:
+        """(N,) bool, the patches of a tile that show nothing but the padding of a squared picture.
+
+        Raises UnsupportedModelError where LLaVA squares pictures and the size is unknown.
+        """
+        return tiling.padding(self.tiling(), size)
+
+    @property
+    def projector(self) -> nn.Module:
+        """What `project` runs."""
+        projector: nn.Module = self.model.get_model().mm_projector
+        return projector
 
     def project(self, features: Tensor) -> Tensor:
         """(…, D) features of patches as the language model takes them."""
-        projected: Tensor = self.model.get_model().mm_projector(features)
+        projected: Tensor = self.projector(features)
         return projected
 
     def newline(self) -> Tensor:

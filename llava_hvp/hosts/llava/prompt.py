@@ -104,8 +104,8 @@ def read_prompt(ids: Tensor, tokenizer: Any) -> str:
         prompt = prompt.replace(special, " ").strip()
     if not prompt:
         raise TextEncoderError(
-            "the conversation's last user turn has no text, and hiprune++ keeps what the prompt "
-            "asks about: ask something, or use hiprune"
+            "the conversation's last user turn has no text, and this method keeps what the prompt "
+            "asks about: ask something, or use one that does not read it, as hiprune"
         )
     return prompt
 

@@ -79,8 +79,53 @@ def layout(tiling: TilingConfig, tiles: int, size: Size | None, merge: str) -> L
     return Layout(base, table, newline=unpad)
 
 
-def mosaic(tiling: TilingConfig, tiles: int, size: Size | None) -> Tensor:
-    """(rows, columns) int64: the sub-images side by side as AnyRes cut them, padding included."""
+def arrangement(tiling: TilingConfig, tiles: int, size: Size | None) -> Grid | None:
+    """(down, across) of the sub-images of an image; None where its tiles stand alone."""
+    if tiles == 1 or tiling.merge_type == "flat":
+        return None
+    return _cut(tiling, tiles, size)
+
+
+def padding(tiling: TilingConfig, size: Size | None) -> Tensor:
+    """(N,) bool, the patches of a tile that lie in the padding of `image_aspect_ratio="pad"`.
+
+    A patch that shows a sliver of the picture is none of them.
+
+    Parameters
+    ----------
+    size : (width, height) of the picture
+
+    Raises
+    ------
+    UnsupportedModelError : pictures are padded, and the size is not known
+    """
+    empty = torch.zeros(tiling.grid, dtype=torch.bool)
+    if tiling.aspect_ratio != "pad":
+        return empty.flatten()
+    if size is None:
+        raise UnsupportedModelError(
+            "the method passes over padding, and image_aspect_ratio='pad' pads pictures by their "
+            "sizes: pass these images' image_sizes"
+        )
+    across, down = (
+        _in_padding(side, max(size), patches, tiling.image_side)
+        for side, patches in zip(size, tiling.grid[::-1], strict=True)
+    )
+    return (empty | down[:, None] | across).flatten()
+
+
+def _in_padding(length: int, square: int, patches: int, image_side: int) -> Tensor:
+    """(patches,) bool along one side of the tile: those that no pixel of the picture reaches.
+
+    As LLaVA's `expand2square` centres `length` pixels in `square` of them.
+    """
+    before = (square - length) // 2
+    ends = torch.arange(patches + 1) * (image_side // patches) * square
+    return (ends[1:] <= before * image_side) | (ends[:-1] >= (before + length) * image_side)
+
+
+def _cut(tiling: TilingConfig, tiles: int, size: Size | None) -> Grid:
+    """(down, across) of the sub-images as AnyRes cut them."""
     if tiling.aspect_ratio != "anyres" or size is None:
         raise UnsupportedModelError(
             f"an image of {tiles} tiles with image_aspect_ratio={tiling.aspect_ratio!r} and "
@@ -93,6 +138,12 @@ def mosaic(tiling: TilingConfig, tiles: int, size: Size | None) -> Tensor:
             f"an image of {size[0]} x {size[1]} pixels has {across} x {down} sub-images by the "
             f"model's image_grid_pinpoints, but {tiles - 1} came: pass these images' image_sizes"
         )
+    return down, across
+
+
+def mosaic(tiling: TilingConfig, tiles: int, size: Size | None) -> Tensor:
+    """(rows, columns) int64: the sub-images side by side as AnyRes cut them, padding included."""
+    down, across = _cut(tiling, tiles, size)
     rows, columns = tiling.grid
     table = torch.arange(rows * columns, tiles * rows * columns).view(down, across, rows, columns)
     return table.transpose(1, 2).reshape(down * rows, across * columns)

@@ -12,6 +12,7 @@ from llava_hvp.encoder.vit import Geometry, attention_of, geometry_of, read_geom
 from llava_hvp.errors import UnsupportedModelError
 from llava_hvp.methods.base import VisionMethod
 from llava_hvp.pruning.encoding import PrunedEncoder
+from llava_hvp.pruning.packing import features_by_tile
 from llava_hvp.runtime import PruningConfig
 
 
@@ -63,7 +64,7 @@ class PrunedCLIPVisionTower(PrunedEncoder, CLIPVisionTower):
         check_tower(self, self.prune_method)
 
     def forward(self, images: Tensor | list[Tensor]) -> list[Tensor]:
-        """Kept features, a (kept, D) tensor for each tile; each tile counts as an image.
+        """Tokens sent, a (kept, D) tensor for each tile; each tile counts as an image.
 
         A list and not a tensor: a model without our `encode_images` fails on it rather than
         running unpruned.
@@ -71,8 +72,7 @@ class PrunedCLIPVisionTower(PrunedEncoder, CLIPVisionTower):
         if isinstance(images, list):
             images = torch.stack(images)
         encoded = self.encode(images, (1,) * len(images))
-        keep = encoded.selection.keep.to(encoded.features.device)
-        return [tile[mask] for tile, mask in zip(encoded.features, keep, strict=True)]
+        return features_by_tile(encoded, self.prune_method, self.plan().geometry.grid)
 
 
 def tower_facts(tower: Any) -> dict[str, str]:
@@ -111,5 +111,11 @@ def check_tower(tower: Any, method: VisionMethod) -> None:
 
 
 def _check_layers(method: VisionMethod, geometry: Geometry, select_layer: int) -> None:
-    method.needs(geometry.depth, geometry.normalised(select_layer))
+    needs = method.needs(geometry.depth, geometry.normalised(select_layer))
+    asks_cls = needs.cls_attention or (method.needs_cls and not method.keeps_all)
+    if asks_cls and not geometry.has_cls:
+        raise UnsupportedModelError(
+            f"{method.name} asks the CLS token, and this vision tower has none: use hiprune or "
+            "hivtp, which read the attention that patches receive"
+        )
     method.check(geometry.grid)
