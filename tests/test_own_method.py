@@ -156,7 +156,7 @@ def test_eval_runs_it_and_its_results_are_read_again(folder, checkpoints):
     assert "dominant num_tokens=16 newline=all" in table[1]
     (folder / "mine.py").write_text(f"{EXAMPLE}# another rule\n")
     ((code, _, said),) = run_all(folder, [line])
-    assert code == 1
+    assert code == 2
     assert "holds answers of other settings: method_sha256 was" in said
 
 
