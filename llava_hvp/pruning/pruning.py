@@ -173,14 +173,15 @@ class Pruning:
         rows : token ids of each row of the batch, without padding
         """
         encoder = self.host_model.encoder
-        if encoder.plan().needs.relevance is None or rows is None:
+        side = encoder.plan().needs.relevance
+        if side is None or rows is None:
             return None
         self.load_text()
         prompts = self.host_model.prompts(rows, len(tiles), self.tokenizer)
         repeats = torch.tensor(tiles)
 
         def of_features(features: Tensor) -> Tensor:
-            if self.clip_text is not None:
+            if side == "clip" and self.clip_text is not None:
                 clip = self.clip_text.to(features.device)
                 patches = clip.patches(encoder.vit, features)
                 texts = torch.stack([clip.embed(prompt) for prompt in prompts])
