@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 from llava_hvp import HIVTP, prune
 from llava_hvp.errors import UnsupportedVersionError
-from llava_hvp.hosts.llava import compat, loading, versions
+from llava_hvp.hosts.llava import compat
+from llava_hvp.hosts.llava.compat import generation, loading, versions
 
 
 @pytest.fixture
@@ -157,7 +158,7 @@ def test_bridge_is_undone_exactly_and_may_be_called_twice():
 def test_the_bridge_drops_only_what_forward_does_not_take(loaded):
     bundle = loaded("llava-1.5-llama")
     names = inspect.signature(type(bundle.model).forward).parameters
-    inputs = compat.prepare_inputs_for_generation(
+    inputs = generation.prepare_inputs_for_generation(
         bundle.model,
         torch.ones(1, 3, dtype=torch.long),
         attention_mask=torch.ones(1, 3),

@@ -263,7 +263,7 @@ def test_another_select_layer_is_taken_up_as_stock_takes_it(own, photos):
         bundle.model.encode_images(pixels)
         tower.select_layer = -5
         later = bundle.model.encode_images(pixels)[0]
-        assert tower.reading().select == 20
+        assert tower.plan().feature_layer == 20
         keep = pruned.last[0].selection.keep
         tower.select_layer = 7
         with pytest.raises(LayerError, match="past layer 7"):

@@ -10,6 +10,7 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from llava_hvp import HiPrunePlus, prune
 from llava_hvp.encoder.text import ClipText, cosine_relevance
+from llava_hvp.hosts.llava.host import attach
 from llava_hvp.hosts.llava.prompt import last_user_turn, read_prompt, rows_of_images
 
 QUESTION = "Is there a red car, or a USER manual?"
@@ -163,3 +164,15 @@ def test_relevance_is_a_cosine():
     assert torch.allclose(
         cosine_relevance(patches, torch.tensor([[2.0, 0.0]])), torch.tensor([[1.0, 0, -1]])
     )
+
+
+def test_a_clip_encoder_at_hand_is_left_alone_by_what_reads_the_language_model(loaded):
+    """As `show` has one, after a method that compares with CLIP's text."""
+    bundle = loaded("llava-1.5-llama")
+    rows, features = [bundle.ids(QUESTION)[0]], torch.randn(1, 64, 64)
+    method = HiPrunePlus(r_max=0.5, text="llm")
+    with prune(bundle.model, method) as pruned:
+        expected = pruned.relevance((1,), rows)(features)
+    clip = ClipText.load(bundle.model.get_vision_tower().vision_tower_name)
+    with attach(bundle.model, method, clip_text=clip) as pruned:
+        assert torch.equal(pruned.relevance((1,), rows)(features), expected)

@@ -51,7 +51,7 @@ def pack(
     laid_out : whether the host lays tiles out by its config; else each image is one bare tile
     """
     model, method, runtime = pruning.host_model, pruning.method, pruning.runtime
-    encoded = pruning.encode(pixels, tiles, rows, sizes=sizes, laid_out=laid_out)
+    encoded = pruning.encode(pixels, tiles, rows, sizes, laid_out)
     grid = model.encoder.plan().geometry.grid
     layouts = [
         model.layout(count, size, runtime.patch_merge) if laid_out else _one_tile(grid)

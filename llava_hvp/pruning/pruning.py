@@ -97,7 +97,6 @@ class Pruning:
         pixels: Tensor,
         tiles: tuple[int, ...],
         rows: list[Tensor] | None,
-        *,
         sizes: Sequence[Size | None] | None = None,
         laid_out: bool = False,
     ) -> EncodedTiles:
