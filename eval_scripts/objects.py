@@ -67,7 +67,7 @@ class Known:
 
 
 def held_out_pictures(count: int) -> list[Known]:
-    """Different ones."""
+    """Held-out pictures, each different, with where their things lie."""
     texts: dict[Scene, str] = {}
     for scene, question in held_out(3 * count):
         texts.setdefault(scene, question.text)

@@ -80,16 +80,21 @@ def prune(
 
     Parameters
     ----------
-    model : what LLaVA's `load_pretrained_model` gives, or a wrapper around it (PEFT, DDP)
-    method : a Method, as `HIVTP(r_max=0.5)` or `get_method("hivtp", r_max=0.5)`
-    runtime : how the model runs, as `Runtime(patch_merge="spatial")`; the same for every method
-    tokenizer : the language model's; only prompt-aware methods use it, and by default load it from
-        the model's own checkpoint
+    model : Any
+        what LLaVA's `load_pretrained_model` gives, or a wrapper around it (PEFT, DDP)
+    method : Method
+        a Method, as `HIVTP(r_max=0.5)` or `get_method("hivtp", r_max=0.5)`
+    runtime : Runtime | None
+        how the model runs, as `Runtime(patch_merge="spatial")`; the same for every method
+    tokenizer : Any
+        the language model's; only prompt-aware methods use it, and by default load it from the
+        model's own checkpoint
 
     Raises
     ------
-    LlavaHvpError : not a LLaVA model, no vision tower or one that cannot be read, already pruned,
-        layers or a budget that this tower cannot meet, no text encoder. The model is as before.
+    LlavaHvpError
+        not a LLaVA model, no vision tower or one that cannot be read, already pruned, layers or a
+        budget that this tower cannot meet, no text encoder. The model is as before.
     """
     return host_of(model).attach(model, method, runtime=runtime, tokenizer=tokenizer)
 
@@ -114,13 +119,16 @@ def install(
 
     Parameters
     ----------
-    method, runtime, tokenizer : as for `prune`
-    on_model : called with the `Pruning` of each model that is built
+    method, runtime, tokenizer : Method | Runtime | None | Any
+        as for `prune`
+    on_model : Callable[[Pruning], None] | None
+        called with the `Pruning` of each model that is built
 
     Raises
     ------
-    LlavaHvpError : a method is installed already, it is no method, or this LLaVA or transformers is
-        not supported
+    LlavaHvpError
+        a method is installed already, it is no method, or this LLaVA or transformers is not
+        supported
     """
     from llava_hvp.hosts.llava import builder
 

@@ -25,13 +25,21 @@ LONGEST_VALUE = 1000  # characters; 60 layers are 200
 class Request:
     """What a command was asked to do.
 
-    pruning : the method and how to run it; None to leave pruning off
-    unpruned : `none` was asked for: LLaVA without us, bridged to this transformers, with an account
-        of it; False where nothing was asked
-    train : prune in training too
-    device : "cpu" to run commands that insist on CUDA on the CPU; None leaves them as they are
-    reports : folder in which each process leaves what became of it, for the launcher
-    part : an eval script answers a part of a benchmark for `llava-hvp eval`: what the names of the
+    Parameters
+    ----------
+    pruning : PruningConfig | None
+        the method and how to run it; None to leave pruning off
+    unpruned : bool
+        `none` was asked for: LLaVA without us, bridged to this transformers, with an account of it;
+        False where nothing was asked
+    train : bool
+        prune in training too
+    device : str | None
+        "cpu" to run commands that insist on CUDA on the CPU; None leaves them as they are
+    reports : str | None
+        folder in which each process leaves what became of it, for the launcher
+    part : str | None
+        an eval script answers a part of a benchmark for `llava-hvp eval`: what the names of the
         files begin with that pass between the two
     """
 
@@ -68,8 +76,12 @@ def parser() -> argparse.ArgumentParser:
 def add_flags(parser: argparse.ArgumentParser, *, device: bool, train: bool = False) -> None:
     """Add our flags to a parser, for its help and for parsing.
 
-    device : with --device, for commands that have none of their own
-    train : with --prune-train in the help, for commands that may train
+    Parameters
+    ----------
+    device : bool
+        with --device, for commands that have none of their own
+    train : bool
+        with --prune-train in the help, for commands that may train
     """
     group = parser.add_argument_group("visual token pruning (llava-hvp)")
     group.add_argument("--prune-method", metavar="NAME", help=f"one of {_names()}")
@@ -225,7 +237,10 @@ def read_option(method: str, text: str) -> tuple[str, Any]:
 def _value(text: str, kind: str) -> Any:
     """A Python literal where it is one (numbers, None, `7,8,9`), else the text itself.
 
-    kind : the option's annotation, since "none" is a word to some and None to others
+    Parameters
+    ----------
+    kind : str
+        the option's annotation, since "none" is a word to some and None to others
     """
     known = {"true": True, "false": False} | ({"none": None} if "None" in kind else {})
     if text.lower() in known:

@@ -19,20 +19,24 @@ class Runtime:
 
     Parameters
     ----------
-    patch_merge : "stock" packs LLaVA-NeXT tiles as the checkpoint says; "spatial" without unpad
-        and newlines
-    newline : mosaic rows that end in an image_newline: "rows" with a kept patch, "all" or "none"
-    tower_attention : "sdpa" replaces the vision tower's eager attention by torch's fused one, as
-        transformers before 4.46 has none (the same up to rounding, which in half precision moves
-        choices between patches); "stock" leaves it, as the released codes do
-    tower_dtype : "model" runs the tower in the dtype of the images, which is the language model's;
-        "stock" in its own, float32 where LLaVA's scripts load a LLaVA-1.5
+    patch_merge : str
+        "stock" packs LLaVA-NeXT tiles as the checkpoint says; "spatial" without unpad and newlines
+    newline : str
+        mosaic rows that end in an image_newline: "rows" with a kept patch, "all" or "none"
+    tower_attention : str
+        "sdpa" replaces the vision tower's eager attention by torch's fused one, as transformers
+        before 4.46 has none (the same up to rounding, which in half precision moves choices between
+        patches); "stock" leaves it, as the released codes do
+    tower_dtype : str
+        "model" runs the tower in the dtype of the images, which is the language model's; "stock" in
+        its own, float32 where LLaVA's scripts load a LLaVA-1.5
 
     With a method that keeps all (r_max=1) the tower is stock's whatever the last two say.
 
     Raises
     ------
-    OptionError : for an option out of its range
+    OptionError
+        for an option out of its range
     """
 
     name: ClassVar[str] = "Runtime"  # before what is wrong with an option
@@ -65,8 +69,10 @@ class PruningConfig:
 
         Raises
         ------
-        UnsupportedModelError : no Method, or one that does not choose at the vision tower
-        OptionError : no Runtime
+        UnsupportedModelError
+            no Method, or one that does not choose at the vision tower
+        OptionError
+            no Runtime
         """
         if not isinstance(runtime, (Runtime, type(None))):
             raise OptionError(

@@ -11,7 +11,10 @@ AIR = 2  # spaces that a column has beside its heading
 def text_table(rows: Sequence[Mapping[str, str]], style: str) -> str:
     """The rows, left-aligned, under the keys of the first one; "" where there are none.
 
-    style : TERMINAL or MARKDOWN
+    Parameters
+    ----------
+    style : str
+        TERMINAL or MARKDOWN
     """
     names = list(rows[0]) if rows else []
     return aligned(names, [[row[name] for name in names] for row in rows], style)

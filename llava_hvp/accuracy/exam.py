@@ -28,10 +28,16 @@ LONGEST = 10  # tokens of an answer; the longest right one has five
 class Marks:
     """What one variant came to.
 
-    right, asked : task -> number of answers
-    kept : visual tokens of all images
-    kept_of_patches : sum over images of kept patches / (N x tiles)
-    seconds : of all its batches, from images and prompts to answers
+    Parameters
+    ----------
+    right, asked : dict[str, int]
+        task -> number of answers
+    kept : int
+        visual tokens of all images
+    kept_of_patches : float
+        sum over images of kept patches / (N x tiles)
+    seconds : float
+        of all its batches, from images and prompts to answers
     """
 
     variant: Variant
@@ -78,10 +84,13 @@ def examine(
 
     Parameters
     ----------
-    batch : questions at a time, at most; those of a batch have prompts of one length and pictures
-        of one size, since stock LLaVA cannot generate from padded rows
-    tick : called with the number of answers after every batch of every variant
-    answers : where they are kept; what is there is not asked for again
+    batch : int
+        questions at a time, at most; those of a batch have prompts of one length and pictures of
+        one size, since stock LLaVA cannot generate from padded rows
+    tick : Callable[[int], None]
+        called with the number of answers after every batch of every variant
+    answers : Answers | None
+        where they are kept; what is there is not asked for again
     """
     answers = Answers() if answers is None else answers
     marks = [Marks(variant) for variant in variants]

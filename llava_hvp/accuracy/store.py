@@ -24,10 +24,16 @@ MATTER = (".json", ".safetensors", ".bin", ".model")
 class Answered:
     """What one variant said to one sheet of questions.
 
-    said : an answer for each question
-    kept : visual tokens of all images
-    kept_of_patches : sum over images of kept patches / (N x tiles)
-    seconds : from images and prompts to answers
+    Parameters
+    ----------
+    said : list[str]
+        an answer for each question
+    kept : int
+        visual tokens of all images
+    kept_of_patches : float
+        sum over images of kept patches / (N x tiles)
+    seconds : float
+        from images and prompts to answers
     """
 
     said: list[str]
@@ -39,7 +45,10 @@ class Answered:
 class Answers:
     """Answers by sheet and variant; with a file, each is a line of it.
 
-    folder : what `keeping` keeps them in
+    Parameters
+    ----------
+    folder : Path | None
+        what `keeping` keeps them in
     """
 
     def __init__(self, folder: Path | None = None, file: TextIO | None = None) -> None:
@@ -79,12 +88,15 @@ def keeping(folder: Path, settings: dict[str, Any], *, restart: bool = False) ->
 
     Parameters
     ----------
-    settings : everything that the answers depend on, as JSON gives it back
-    restart : throw away what is there
+    settings : dict[str, Any]
+        everything that the answers depend on, as JSON gives it back
+    restart : bool
+        throw away what is there
 
     Raises
     ------
-    EvaluationError : another run is at work there, or it holds answers of other settings
+    EvaluationError
+        another run is at work there, or it holds answers of other settings
     """
     with locked(folder):
         path = folder / ANSWERS
@@ -117,7 +129,7 @@ def _refuse_others(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def digest(*folders: Path) -> str:
-    """Of the content of all that answers depend on in a checkpoint's folders."""
+    """The SHA-256 of all that answers depend on in a checkpoint's folders."""
     total = hashlib.sha256()
     for path in sorted(path for folder in folders for path in folder.iterdir()):
         if path.suffix in MATTER:

@@ -22,12 +22,18 @@ REFERENCES = ("random", "uniform")
 
 @dataclass(frozen=True)
 class VariantScore:
-    """One variant.
+    """The score of one variant.
 
-    tasks : task -> percent right
-    overall, half_width : percent right of all, and half the width of its 95 % interval
-    kept_tokens : of an image, mean; None for unpruned LLaVA, which sends all
-    time : ratio to unpruned
+    Parameters
+    ----------
+    tasks : dict[str, float]
+        task -> percent right
+    overall, half_width : float
+        percent right of all, and half the width of its 95 % interval
+    kept_tokens : float | None
+        of an image, mean; None for unpruned LLaVA, which sends all
+    time : float
+        ratio to unpruned
     """
 
     method: str

@@ -13,9 +13,12 @@ from llava_hvp.checkpoints.geometry import LlavaGeometry
 
 @dataclass(frozen=True)
 class Flops:
-    """Of one answer, by phase.
+    """FLOPs of one answer, by phase.
 
-    decode : of all new tokens but the first, which the prefill brings
+    Parameters
+    ----------
+    decode : float
+        of all new tokens but the first, which the prefill brings
     """
 
     tower: float
@@ -48,13 +51,20 @@ def complete(
 
     Parameters
     ----------
-    visual_tokens : that the language model gets
-    text_tokens : of the prompt
-    projected : patches that go through the projector; `visual_tokens` by default
-    tiles : that the encoder sees; the geometry's own by default
-    layers_run : of the encoder; up to the selected one by default (stock runs all)
-    layers_read : layers whose attention the method reads; each costs its q k^T a second time
-    new_tokens : of the answer
+    visual_tokens : int
+        that the language model gets
+    text_tokens : int
+        of the prompt
+    projected : int | None
+        patches that go through the projector; `visual_tokens` by default
+    tiles : int | None
+        that the encoder sees; the geometry's own by default
+    layers_run : int | None
+        of the encoder; up to the selected one by default (stock runs all)
+    layers_read : int
+        layers whose attention the method reads; each costs its q k^T a second time
+    new_tokens : int
+        of the answer
     """
     vision, language = geometry.vision, geometry.language
     tiles = geometry.tiles if tiles is None else tiles

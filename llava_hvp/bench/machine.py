@@ -37,6 +37,6 @@ def machine(device: torch.device) -> str:
 
 
 def versions() -> str:
-    """Of what is installed of all that matters."""
+    """Versions of all that matters, as far as it is installed, in words."""
     found = {"llava-hvp": __version__, "Python": platform.python_version(), **installed(*MATTERS)}
     return ", ".join(f"{name} {number}" for name, number in found.items())

@@ -38,11 +38,18 @@ class Spread:
 class Measurements:
     """One variant in one batch.
 
-    kept, stock : visual tokens of all images of the batch, and as many as unpruned LLaVA sends
-    projected, patches : kept patches, and all patches of all tiles
-    seconds : phase -> one of each round
-    floor : the same of the floor below it, empty where it captures nothing
-    peaks : phase -> bytes
+    Parameters
+    ----------
+    kept, stock : int
+        visual tokens of all images of the batch, and as many as unpruned LLaVA sends
+    projected, patches : int
+        kept patches, and all patches of all tiles
+    seconds : Samples
+        phase -> one of each round
+    floor : Samples
+        the same of the floor below it, empty where it captures nothing
+    peaks : dict[str, int]
+        phase -> bytes
     """
 
     variant: Variant
@@ -79,8 +86,10 @@ def measure(
 
     Parameters
     ----------
-    tick : called with a word on what was done after every turn
-    most_seconds : no further round is begun once the next would end later; at least FEWEST are
+    tick : Callable[[str], None]
+        called with a word on what was done after every turn
+    most_seconds : float
+        no further round is begun once the next would end later; at least FEWEST are
     """
     began = time.perf_counter()
     groups: list[list[_Turn]] = []

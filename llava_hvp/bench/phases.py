@@ -23,7 +23,10 @@ Call = Callable[..., Any]
 class Bench:
     """A checkpoint and what it is given; every method is put on it and taken off again.
 
-    vision : the shape of the model's tower
+    Parameters
+    ----------
+    vision : Vision
+        the shape of the model's tower
     """
 
     def __init__(

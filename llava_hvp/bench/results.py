@@ -26,17 +26,30 @@ WORDS = {
 class BenchRow:
     """One variant in one batch.
 
-    tiles : of the whole batch
-    kept_tokens, stock_tokens : of one image, mean
-    kept_of_patches : kept patches / (N x tiles), what r_max bounds
-    seconds : encode (selection included), prefill, ttft
-    selection : seconds that the encode takes longer than the floor's; None where nothing is read
-    tokens_per_second : decode (after the first token), answer (the whole of it)
-    launch_share : of the prefill, during which the host was still launching kernels
-    to_none, to_floor : phase -> ratio of each round; times below 1 are a gain, speeds above 1
-    peak_bytes : above the model and its inputs, of encode, prefill, answer
-    flops : of one image and prompt, all that is done
-    flops_published : by the papers' convention, LLaVA-1.5 only
+    Parameters
+    ----------
+    tiles : int
+        of the whole batch
+    kept_tokens, stock_tokens : float
+        of one image, mean
+    kept_of_patches : float
+        kept patches / (N x tiles), what r_max bounds
+    seconds : dict[str, Spread]
+        encode (selection included), prefill, ttft
+    selection : Spread | None
+        seconds that the encode takes longer than the floor's; None where nothing is read
+    tokens_per_second : dict[str, Spread]
+        decode (after the first token), answer (the whole of it)
+    launch_share : float
+        of the prefill, during which the host was still launching kernels
+    to_none, to_floor : dict[str, Spread]
+        phase -> ratio of each round; times below 1 are a gain, speeds above 1
+    peak_bytes : dict[str, int]
+        above the model and its inputs, of encode, prefill, answer
+    flops : Flops
+        of one image and prompt, all that is done
+    flops_published : float | None
+        by the papers' convention, LLaVA-1.5 only
     """
 
     method: str

@@ -23,9 +23,14 @@ QUESTION = "What is in the picture?"
 class Subject:
     """A loaded, unpruned LLaVA on its device, and what it is asked.
 
-    name : as files are named after it
-    about : the model in words
-    prompt : (L,) int64 with one image token
+    Parameters
+    ----------
+    name : str
+        as files are named after it
+    about : str
+        the model in words
+    prompt : Tensor
+        (L,) int64 with one image token
     """
 
     name: str

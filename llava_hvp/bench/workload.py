@@ -19,10 +19,16 @@ BEGIN = 1  # <s>
 class Workload:
     """One call's inputs.
 
-    ids : (B, L) int64, an image token in each row
-    images : as LLaVA's `process_images` gives them, on the device, in the model's dtype
-    sizes : (width, height) of each picture
-    new_tokens : of each answer
+    Parameters
+    ----------
+    ids : Tensor
+        (B, L) int64, an image token in each row
+    images : Any
+        as LLaVA's `process_images` gives them, on the device, in the model's dtype
+    sizes : list[tuple[int, int]]
+        (width, height) of each picture
+    new_tokens : int
+        of each answer
     """
 
     ids: Tensor
@@ -32,12 +38,12 @@ class Workload:
 
     @property
     def batch(self) -> int:
-        """B."""
+        """Rows of the batch."""
         return len(self.ids)
 
     @property
     def text_tokens(self) -> int:
-        """Of each prompt."""
+        """Text tokens of each prompt."""
         return self.ids.shape[1] - 1
 
     @property
@@ -58,7 +64,10 @@ def make_workload(
 ) -> Workload:
     """Process one PIL picture for each row of the batch as LLaVA does.
 
-    prompt : (L,) int64, with one image token
+    Parameters
+    ----------
+    prompt : Tensor
+        (L,) int64, with one image token
     """
     from llava_hvp.hosts.llava.pictures import send
 

@@ -23,8 +23,12 @@ def applied(
 ) -> Iterator[Any]:
     """The pruning, or None for stock.
 
-    dtype : of the images
-    tokenizer, clip_text : for methods that read the prompt, where the model's own cannot be loaded
+    Parameters
+    ----------
+    dtype : torch.dtype
+        of the images
+    tokenizer, clip_text : Any
+        for methods that read the prompt, where the model's own cannot be loaded
     """
     if variant.pruning is None:
         yield None

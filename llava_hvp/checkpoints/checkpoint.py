@@ -32,12 +32,18 @@ if TYPE_CHECKING:
 class Checkpoint:
     """A loaded LLaVA, what makes its inputs of pictures and questions, and what prunes it.
 
-    name : as LLaVA calls it
-    tokenizer, model, processor : as LLaVA's loader gives them; random weights have no processor
-    dtype : of the images, as LLaVA's commands send them
-    conv_mode : LLaVA's conversation template of every prompt
-    clip_text : the text encoder of the tower's own checkpoint, once a method has read the prompt
-        with it
+    Parameters
+    ----------
+    name : str
+        as LLaVA calls it
+    tokenizer, model, processor : Any
+        as LLaVA's loader gives them; random weights have no processor
+    dtype : torch.dtype
+        of the images, as LLaVA's commands send them
+    conv_mode : str
+        LLaVA's conversation template of every prompt
+    clip_text : ClipText | None
+        the text encoder of the tower's own checkpoint, once a method has read the prompt with it
     """
 
     name: str
@@ -88,7 +94,10 @@ class Checkpoint:
     ) -> list[str]:
         """Answers to a batch of questions with their pictures.
 
-        generation : for `generate`
+        Parameters
+        ----------
+        generation : Any
+            for `generate`
         """
         # Answers begin where prompts end, so rows of a batch are filled up on their left.
         self.model.config.tokenizer_padding_side = "left"
@@ -160,19 +169,25 @@ def open_checkpoint(
 
     Parameters
     ----------
-    path, base : as LLaVA's commands take them
-    bits : 4 or 8 to quantise
-    dtype : of the language model and the images; float16 as LLaVA loads it, on a CPU float32. The
-        tower goes along, unless LLaVA's loader leaves it in float32, as it does with a LLaVA-1.5
-        and device_map="auto". What is quantised stays as it is, and takes float16 images.
-    conv_mode : conversation template; by default `default_template` of `checkpoints.conversation`
-    device_map : for LLaVA's loader; by default "auto" on "cuda", as LLaVA's commands have it, else
-        the one device
+    path, base : str | str | None
+        as LLaVA's commands take them
+    bits : int | None
+        4 or 8 to quantise
+    dtype : torch.dtype | None
+        of the language model and the images; float16 as LLaVA loads it, on a CPU float32. The tower
+        goes along, unless LLaVA's loader leaves it in float32, as it does with a LLaVA-1.5 and
+        device_map="auto". What is quantised stays as it is, and takes float16 images.
+    conv_mode : str | None
+        conversation template; by default `default_template` of `checkpoints.conversation`
+    device_map : str | None
+        for LLaVA's loader; by default "auto" on "cuda", as LLaVA's commands have it, else the one
+        device
 
     Raises
     ------
-    OptionError : a template that LLaVA does not know; a LoRA checkpoint without peft; what cannot
-        be loaded, or is not a LLaVA
+    OptionError
+        a template that LLaVA does not know; a LoRA checkpoint without peft; what cannot be loaded,
+        or is not a LLaVA
     """
     if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
         raise OptionError(f"--model-path {path}: no such folder")

@@ -21,13 +21,22 @@ from llava_hvp.pruning.monkeypatch import MonkeyPatcher
 class Call:
     """One call of `generate`; counts are sums over its batch.
 
-    first_token : seconds until the first tokens are there, image encoding included
-    seconds : of the whole call
-    tokens : generated, the end of an answer included, padding after it left out
-    prompts, images : of the batch
-    kept_tokens, stock_tokens : visual tokens sent, and those that unpruned LLaVA would send
-    kept_of_stock, kept_of_patches : the two ratios of each image, added up
-    vision_tower_dtype, vision_tower_attention : in which the tower runs
+    Parameters
+    ----------
+    first_token : float
+        seconds until the first tokens are there, image encoding included
+    seconds : float
+        of the whole call
+    tokens : int
+        generated, the end of an answer included, padding after it left out
+    prompts, images : int
+        of the batch
+    kept_tokens, stock_tokens : int
+        visual tokens sent, and those that unpruned LLaVA would send
+    kept_of_stock, kept_of_patches : float
+        the two ratios of each image, added up
+    vision_tower_dtype, vision_tower_attention : str
+        in which the tower runs
     """
 
     first_token: float

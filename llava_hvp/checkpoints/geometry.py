@@ -11,7 +11,10 @@ from llava_hvp.errors import OptionError
 class Vision:
     """A CLIP vision encoder, of which LLaVA uses the output of layer `select`.
 
-    select : numbered from 1; layers past it need not run
+    Parameters
+    ----------
+    select : int
+        numbered from 1; layers past it need not run
     """
 
     hidden: int = 1024
@@ -50,7 +53,10 @@ class Language:
 class LlavaGeometry:
     """A LLaVA model.
 
-    tiles : that the encoder sees of one image: 1, or the most that AnyRes makes
+    Parameters
+    ----------
+    tiles : int
+        that the encoder sees of one image: 1, or the most that AnyRes makes
     """
 
     name: str

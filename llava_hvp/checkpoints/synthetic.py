@@ -39,10 +39,13 @@ def build_model(
 
     Parameters
     ----------
-    dtype : of the language model and the projector
-    tower_dtype : of the vision tower; by default as LLaVA's scripts leave it: float32 for 1.5,
-        whose tower is loaded from its own checkpoint, and `dtype` for NeXT, which brings it along
-    bits : 4 or 8 quantises as `--load-4bit` and `--load-8bit` do
+    dtype : torch.dtype
+        of the language model and the projector
+    tower_dtype : torch.dtype | None
+        of the vision tower; by default as LLaVA's scripts leave it: float32 for 1.5, whose tower is
+        loaded from its own checkpoint, and `dtype` for NeXT, which brings it along
+    bits : int | None
+        4 or 8 quantises as `--load-4bit` and `--load-8bit` do
     """
     if tower_dtype is None:
         tower_dtype = dtype if geometry.is_next else torch.float32
@@ -99,7 +102,10 @@ def build_text(geometry: LlavaGeometry, device: str) -> tuple[Any, ClipText]:
 def geometry_of(model: Any, name: str, tiles: int) -> LlavaGeometry:
     """The shapes of a loaded model, for one whose weights are real.
 
-    tiles : that the encoder sees of one image
+    Parameters
+    ----------
+    tiles : int
+        that the encoder sees of one image
     """
     tower, config = model.get_vision_tower(), model.config
     vision = tower.vision_tower.config

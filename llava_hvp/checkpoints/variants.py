@@ -20,8 +20,12 @@ from llava_hvp.runtime import PruningConfig, options_of
 class Variant:
     """What is put on a model to be compared: a method at a budget, or nothing.
 
-    pruning : None for LLaVA without us
-    all_attentions : see as the released methods do, for comparison
+    Parameters
+    ----------
+    pruning : PruningConfig | None
+        None for LLaVA without us
+    all_attentions : bool
+        see as the released methods do, for comparison
     """
 
     pruning: PruningConfig | None = None
@@ -49,7 +53,7 @@ class Variant:
 
     @property
     def options(self) -> str:
-        """As r_max=0.5."""
+        """The method's options in words, as `r_max=0.5`."""
         return "" if self.pruning is None else str(self.pruning).partition(" ")[2]
 
     def __str__(self) -> str:
@@ -72,7 +76,10 @@ class Floor(VisionMethod):
     `random` at the same count on every tile, less its draw: what the model would take had the
     image only the kept tokens to begin with.
 
-    keep : (T, N) bool, on the CPU
+    Parameters
+    ----------
+    keep : Tensor
+        (T, N) bool, on the CPU
     """
 
     name: ClassVar[str] = "floor"
@@ -110,8 +117,12 @@ def variants(
 ) -> list[Variant]:
     """`none` first, whether or not it is named, then every method at every budget.
 
-    names : of methods, or module:Class
-    options : KEY=VALUE, each for the methods that have it
+    Parameters
+    ----------
+    names : Sequence[str]
+        of methods, or module:Class
+    options : Sequence[str]
+        KEY=VALUE, each for the methods that have it
 
     Raises OptionError for an unknown name, an option that no method has, or a value out of range.
     """

@@ -41,7 +41,10 @@ class Viewer:
     ) -> Viewer:
         """By LLaVA's own loader; raises OptionError if it fails.
 
-        conv_mode : conversation template, by default that of the checkpoint's name
+        Parameters
+        ----------
+        conv_mode : str | None
+            conversation template, by default that of the checkpoint's name
         """
         checkpoint = open_checkpoint(path, device, base=base, bits=bits, conv_mode=conv_mode)
         tower = checkpoint.model.get_vision_tower()
@@ -52,7 +55,7 @@ class Viewer:
 
     @property
     def name(self) -> str:
-        """Of the checkpoint."""
+        """The checkpoint's name."""
         return self.checkpoint.name
 
     @property

@@ -85,15 +85,26 @@ def add(commands: Any) -> None:
 class AccuracySettings:
     """What `llava-hvp accuracy` asks of whom.
 
-    model : a shipped checkpoint's name, or what `model_path` is called
-    model_path : folder of one that was trained; None for the shipped one
-    variants : what is compared; the first is unpruned
-    pictures : the exam, of EXAMS
-    questions : how many of it
-    batch : questions at a time, at most
-    results : what the files of the results begin with; None to write none
-    restart : throw away the answers of an interrupted run
-    plots : whether a plot can be drawn
+    Parameters
+    ----------
+    model : str
+        a shipped checkpoint's name, or what `model_path` is called
+    model_path : Path | None
+        folder of one that was trained; None for the shipped one
+    variants : tuple[Variant, ...]
+        what is compared; the first is unpruned
+    pictures : str
+        the exam, of EXAMS
+    questions : int
+        how many of it
+    batch : int
+        questions at a time, at most
+    results : Path | None
+        what the files of the results begin with; None to write none
+    restart : bool
+        throw away the answers of an interrupted run
+    plots : bool
+        whether a plot can be drawn
     """
 
     model: str

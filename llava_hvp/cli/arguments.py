@@ -37,7 +37,7 @@ def _flag(name: str) -> str:
 
 
 def bits_of(args: argparse.Namespace) -> int | None:
-    """Of --load-4bit and --load-8bit; raises OptionError for both, or without bitsandbytes."""
+    """Bits of --load-4bit and --load-8bit; raises OptionError for both, or without bitsandbytes."""
     exclude(args, "load_4bit", "load_8bit")
     if args.load_4bit or args.load_8bit:
         need("quantized", "bitsandbytes")
@@ -53,7 +53,10 @@ def add_budgets(parser: Any, default: str) -> None:
 def budgets(args: argparse.Namespace, default: str | None) -> list[dict[str, float | int]]:
     """One keyword for each budget that was asked for; raises OptionError.
 
-    default : values of r_max where none was; None leaves each method its own
+    Parameters
+    ----------
+    default : str | None
+        values of r_max where none was; None leaves each method its own
     """
     exclude(args, "r_max", "num_tokens")
     if args.num_tokens:

@@ -117,17 +117,30 @@ def add(commands: Any) -> None:
 class BenchSettings:
     """What `llava-hvp bench` measures, and how often.
 
-    geometry, model_path : a published shape with random weights, or a checkpoint; one is None
-    bits : 4 or 8 to quantise
-    tower_dtype : of random weights; None as LLaVA's scripts leave the tower
-    variants : what is compared; the first is unpruned
-    all_attentions : each method that reads the encoder also as the released codes do it
-    image_size : (width, height) of the pattern that is shown where `image_file` is None
-    batches : prompts at a time
-    text_tokens : of the prompt of random weights; `prompt` is a checkpoint's
-    max_seconds : shared by the batches
-    out : folder of the results
-    plots : whether a plot can be drawn there
+    Parameters
+    ----------
+    geometry, model_path : str | None
+        a published shape with random weights, or a checkpoint; one is None
+    bits : int | None
+        4 or 8 to quantise
+    tower_dtype : torch.dtype | None
+        of random weights; None as LLaVA's scripts leave the tower
+    variants : tuple[Variant, ...]
+        what is compared; the first is unpruned
+    all_attentions : bool
+        each method that reads the encoder also as the released codes do it
+    image_size : tuple[int, int]
+        (width, height) of the pattern that is shown where `image_file` is None
+    batches : tuple[int, ...]
+        prompts at a time
+    text_tokens : int
+        of the prompt of random weights; `prompt` is a checkpoint's
+    max_seconds : float
+        shared by the batches
+    out : Path | None
+        folder of the results
+    plots : bool
+        whether a plot can be drawn there
     """
 
     geometry: str | None

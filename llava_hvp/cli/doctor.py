@@ -29,7 +29,7 @@ class Findings:
     problems: list[tuple[str, str]] = field(default_factory=list)
 
     def note(self, name: str, text: str) -> None:
-        """A fact."""
+        """Note a fact that is no problem."""
         self.lines.append((name, text))
 
     def problem(self, text: str, remedy: str) -> None:

@@ -14,9 +14,14 @@ from llava_hvp.version import version_of
 class Needed:
     """A distribution that some commands import.
 
-    module : what is imported of it
-    extra : of llava-hvp, which brings it
-    uses : what needs it, in words
+    Parameters
+    ----------
+    module : str
+        what is imported of it
+    extra : str
+        of llava-hvp, which brings it
+    uses : str
+        what needs it, in words
     """
 
     distribution: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import itertools
 import textwrap
 from typing import Any
 
@@ -50,14 +51,12 @@ def _list(kind: type[Any], options: list[dataclasses.Field[Any]]) -> None:
 def explained(kind: type[Any], option: str) -> str:
     """What the docstring of a method, or of one that it builds on, says of an option."""
     for each in kind.__mro__:
-        found: list[str] = []
-        for line in inspect.cleandoc(vars(each).get("__doc__") or "").splitlines():
-            if line.startswith(f"{option} : "):
-                found = [line.partition(" : ")[2]]
-            elif found and line.startswith("    "):
-                found.append(line.strip())
-            elif found:
-                break
-        if found:
-            return " ".join(found)
+        lines = inspect.cleandoc(vars(each).get("__doc__") or "").splitlines()
+        for number, line in enumerate(lines, start=1):
+            # One entry may explain several: `keys, queries : type`.
+            if option in line.partition(" : ")[0].split(", ") and not line.startswith(" "):
+                described = itertools.takewhile(
+                    lambda text: text.startswith("    "), lines[number:]
+                )
+                return " ".join(text.strip() for text in described)
     return ""

@@ -43,12 +43,20 @@ def add(commands: Any) -> None:
 class ReproduceSettings:
     """What `llava-hvp reproduce` runs.
 
-    paper : the published table
-    as_released : prune as the paper's released code does
-    device : "cpu" for no CUDA
-    only : these benchmarks; all where it is empty
-    stock : further arguments for LLaVA's own eval scripts
-    dry_run : list the commands only
+    Parameters
+    ----------
+    paper : Table
+        the published table
+    as_released : bool
+        prune as the paper's released code does
+    device : str | None
+        "cpu" for no CUDA
+    only : tuple[str, ...]
+        these benchmarks; all where it is empty
+    stock : tuple[str, ...]
+        further arguments for LLaVA's own eval scripts
+    dry_run : bool
+        list the commands only
     """
 
     paper: Table

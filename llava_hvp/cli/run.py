@@ -172,8 +172,12 @@ def read_reports(folder: Path) -> list[dict[str, Any]]:
 def tell(reports: list[dict[str, Any]], code: int, *, pruned: bool = True) -> bool:
     """Sum up on stderr; whether a process that should have pruned came to grief.
 
-    code : the command's own, since one that failed by itself needs no warning
-    pruned : False where `none` was asked for
+    Parameters
+    ----------
+    code : int
+        the command's own, since one that failed by itself needs no warning
+    pruned : bool
+        False where `none` was asked for
     """
     lost = [r for r in reports if r["state"] in ("failed", "unrecorded") or _vanished(r)]
     for report in lost:

@@ -39,9 +39,14 @@ def add(commands: Any) -> None:
 class ShapesSettings:
     """What `llava-hvp shapes` writes.
 
-    folder : where to
-    models : names of shipped checkpoints
-    questions : of each
+    Parameters
+    ----------
+    folder : Path
+        where to
+    models : tuple[str, ...]
+        names of shipped checkpoints
+    questions : int
+        of each
     """
 
     folder: Path

@@ -74,15 +74,26 @@ def add(commands: Any) -> None:
 class ShowSettings:
     """What `llava-hvp show` draws of which picture, and where to.
 
-    bits : 4 or 8 to quantise
-    conv_mode : LLaVA's conversation template; None for what fits the checkpoint's name
-    columns : for each method its budgets, none being one of its own
-    out : a PNG of heat maps where `draws_layers`, else of what is kept
-    html : a page with both
-    layers : of the heat maps; None for all
-    scale : of their colours, own or shared
-    prompt : None where none was given
-    new_tokens : of an answer
+    Parameters
+    ----------
+    bits : int | None
+        4 or 8 to quantise
+    conv_mode : str | None
+        LLaVA's conversation template; None for what fits the checkpoint's name
+    columns : tuple[tuple[Variant, ...], ...]
+        for each method its budgets, none being one of its own
+    out : Path | None
+        a PNG of heat maps where `draws_layers`, else of what is kept
+    html : Path | None
+        a page with both
+    layers : tuple[int, ...] | None
+        of the heat maps; None for all
+    scale : str
+        of their colours, own or shared
+    prompt : str | None
+        None where none was given
+    new_tokens : int
+        of an answer
     """
 
     model_path: str
@@ -218,7 +229,10 @@ def _png(picture: Any) -> bytes:
 class _Drawing:
     """One picture as a model sees it, drawn as the settings ask.
 
-    notes : on how the picture was read
+    Parameters
+    ----------
+    notes : list[str]
+        on how the picture was read
     """
 
     def __init__(

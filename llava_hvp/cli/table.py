@@ -31,7 +31,7 @@ def add(commands: Any) -> None:
 
 
 def add_as_released(parser: argparse.ArgumentParser) -> None:
-    """Add --as-released."""
+    """Add the flag --as-released to a parser."""
     have = [name for name in TABLES if get_table(name).as_released]
     parser.add_argument(
         "--as-released",
@@ -44,12 +44,20 @@ def add_as_released(parser: argparse.ArgumentParser) -> None:
 class TableSettings:
     """What `llava-hvp table` prints.
 
-    results : folder of the results; None for a paper's figures alone
-    against : the paper's table; None for the results alone
-    as_released : beside what the paper's released code does
-    model : only results of this one; None for all
-    format : one of FORMATS
-    plot : file to draw the comparison into
+    Parameters
+    ----------
+    results : Path | None
+        folder of the results; None for a paper's figures alone
+    against : Table | None
+        the paper's table; None for the results alone
+    as_released : bool
+        beside what the paper's released code does
+    model : str | None
+        only results of this one; None for all
+    format : str
+        one of FORMATS
+    plot : Path | None
+        file to draw the comparison into
     """
 
     results: Path | None

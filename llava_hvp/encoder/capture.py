@@ -31,8 +31,12 @@ CHUNK_ELSEWHERE = 2**24
 class AttentionScores:
     """What was seen, by layer, numbered from 1.
 
-    received_attention, cls_attention : (T, N) float32
-    keys, queries : (T, S, D), k_proj's and q_proj's output in the tower's dtype
+    Parameters
+    ----------
+    received_attention, cls_attention : dict[int, Tensor]
+        (T, N) float32
+    keys, queries : dict[int, Tensor]
+        (T, S, D), k_proj's and q_proj's output in the tower's dtype
     """
 
     received_attention: dict[int, Tensor]
@@ -140,7 +144,7 @@ class QKHooks:
 
 
 def _known_widths(module: Any) -> tuple[int, int]:
-    """Of what a projection gives and reads; (0, 0) where packed or partitioned weights hide it."""
+    """Widths that a projection gives and reads; (0, 0) where its weights hide them."""
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
         return module.out_features, module.in_features
     weight = getattr(module, "weight", None)
@@ -178,10 +182,13 @@ def reduce_attention(
 
     Parameters
     ----------
-    q, k : (T, S, heads * head_dim), the projections without the softmax scale; S = patches, or
-        more where CLS leads
-    heads, patches : of the encoder
-    cls_attention : whether CLS attention is wanted
+    q, k : Tensor
+        (T, S, heads * head_dim), the projections without the softmax scale; S = patches, or more
+        where CLS leads
+    heads, patches : int
+        of the encoder
+    cls_attention : bool
+        whether CLS attention is wanted
 
     Returns
     -------

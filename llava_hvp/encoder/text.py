@@ -95,8 +95,10 @@ def cosine_relevance(patches: Tensor, prompts: Tensor) -> Tensor:
 
     Parameters
     ----------
-    patches : (T, N, D) float
-    prompts : (T, D) float, the prompt of each tile's image
+    patches : Tensor
+        (T, N, D) float
+    prompts : Tensor
+        (T, D) float, the prompt of each tile's image
 
     Returns
     -------

@@ -20,9 +20,18 @@ from llava_hvp.methods.masks import Grid
 
 @dataclass(frozen=True)
 class Geometry:
-    """grid : (rows, columns) of patches; depth : layers; heads : of each layer.
+    """The shape of a vision transformer.
 
-    has_cls : whether a CLS token leads the patches
+    Parameters
+    ----------
+    grid : Grid
+        (rows, columns) of patches
+    depth : int
+        number of layers
+    heads : int
+        attention heads of each layer
+    has_cls : bool
+        whether a CLS token leads the patches
     """
 
     grid: Grid
@@ -96,8 +105,10 @@ def hidden_states(model: nn.Module, images: Tensor, layer: int, *, fused: bool =
 
     Parameters
     ----------
-    images : (T, 3, H, W) on the model's device, in its dtype
-    fused : use torch's fused attention in layers whose own is eager
+    images : Tensor
+        (T, 3, H, W) on the model's device, in its dtype
+    fused : bool
+        use torch's fused attention in layers whose own is eager
     """
     vit = transformer(model)
     hidden = vit.pre_layrnorm(vit.embeddings(images))
@@ -118,7 +129,8 @@ def project_next(model: nn.Module, hidden: Tensor, layer: int, needs: Needs) -> 
 
     Parameters
     ----------
-    hidden : (T, S, D), the output of `layer`
+    hidden : Tensor
+        (T, S, D), the output of `layer`
     """
     sides = [
         side for side, named in (("q", needs.queries), ("k", needs.keys)) if layer + 1 in named

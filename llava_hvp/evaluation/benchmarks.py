@@ -18,17 +18,30 @@ GUIDE = "https://github.com/haotian-liu/LLaVA/blob/main/docs/Evaluation.md"
 class Benchmark:
     """One benchmark of LLaVA's evaluation; all paths are relative to the data folder.
 
-    name, title : on the command line, in sentences
-    section : of LLaVA's Evaluation.md
-    module : the stock script
-    questions : places of the question file, in the order in which they are looked for
-    format : of the question file
-    images : folder of the pictures; None where the question file holds them
-    scoring : name -> places of a file or folder that the scorer needs
-    extras : the same, for what is used if it is there
-    flags : of the stock shell script
-    metric : the number that is reported
-    pictures : images of the published split, for estimates
+    Parameters
+    ----------
+    name, title : str
+        on the command line, in sentences
+    section : str
+        of LLaVA's Evaluation.md
+    module : str
+        the stock script
+    questions : tuple[str, ...]
+        places of the question file, in the order in which they are looked for
+    format : str
+        of the question file
+    images : str | None
+        folder of the pictures; None where the question file holds them
+    scoring : dict[str, tuple[str, ...]]
+        name -> places of a file or folder that the scorer needs
+    extras : dict[str, tuple[str, ...]]
+        the same, for what is used if it is there
+    flags : tuple[str, ...]
+        of the stock shell script
+    metric : str
+        the number that is reported
+    pictures : int
+        images of the published split, for estimates
     """
 
     name: str

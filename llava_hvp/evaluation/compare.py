@@ -16,8 +16,12 @@ from llava_hvp.evaluation.published import Column, Row, Table, average, has_stoc
 class Cell:
     """One figure of a table.
 
-    harness : that measured; "" where nothing was
-    alike : whether both are of one model
+    Parameters
+    ----------
+    harness : str
+        that measured; "" where nothing was
+    alike : bool
+        whether both are of one model
     """
 
     published: float | None
@@ -37,9 +41,14 @@ class Cell:
 class Line:
     """One setting of a table.
 
-    cells : by benchmark
-    average : percent of unpruned, over the benchmarks that both have
-    averaged : how many benchmarks the measured average is of
+    Parameters
+    ----------
+    cells : dict[str, Cell]
+        by benchmark
+    average : Cell
+        percent of unpruned, over the benchmarks that both have
+    averaged : int
+        how many benchmarks the measured average is of
     """
 
     label: str
@@ -56,10 +65,16 @@ class Line:
 class Comparison:
     """A published table with what was measured here.
 
-    other_harness : benchmarks measured through another harness than the published figure
-    unused : results that belong to no figure of the table
-    towers : how the vision tower ran in what was measured, as "float16 eager"
-    fused : benchmarks measured with pruning's fused attention
+    Parameters
+    ----------
+    other_harness : list[str]
+        benchmarks measured through another harness than the published figure
+    unused : list[Measured]
+        results that belong to no figure of the table
+    towers : list[str]
+        how the vision tower ran in what was measured, as "float16 eager"
+    fused : list[str]
+        benchmarks measured with pruning's fused attention
     """
 
     table: Table

@@ -16,8 +16,12 @@ DEFAULT_DATA = Path("playground/data/eval")
 class Data:
     """What a run reads.
 
-    images : folder of the pictures; None where the question file holds them
-    scoring : files and folders of the scorer, by the names that the benchmark gives them
+    Parameters
+    ----------
+    images : Path | None
+        folder of the pictures; None where the question file holds them
+    scoring : dict[str, Path]
+        files and folders of the scorer, by the names that the benchmark gives them
     """
 
     questions: Questions
@@ -37,7 +41,10 @@ def find_data(
 ) -> Data:
     """Find and read; raises EvaluationError, which says what is missing and where to get it.
 
-    question_file, image_folder, annotation_file : instead of the benchmark's own
+    Parameters
+    ----------
+    question_file, image_folder, annotation_file : Path | None
+        instead of the benchmark's own
     """
     path = question_file or _find(benchmark, root, "question file", benchmark.questions)
     if not path.is_file():

@@ -40,9 +40,12 @@ BLOCK = 1 << 22
 
 
 def digests_of(model_path: str, model_base: str | None, cache: Path | None = None) -> Digests:
-    """Of all files that answers depend on: the checkpoint's, its base's and its vision tower's.
+    """Digests of all files that answers depend on: of the model, its base and its vision tower.
 
-    cache : file in which digests are kept for the next time
+    Parameters
+    ----------
+    cache : Path | None
+        file in which digests are kept for the next time
     """
     model = _folder(model_path)
     tower = _tower(model)
@@ -134,7 +137,7 @@ class _Known:
                 self._entries = content if isinstance(content, dict) else {}
 
     def digests(self, paths: Sequence[Path], name: str) -> dict[Path, str]:
-        """Of each file; `name` is for the word about it."""
+        """The digest of each file; `name` is for the word about it."""
         found = {path: self._without_reading(path) for path in paths}
         unread = [path for path, digest in found.items() if digest is None]
         size = sum(path.stat().st_size for path in unread)

@@ -24,10 +24,16 @@ REFUSED = ("--num-chunks", "--chunk-idx")
 class StockFlags:
     """The arguments for a stock script, those that concern the driver sorted out.
 
-    question_file, image_folder, annotation_file : instead of the data folder's own
-    answers_file : where the answers are wanted as well
-    model_base : as LLaVA's commands take it
-    rest : all others, after the flags of LLaVA's own shell script
+    Parameters
+    ----------
+    question_file, image_folder, annotation_file : Path | None
+        instead of the data folder's own
+    answers_file : Path | None
+        where the answers are wanted as well
+    model_base : str | None
+        as LLaVA's commands take it
+    rest : tuple[str, ...]
+        all others, after the flags of LLaVA's own shell script
     """
 
     question_file: Path | None
@@ -41,7 +47,10 @@ class StockFlags:
     def of(cls, arguments: Sequence[str], benchmark: Benchmark, template: str) -> StockFlags:
         """Raises OptionError for what is the driver's own to say.
 
-        template : of the conversation, where the arguments name none
+        Parameters
+        ----------
+        template : str
+            of the conversation, where the arguments name none
         """
         parser = config.parser()
         for flag in PATHS:
@@ -65,11 +74,18 @@ class StockFlags:
 class Job:
     """What `llava-hvp eval` was asked to do.
 
-    data, out : folder of the data, folder of the results
-    gpus : names of GPUs, a process on each; on a CPU only their number counts
-    ocr : whether TextVQA's prompts hold OCR tokens; None for what the model's paper has
-    restart : throw answers away that are there
-    stock : arguments for the stock script
+    Parameters
+    ----------
+    data, out : Path
+        folder of the data, folder of the results
+    gpus : tuple[str, ...]
+        names of GPUs, a process on each; on a CPU only their number counts
+    ocr : bool | None
+        whether TextVQA's prompts hold OCR tokens; None for what the model's paper has
+    restart : bool
+        throw answers away that are there
+    stock : tuple[str, ...]
+        arguments for the stock script
     """
 
     benchmark: Benchmark

@@ -40,10 +40,16 @@ SAME_NUMBER = {
 class Measured:
     """One benchmark of one model, pruned one way.
 
-    benchmark : its name here, lmms-eval's where only that has it
-    variant : what else tells two results apart, as OCR tokens in the prompts
-    tower : dtype and attention of the vision tower, as "float16 eager"; "" where it is not known
-    metrics : as the harness gives them
+    Parameters
+    ----------
+    benchmark : str
+        its name here, lmms-eval's where only that has it
+    variant : str
+        what else tells two results apart, as OCR tokens in the prompts
+    tower : str
+        dtype and attention of the vision tower, as "float16 eager"; "" where it is not known
+    metrics : dict[str, float]
+        as the harness gives them
     """
 
     benchmark: str
@@ -82,7 +88,10 @@ class Measured:
 def read_results(folder: Path, model: str | None = None) -> list[Measured]:
     """All results below a folder, the newest of each kind last.
 
-    model : only of this one
+    Parameters
+    ----------
+    model : str | None
+        only of this one
 
     Raises EvaluationError where there is none, or of several models without `model`.
     """

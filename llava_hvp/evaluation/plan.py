@@ -42,7 +42,10 @@ IMAGES = {
 class Step:
     """One command of a table.
 
-    data : where it comes from, in words; missing : why the command cannot run, if so
+    Parameters
+    ----------
+    data : str
+        where it comes from, in words; missing : why the command cannot run, if so
     """
 
     row: Row
@@ -73,8 +76,12 @@ def plan(
 
     The vision tower keeps its own attention, as in the released codes.
 
-    only : of these benchmarks
-    stock : further arguments for LLaVA's scripts
+    Parameters
+    ----------
+    only : Sequence[str]
+        of these benchmarks
+    stock : Sequence[str]
+        further arguments for LLaVA's scripts
     """
     known = {column.benchmark for column in table.columns}
     unknown = [name for name in only if name not in known]

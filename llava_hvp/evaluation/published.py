@@ -18,10 +18,16 @@ TABLES = ("hivtp-1", "hivtp-2", "hivtp-3", "hiprune-1")
 class Column:
     """A benchmark of a table, and the harness that its figures came from.
 
-    metric : of that harness; several joined by + are added
-    task : lmms-eval's name; None for LLaVA's scripts
-    percent : the harness gives a fraction, the paper percent
-    flags : for `llava-hvp eval`
+    Parameters
+    ----------
+    metric : str
+        of that harness; several joined by + are added
+    task : str | None
+        lmms-eval's name; None for LLaVA's scripts
+    percent : bool
+        the harness gives a fraction, the paper percent
+    flags : tuple[str, ...]
+        for `llava-hvp eval`
     """
 
     benchmark: str
@@ -37,8 +43,12 @@ class Column:
 class Row:
     """One setting; figures that cannot be read in the paper are not among the values.
 
-    pruning : None for unpruned LLaVA
-    average : percent of unpruned, as the paper prints it
+    Parameters
+    ----------
+    pruning : PruningConfig | None
+        None for unpruned LLaVA
+    average : float | None
+        percent of unpruned, as the paper prints it
     """
 
     label: str
@@ -55,8 +65,12 @@ class Row:
 class Table:
     """A table of a paper.
 
-    checkpoint : that its model was
-    as_released : options by which the released code departs from the paper's rule
+    Parameters
+    ----------
+    checkpoint : str
+        that its model was
+    as_released : dict[str, Any]
+        options by which the released code departs from the paper's rule
     """
 
     name: str
@@ -72,7 +86,10 @@ class Table:
     def released(self, *, beside: bool) -> Table:
         """The table with rows as the released code prunes, of the same published figures.
 
-        beside : each after the paper's own, else instead of it
+        Parameters
+        ----------
+        beside : bool
+            each after the paper's own, else instead of it
 
         Raises OptionError for a table that has none.
         """

@@ -22,11 +22,17 @@ Key = tuple[Any, ...]
 class Questions:
     """A question file.
 
-    items : its records in order; of a table, those columns that do not hold pictures
-    sha256 : of the file as it is
-    keys : what an answer must have to belong to a question. TextVQA and MME give several questions
-        one id, so that the text belongs to it
-    images : picture of each question, None for a question without
+    Parameters
+    ----------
+    items : list[Any]
+        its records in order; of a table, those columns that do not hold pictures
+    sha256 : str
+        of the file as it is
+    keys : list[Key]
+        what an answer must have to belong to a question. TextVQA and MME give several questions one
+        id, so that the text belongs to it
+    images : list[str | None]
+        picture of each question, None for a question without
     """
 
     path: Path

@@ -30,8 +30,12 @@ OWN = "llava-hvp"
 class Score:
     """What a scorer says, in percent but for MME.
 
-    scorer : who counted
-    upload : file for the benchmark's server
+    Parameters
+    ----------
+    scorer : str
+        who counted
+    upload : Path | None
+        file for the benchmark's server
     """
 
     metrics: dict[str, float]

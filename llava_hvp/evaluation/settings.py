@@ -33,7 +33,10 @@ def settings_of(
 ) -> dict[str, Any]:
     """Everything that answers depend on; how many processes there are is not among it.
 
-    cache : as `digests_of` takes it
+    Parameters
+    ----------
+    cache : Path | None
+        as `digests_of` takes it
     """
     pruning = request.pruning
     return {
@@ -62,7 +65,7 @@ def plain(value: Any) -> Any:
 
 
 def versions() -> dict[str, str]:
-    """Of what takes part, without importing it."""
+    """Versions of what takes part, without importing it."""
     others = installed("torch", "transformers", "llava-torch", "llava")
     return {"llava-hvp": __version__, "python": platform.python_version(), **others}
 

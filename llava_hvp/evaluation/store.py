@@ -38,7 +38,10 @@ CHECKPOINT = "checkpoint"  # of the settings
 class Answer:
     """An answer as the stock script wrote it, and the measurement of its `generate`.
 
-    call : as llava_hvp.checkpoints.generate_stats.Call; None where it was lost
+    Parameters
+    ----------
+    call : dict[str, Any] | None
+        as llava_hvp.checkpoints.generate_stats.Call; None where it was lost
     """
 
     line: str
@@ -49,7 +52,10 @@ class Answer:
 class Store:
     """Answers of one run by the row of their question.
 
-    all_rounds : MMBench asks once for each rotation of the options
+    Parameters
+    ----------
+    all_rounds : bool
+        MMBench asks once for each rotation of the options
     """
 
     def __init__(self, folder: Path, questions: Questions, *, all_rounds: bool = False) -> None:

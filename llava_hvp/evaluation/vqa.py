@@ -45,7 +45,10 @@ def _write(path: Path, listed: list[dict[str, Any]]) -> Path:
 def count(annotations: Path, questions: Questions, store: Store) -> float:
     """VQA accuracy in percent, by LLaVA's own evaluator: ten human answers, three make it right.
 
-    annotations : VQAv2's (by question) or VizWiz's (by picture)
+    Parameters
+    ----------
+    annotations : Path
+        VQAv2's (by question) or VizWiz's (by picture)
     """
     from llava_hvp.hosts.llava.answers import accuracy
 

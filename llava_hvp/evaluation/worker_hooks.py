@@ -23,7 +23,10 @@ from llava_hvp.evaluation.files import CALLS, ROWS, part_file
 def answer_part(part: Path, unpruned: Callable[[], int]) -> None:
     """Prepare this process, in which LLaVA is imported and no model loaded yet.
 
-    unpruned : counts the images that should have been pruned and were not
+    Parameters
+    ----------
+    unpruned : Callable[[], int]
+        counts the images that should have been pruned and were not
     """
     from llava_hvp.checkpoints.generate_stats import Call, measure_all
     from llava_hvp.pruning.monkeypatch import MonkeyPatcher

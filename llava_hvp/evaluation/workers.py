@@ -58,7 +58,10 @@ class Worker:
 def answer(job: Job, store: Store, images: Path | None) -> None:
     """Let one process a GPU answer what the store lacks, and wait for all of them.
 
-    images : folder of the pictures; None where the question file holds them
+    Parameters
+    ----------
+    images : Path | None
+        folder of the pictures; None where the question file holds them
 
     Raises EvaluationError if one of them fails; what the others answer is kept.
     """

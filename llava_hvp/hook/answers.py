@@ -23,7 +23,10 @@ class AnswersFile:
     locked while this process lives. The lock is one on the file itself: there is no other file to
     leave behind, and it ends with the process however that ends.
 
-    path : of the file; None where the command has none, or does not say yet
+    Parameters
+    ----------
+    path : Callable[[], Path | None]
+        of the file; None where the command has none, or does not say yet
     """
 
     def __init__(self, path: Callable[[], Path | None]) -> None:
@@ -36,7 +39,7 @@ class AnswersFile:
 
     @property
     def path(self) -> Path | None:
-        """Of the file; None where there is none."""
+        """The path of the answers file; None where there is none."""
         return self._path()
 
     def watch(self) -> None:

@@ -45,8 +45,11 @@ def leave_report(
 ) -> None:
     """Tell the launcher, if there is one, how far this process has come.
 
-    state : "started", "done", "failed", or "unrecorded" where all was done but the record; "forked"
-        for a fork, whose end nobody can tell from a kill: it may go by os._exit, as the workers of
+    Parameters
+    ----------
+    state : str
+        "started", "done", "failed", or "unrecorded" where all was done but the record; "forked" for
+        a fork, whose end nobody can tell from a kill: it may go by os._exit, as the workers of
         multiprocessing do
 
     Raises RecordError where that cannot be written.
@@ -79,9 +82,12 @@ class PruningAudit:
 
     Parameters
     ----------
-    command : as `llava.eval.model_vqa`; "" for a command that is not LLaVA's own
-    pruning : None for `none`, unpruned LLaVA
-    versions : what to name in the lines and the record
+    command : str
+        as `llava.eval.model_vqa`; "" for a command that is not LLaVA's own
+    pruning : PruningConfig | None
+        None for `none`, unpruned LLaVA
+    versions : dict[str, str]
+        what to name in the lines and the record
     """
 
     def __init__(
@@ -304,7 +310,7 @@ class PruningAudit:
 
 
 def _parent_process() -> Any:
-    """Of a child of multiprocessing, by fork or not; None for any other process."""
+    """The parent of a child of multiprocessing, by fork or not; None for other processes."""
     process = sys.modules.get("multiprocessing.process")
     return None if process is None else process.parent_process()
 

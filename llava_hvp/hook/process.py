@@ -78,7 +78,10 @@ def refuse(error: BaseException) -> int:
 class PrunedProcess:
     """What one process was asked, and the switches for it.
 
-    command : as `llava.eval.model_vqa`; "" for a command that is not LLaVA's own
+    Parameters
+    ----------
+    command : str
+        as `llava.eval.model_vqa`; "" for a command that is not LLaVA's own
     """
 
     def __init__(self, command: str, request: Request) -> None:
@@ -231,7 +234,10 @@ class PrunedProcess:
     def watch_training(self, trainer: Any) -> None:
         """LLaVA's `train` leaves pruning off while it runs, unless it was to be pruned too.
 
-        trainer : the module llava.train.train
+        Parameters
+        ----------
+        trainer : Any
+            the module llava.train.train
         """
         pruning, account, stock = self.request.pruning, self._account, trainer.train
         if pruning is None or account is None or self.request.train:

@@ -49,10 +49,16 @@ class LlavaHvp(lmms):
 
     Parameters are `--model_args`, beside lmms-eval's own `batch_size` and `device`.
 
-    pretrained, model_base, conv_template, load_4bit, load_8bit : as LLaVA's commands take them
-    device : cuda where there is one, else cpu; with several processes each takes its own GPU
-    device_map : auto spreads the model over GPUs
-    dtype : float16, bfloat16 or float32; float16 as LLaVA loads it by default, on a CPU float32
+    Parameters
+    ----------
+    pretrained, model_base, conv_template, load_4bit, load_8bit : str | str | None | bool
+        as LLaVA's commands take them
+    device : str | None
+        cuda where there is one, else cpu; with several processes each takes its own GPU
+    device_map : str | None
+        auto spreads the model over GPUs
+    dtype : str | None
+        float16, bfloat16 or float32; float16 as LLaVA loads it by default, on a CPU float32
     prune_method, r_max, num_tokens, the options of the method and of Runtime : as `r_max=0.5`;
         items of a tuple are joined by +, as `layers=7+8+9`
     """
@@ -125,12 +131,12 @@ class LlavaHvp(lmms):
 
     @property
     def device(self) -> torch.device:
-        """Of this process."""
+        """The device of this process."""
         return self._device
 
     @property
     def tokenizer(self) -> Any:
-        """Of the checkpoint."""
+        """The checkpoint's tokenizer."""
         return self.checkpoint.tokenizer
 
     @property

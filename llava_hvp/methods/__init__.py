@@ -62,7 +62,8 @@ def method_class(name: str) -> type[Method]:
 
     Raises
     ------
-    OptionError : there is none, or it is no method; the message lists the valid names
+    OptionError
+        there is none, or it is no method; the message lists the valid names
     """
     registry = _registry()
     if name == NONE:

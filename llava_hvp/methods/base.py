@@ -35,14 +35,17 @@ class Method:
 
     Parameters
     ----------
-    r_max : upper bound on kept / N for each tile, in (0, 1]; 1 keeps all. 0.5 where no budget is
-        given. It stands for round(r_max * N) patches, so that the bound holds up to this rounding
-        (0.3 of 576 is 173 patches, 30.03 %), and for one patch at least.
-    num_tokens : instead of `r_max`, patches in total for one image, shared evenly by its tiles
+    r_max : float | None
+        upper bound on kept / N for each tile, in (0, 1]; 1 keeps all. 0.5 where no budget is given.
+        It stands for round(r_max * N) patches, so that the bound holds up to this rounding (0.3 of
+        576 is 173 patches, 30.03 %), and for one patch at least.
+    num_tokens : int | None
+        instead of `r_max`, patches in total for one image, shared evenly by its tiles
 
     Raises
     ------
-    OptionError : for an option out of its range
+    OptionError
+        for an option out of its range
     """
 
     name: ClassVar[str]
@@ -137,9 +140,12 @@ class VisionMethod(Method, ABC):
 
         Raises
         ------
-        ContextError, LayerError : the context lacks a layer, or the layer cannot exist
-        ScoreError : scores that are not finite
-        OptionError : a budget that the options cannot meet on this grid
+        ContextError, LayerError
+            the context lacks a layer, or the layer cannot exist
+        ScoreError
+            scores that are not finite
+        OptionError
+            a budget that the options cannot meet on this grid
         """
         names, finite = context.finite()
         raise_unless_finite(names, finite.tolist())

@@ -28,7 +28,8 @@ class CDPruner(VisionMethod):
 
     Parameters
     ----------
-    sign : "negated" as published: in CLIP's space the patches that show what is asked for have the
+    sign : str
+        "negated" as published: in CLIP's space the patches that show what is asked for have the
         smaller cosine with the prompt; "direct" for an encoder that was trained otherwise
     """
 
@@ -62,7 +63,8 @@ def scaled(scores: Tensor, images: tuple[int, ...]) -> Tensor:
 
     Parameters
     ----------
-    images : tiles of each image
+    images : tuple[int, ...]
+        tiles of each image
     """
     of_tile = [image for image, tiles in enumerate(images) for _ in range(tiles)]
     index = torch.tensor(of_tile, device=scores.device)

@@ -45,28 +45,42 @@ class VisionContext:
 
     Parameters
     ----------
-    grid : (rows, columns) of patches; N = rows * columns
-    received_attention : layer -> (T, N) float, the attention each patch receives (mean over heads
-        and over all query rows, CLS row included, CLS column dropped)
-    depth : layers of the encoder
-    feature_layer : the layer whose output goes to the projector, numbered from 1
-    cls_attention : layer -> (T, N) float, the attention that CLS pays to each patch (mean over
-        heads)
-    features : (T, N, D) float, the output of layer `feature_layer`
-    relevance : (T, N) float, how related each patch is to the prompt
-    tiles : tiles of each image, in order; the T tiles are one image by default
-    keys, queries : layer -> (T, S, D) float, the output of k_proj and q_proj, bias included and
-        heads side by side; S = N, or 1 + N with CLS first where the tower has one
-    heads : of each layer of the encoder
-    projected : (T, N, P) float, every patch after the projector
-    words : one (M, P) float an image, the language model's input embeddings of its prompt's words
-    padding : (T, N) bool, patches that show nothing but padding
-    mosaics : (down, across) of each image's tiles behind the first, which shows all of it; None
-        for an image whose tiles stand alone
+    grid : Grid
+        (rows, columns) of patches; N = rows * columns
+    received_attention : Mapping[int, Tensor]
+        layer -> (T, N) float, the attention each patch receives (mean over heads and over all query
+        rows, CLS row included, CLS column dropped)
+    depth : int | None
+        layers of the encoder
+    feature_layer : int | None
+        the layer whose output goes to the projector, numbered from 1
+    cls_attention : Mapping[int, Tensor]
+        layer -> (T, N) float, the attention that CLS pays to each patch (mean over heads)
+    features : Tensor | None
+        (T, N, D) float, the output of layer `feature_layer`
+    relevance : Tensor | None
+        (T, N) float, how related each patch is to the prompt
+    tiles : tuple[int, ...] | None
+        tiles of each image, in order; the T tiles are one image by default
+    keys, queries : Mapping[int, Tensor]
+        layer -> (T, S, D) float, the output of k_proj and q_proj, bias included and heads side by
+        side; S = N, or 1 + N with CLS first where the tower has one
+    heads : int | None
+        of each layer of the encoder
+    projected : Tensor | None
+        (T, N, P) float, every patch after the projector
+    words : tuple[Tensor, ...] | None
+        one (M, P) float an image, the language model's input embeddings of its prompt's words
+    padding : Tensor | None
+        (T, N) bool, patches that show nothing but padding
+    mosaics : tuple[Grid | None, ...] | None
+        (down, across) of each image's tiles behind the first, which shows all of it; None for an
+        image whose tiles stand alone
 
     Raises
     ------
-    ContextError : where shapes disagree
+    ContextError
+        where shapes disagree
     """
 
     grid: Grid
@@ -219,8 +233,10 @@ class VisionContext:
 
         Parameters
         ----------
-        index : of the tiles, on the CPU
-        tiles : tiles of each image among them
+        index : Tensor
+            of the tiles, on the CPU
+        tiles : tuple[int, ...]
+            tiles of each image among them
         """
         on_device = index.to(self.device)
         images = self._images_of(index, tiles)

@@ -25,8 +25,9 @@ class DivPrune(VisionMethod):
 
     Parameters
     ----------
-    scope : "tile" chooses on every tile by itself; "image" once among all tiles of an image, with
-        their budgets together, as the official code does with the image as it is packed
+    scope : str
+        "tile" chooses on every tile by itself; "image" once among all tiles of an image, with their
+        budgets together, as the official code does with the image as it is packed
     """
 
     name: ClassVar[str] = "divprune"

@@ -27,11 +27,13 @@ class FoPru(VisionMethod):
 
     Parameters
     ----------
-    strategy : "rank" keeps the best patches; "row" the grid's rows with the largest sums, as many
-        whole rows as the budget holds
-    attention : "softmax" takes attention as the encoder does; "logits" takes queries times keys
-        before the softmax, and of the means that a patch receives and gives the one that varies
-        more over the tile
+    strategy : str
+        "rank" keeps the best patches; "row" the grid's rows with the largest sums, as many whole
+        rows as the budget holds
+    attention : str
+        "softmax" takes attention as the encoder does; "logits" takes queries times keys before the
+        softmax, and of the means that a patch receives and gives the one that varies more over the
+        tile
     """
 
     name: ClassVar[str] = "fopru"

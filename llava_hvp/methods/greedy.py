@@ -51,8 +51,10 @@ def farthest_first(similarity: Tensor, k: int) -> Tensor:
 
     Parameters
     ----------
-    similarity : (B, N, N) float, symmetric
-    k : how many, at most N
+    similarity : Tensor
+        (B, N, N) float, symmetric
+    k : int
+        how many, at most N
     """
     # Larger than any cosine: nobody is his own neighbour, and who is chosen is not chosen again.
     alone = similarity.diagonal_scatter(
@@ -78,9 +80,12 @@ def determinantal(similarity: Tensor, quality: Tensor, k: int) -> Tensor:
 
     Parameters
     ----------
-    similarity : (B, N, N) float, cosines
-    quality : (B, N) float, not negative
-    k : how many, at most N
+    similarity : Tensor
+        (B, N, N) float, cosines
+    quality : Tensor
+        (B, N) float, not negative
+    k : int
+        how many, at most N
     """
     left = similarity.diagonal(dim1=-2, dim2=-1).round()  # 1 but for rounding, or 0
     free = torch.ones_like(left, dtype=torch.bool)
@@ -110,10 +115,14 @@ def covering(
 
     Parameters
     ----------
-    rows : (B, R, N) float, how well each candidate covers each row
-    k : how many, at most N
-    weight : (B, N) float, not negative, by which a candidate's gain is multiplied
-    last : (B, N) bool, candidates that wait until no other is left
+    rows : Tensor
+        (B, R, N) float, how well each candidate covers each row
+    k : int
+        how many, at most N
+    weight : Tensor | None
+        (B, N) float, not negative, by which a candidate's gain is multiplied
+    last : Tensor | None
+        (B, N) bool, candidates that wait until no other is left
     """
     covered, more = rows.new_zeros(rows.shape[:-1]), torch.empty_like(rows)
     free = torch.ones_like(rows[:, 0], dtype=torch.bool)

@@ -27,14 +27,18 @@ class HiPrune(VisionMethod):
 
     Parameters
     ----------
-    alpha : in [0, 1]; there are round(alpha * budget / 5) anchors, whatever the buffer. A cross has
+    alpha : float
+        in [0, 1]; there are round(alpha * budget / 5) anchors, whatever the buffer. A cross has
         five patches: with it, this is the share of the budget for anchors with their buffers. With
-        "square" they take up to 9/5 of that, with "row" 3/5, with "none" 1/5 (0.1 of 192 patches
-        is 4 anchors: up to 0.19, 0.06 and 0.02).
-    object_layer : numbered from 1; 9 of 24 by default
-    buffer : neighbourhood of an anchor: "cross" (4), "square" (8), "row" (2) or "none"
-    variant : "paper", or "code" for neighbours by flat index, which wrap across rows and clamp to
-        the first and last patch, as in the released code
+        "square" they take up to 9/5 of that, with "row" 3/5, with "none" 1/5 (0.1 of 192 patches is
+        4 anchors: up to 0.19, 0.06 and 0.02).
+    object_layer : int | None
+        numbered from 1; 9 of 24 by default
+    buffer : str
+        neighbourhood of an anchor: "cross" (4), "square" (8), "row" (2) or "none"
+    variant : str
+        "paper", or "code" for neighbours by flat index, which wrap across rows and clamp to the
+        first and last patch, as in the released code
     """
 
     name: ClassVar[str] = "hiprune"

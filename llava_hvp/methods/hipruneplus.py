@@ -25,12 +25,16 @@ class HiPrunePlus(HiPrune):
 
     Parameters
     ----------
-    beta : share of the budget for the prompt, in [0, 1]
-    text : "clip" compares with CLIP's text encoder of the tower's own checkpoint; "llm" with the
+    beta : float
+        share of the budget for the prompt, in [0, 1]
+    text : str
+        "clip" compares with CLIP's text encoder of the tower's own checkpoint; "llm" with the
         language model's input embeddings, for a tower that has no text encoder (this projects every
         patch, where all else projects only the kept ones)
-    extra : put the prompt's patches on top of the budget
-    sign : "direct" takes the patches whose cosine with the prompt is largest, as the paper says;
+    extra : bool
+        put the prompt's patches on top of the budget
+    sign : str
+        "direct" takes the patches whose cosine with the prompt is largest, as the paper says;
         "negated" the smallest, for text="clip" only: in CLIP's space these are said to show what is
         asked for (CDPruner's issue 14, TRIM's issue 3, LiteLVLM, arXiv 2605.13178)
     """

@@ -30,10 +30,12 @@ class HiRED(VisionMethod):
 
     Parameters
     ----------
-    alpha : share of the tile that shows the whole image, in [0, 1]
-    variant : "code" cuts the whole image's patches, in raster order, into as many runs as there are
-        other tiles, as the released code does (four strips for 2 x 2 tiles); "paper" takes the
-        part that a tile shows
+    alpha : float
+        share of the tile that shows the whole image, in [0, 1]
+    variant : str
+        "code" cuts the whole image's patches, in raster order, into as many runs as there are other
+        tiles, as the released code does (four strips for 2 x 2 tiles); "paper" takes the part that
+        a tile shows
     """
 
     name: ClassVar[str] = "hired"
@@ -82,7 +84,10 @@ class HiRED(VisionMethod):
     def _allotted(self, shallow: Tensor, context: VisionContext, budget: int, tiles: int) -> Tensor:
         """(images, tiles) patches that each tile may keep.
 
-        shallow : (images, N) attention of layer 1 in each image's first tile
+        Parameters
+        ----------
+        shallow : Tensor
+            (images, N) attention of layer 1 in each image's first tile
         """
         patches, mosaics = context.patches, context.mosaics or ()
         first = min(int(budget * self.alpha), patches)

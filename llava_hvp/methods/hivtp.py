@@ -24,11 +24,15 @@ class HIVTP(VisionMethod):
 
     Parameters
     ----------
-    layers : layers of the score, numbered from 1; 7 to 10 of 24 by default (Section 5.1). The
-        released code averages three: `layers=(7, 8, 9)`.
-    regions : blocks along each side (paper: r); 1 switches the region division off
-    window : patches along a window's side (paper: c); None with `k` switches the local stage off
-    k : percent of each region that the global stage keeps, instead of `r_max`
+    layers : tuple[int, ...] | None
+        layers of the score, numbered from 1; 7 to 10 of 24 by default (Section 5.1). The released
+        code averages three: `layers=(7, 8, 9)`.
+    regions : int
+        blocks along each side (paper: r); 1 switches the region division off
+    window : int | str | None
+        patches along a window's side (paper: c); None with `k` switches the local stage off
+    k : float | None
+        percent of each region that the global stage keeps, instead of `r_max`
     """
 
     name: ClassVar[str] = "hivtp"

@@ -20,9 +20,12 @@ def top_k(scores: Tensor, k: int | Tensor, among: Tensor | None = None) -> Tenso
 
     Parameters
     ----------
-    scores : (T, N) finite float
-    k : how many; an int or a (T, 1) integer tensor (a negative number keeps none)
-    among : (T, N) bool, the candidates; all by default
+    scores : Tensor
+        (T, N) finite float
+    k : int | Tensor
+        how many; an int or a (T, 1) integer tensor (a negative number keeps none)
+    among : Tensor | None
+        (T, N) bool, the candidates; all by default
     """
     if among is not None:
         scores = scores.masked_fill(~among, float("-inf"))

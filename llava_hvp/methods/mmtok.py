@@ -41,9 +41,12 @@ class MMTok(VisionMethod):
 
     Parameters
     ----------
-    alpha : weight of the patches against the words, at least 0
-    t_text : temperature of the softmax over patches for a word
-    t_vision : and for a patch
+    alpha : float
+        weight of the patches against the words, at least 0
+    t_text : float
+        temperature of the softmax over patches for a word
+    t_vision : float
+        and for a patch
     """
 
     name: ClassVar[str] = "mmtok"

@@ -33,9 +33,11 @@ class PruMerge(VisionMethod):
 
     Parameters
     ----------
-    adaptive : keep the patches whose score is an outlier (above Q3 + 1.5 (Q3 - Q1) of the tile),
-        however many they are, instead of a budget
-    neighbours : patches that each kept one takes in
+    adaptive : bool
+        keep the patches whose score is an outlier (above Q3 + 1.5 (Q3 - Q1) of the tile), however
+        many they are, instead of a budget
+    neighbours : int
+        patches that each kept one takes in
     """
 
     name: ClassVar[str] = "prumerge"
@@ -105,8 +107,12 @@ class PruMerge(VisionMethod):
 def cls_attention(query: Tensor, keys: Tensor) -> Tensor:
     """(T, S - 1) share of each patch in one softmax over all states; CLS's own share is left out.
 
-    query : (T, D), CLS's
-    keys : (T, S, D)
+    Parameters
+    ----------
+    query : Tensor
+        (T, D), CLS's
+    keys : Tensor
+        (T, S, D)
     """
     # A sum of products and not a matrix product, whose roundings may depend on the batch.
     logits = (query[:, None] * keys).sum(-1) * keys.shape[2] ** -0.5

@@ -20,7 +20,8 @@ class Random(VisionMethod):
 
     Parameters
     ----------
-    seed : of the draw, from 0 to 2**64 - 1. Tile i of every image draws the same patches, so that a
+    seed : int
+        of the draw, from 0 to 2**64 - 1. Tile i of every image draws the same patches, so that a
         run is repeatable on every device and in every batch.
     """
 

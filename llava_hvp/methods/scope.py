@@ -25,7 +25,8 @@ class SCOPE(VisionMethod):
 
     Parameters
     ----------
-    alpha : power of the saliency, at least 0; 0 leaves coverage alone
+    alpha : float
+        power of the saliency, at least 0; 0 leaves coverage alone
     """
 
     name: ClassVar[str] = "scope"

@@ -17,11 +17,17 @@ class Mix:
 
     A state is one of the layer's S outputs: CLS, where the tower has one, and the N patches.
 
-    added : (T, N, S) float, what the token at each patch holds besides its own state
-    extra : (T, S) float, one token more a tile, which stands at no patch; None for none
-    rank : (T, N) integers, the order among a tile's loose tokens, lowest first; raster where None
-    mixed : which tiles this is about; all where None. In the others every token is the state of
-        its patch and stands in its place, and there is no extra one.
+    Parameters
+    ----------
+    added : Tensor
+        (T, N, S) float, what the token at each patch holds besides its own state
+    extra : Tensor | None
+        (T, S) float, one token more a tile, which stands at no patch; None for none
+    rank : Tensor | None
+        (T, N) integers, the order among a tile's loose tokens, lowest first; raster where None
+    mixed : tuple[bool, ...] | None
+        which tiles this is about; all where None. In the others every token is the state of its
+        patch and stands in its place, and there is no extra one.
     """
 
     added: Tensor
@@ -79,10 +85,15 @@ def _scattered_if_any(parts: Iterable[tuple[Tensor, Tensor | None]], tiles: int)
 class Selection:
     """Which patches stay, and what else their tokens hold.
 
-    keep : (T, N) bool
-    roles : role -> (T, N) bool; disjoint, and together equal to `keep`
-    mix : what flows into the tokens, and a tile's token without a patch; None where every token
-        is the state of its patch
+    Parameters
+    ----------
+    keep : Tensor
+        (T, N) bool
+    roles : dict[str, Tensor]
+        role -> (T, N) bool; disjoint, and together equal to `keep`
+    mix : Mix | None
+        what flows into the tokens, and a tile's token without a patch; None where every token is
+        the state of its patch
     """
 
     keep: Tensor

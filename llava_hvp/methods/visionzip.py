@@ -31,8 +31,9 @@ class VisionZip(VisionMethod):
 
     Parameters
     ----------
-    contextual : contextual tokens of a tile; by default 5 of 32 of the budget, as in the
-        54 + 10 of 64 that the authors use
+    contextual : int | None
+        contextual tokens of a tile; by default 5 of 32 of the budget, as in the 54 + 10 of 64 that
+        the authors use
     """
 
     name: ClassVar[str] = "visionzip"
@@ -97,9 +98,14 @@ def _selection(mix: Mix, dominant: Tensor, contextual: Tensor) -> Selection:
 def _merged(metric: Tensor, targets: Tensor, members: Tensor) -> Tensor:
     """(T, N, N) weights with which the members flow into the patches at `targets`.
 
-    metric : (T, N, d), by whose cosine each member finds its target
-    targets : (T, c) indices
-    members : (T, N) mask
+    Parameters
+    ----------
+    metric : Tensor
+        (T, N, d), by whose cosine each member finds its target
+    targets : Tensor
+        (T, c) indices
+    members : Tensor
+        (T, N) mask
     """
     metric = functional.normalize(metric, dim=-1)
     wanted = metric.gather(1, targets[..., None].expand(-1, -1, metric.shape[2]))

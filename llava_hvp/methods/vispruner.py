@@ -32,7 +32,8 @@ class VisPruner(VisionMethod):
 
     Parameters
     ----------
-    important_ratio : share of the budget that attention decides on, in [0, 1]
+    important_ratio : float
+        share of the budget that attention decides on, in [0, 1]
     """
 
     name: ClassVar[str] = "vispruner"
@@ -74,9 +75,12 @@ def thinned(places: Tensor, similarity: Tensor, count: int) -> Tensor:
 
     Parameters
     ----------
-    places : (T, R) patches in the order that decides who is compared with whom
-    similarity : (T, N, N) float
-    count : how many stay, at least 1
+    places : Tensor
+        (T, R) patches in the order that decides who is compared with whom
+    similarity : Tensor
+        (T, N, N) float
+    count : int
+        how many stay, at least 1
     """
     tiles = torch.arange(len(places), device=places.device)[:, None, None]
     while places.shape[1] > count:

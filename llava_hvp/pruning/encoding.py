@@ -37,10 +37,16 @@ _CHANGING = threading.Lock()
 class HostInputs:
     """What a method may read that a vision tower does not know; a host gives what is needed.
 
-    relevance : of features to the prompt of their image, (T, N)
-    projected : features as the language model takes them, (T, N, P)
-    words, mosaics : as in VisionContext
-    padding : as in VisionContext, on the CPU
+    Parameters
+    ----------
+    relevance : OfFeatures | None
+        of features to the prompt of their image, (T, N)
+    projected : OfFeatures | None
+        features as the language model takes them, (T, N, P)
+    words, mosaics : tuple[Tensor, ...] | None | tuple[Grid | None, ...] | None
+        as in VisionContext
+    padding : Tensor | None
+        as in VisionContext, on the CPU
     """
 
     relevance: OfFeatures | None = None
@@ -54,11 +60,17 @@ class HostInputs:
 class EncodedTiles:
     """Tokens of all tiles, and which of them stay.
 
-    features : (T, N, D) of the layer that goes on, on the device, in the images' dtype; what a
-        method merged stands where the patches' own stood
-    selection : on the CPU, but for the weights of its mix
-    extra : (T, D), of each tile the token that stands at no patch; None where there is none
-    reused : whether they were made for an earlier call
+    Parameters
+    ----------
+    features : Tensor
+        (T, N, D) of the layer that goes on, on the device, in the images' dtype; what a method
+        merged stands where the patches' own stood
+    selection : Selection
+        on the CPU, but for the weights of its mix
+    extra : Tensor | None
+        (T, D), of each tile the token that stands at no patch; None where there is none
+    reused : bool
+        whether they were made for an earlier call
     """
 
     features: Tensor
@@ -71,7 +83,10 @@ class EncodedTiles:
 class CapturePlan:
     """What a method reads of a loaded encoder, worked out once, with the hooks in place.
 
-    feature_layer : the layer whose output goes on, numbered from 1
+    Parameters
+    ----------
+    feature_layer : int
+        the layer whose output goes on, numbered from 1
     """
 
     geometry: Geometry
@@ -210,14 +225,19 @@ class PrunedEncoder:
 
         Parameters
         ----------
-        images : (T, 3, H, W)
-        tiles : tiles of each image, T in all
-        inputs : what the method reads besides; without any, every tile stands alone
+        images : Tensor
+            (T, 3, H, W)
+        tiles : tuple[int, ...]
+            tiles of each image, T in all
+        inputs : HostInputs | None
+            what the method reads besides; without any, every tile stands alone
 
         Raises
         ------
-        ScoreError : scores, or merged features, that are not finite
-        TextEncoderError : the method reads the prompt, and none came
+        ScoreError
+            scores, or merged features, that are not finite
+        TextEncoderError
+            the method reads the prompt, and none came
         """
         plan, method = self.plan(), self.prune_method
         if self.prune_runtime.tower_dtype == "model" and not method.keeps_all:

@@ -27,8 +27,12 @@ class HostModel(Protocol):
     def layout(self, tiles: int, size: Size | None, merge: str) -> Layout:
         """The tokens that the host would send of an image of `tiles` tiles.
 
-        size : (width, height) of the picture in pixels where known
-        merge : "stock", or "spatial" for several tiles with neither unpad nor newline
+        Parameters
+        ----------
+        size : Size | None
+            (width, height) of the picture in pixels where known
+        merge : str
+            "stock", or "spatial" for several tiles with neither unpad nor newline
         """
 
     def mosaic(self, tiles: int, size: Size | None) -> Grid | None:
@@ -56,7 +60,10 @@ class HostModel(Protocol):
     def prompts(self, rows: Sequence[Tensor], images: int, tokenizer: Any) -> list[str]:
         """What each image is asked: the last user turn of the row that it stands in.
 
-        rows : token ids of each row of the batch, without padding
+        Parameters
+        ----------
+        rows : Sequence[Tensor]
+            token ids of each row of the batch, without padding
         """
 
     def embed(self, ids: Tensor) -> Tensor:

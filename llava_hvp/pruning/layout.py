@@ -21,7 +21,10 @@ Size = tuple[int, int]  # (width, height) in pixels
 class LooseTokens:
     """What a method sends beside the mosaic, tile by tile; unpad cuts none of it.
 
-    before, after : (tokens,) int64 of each tile, what leads its placed tokens and what follows
+    Parameters
+    ----------
+    before, after : Sequence[Tensor]
+        (tokens,) int64 of each tile, what leads its placed tokens and what follows
     """
 
     before: Sequence[Tensor]
@@ -32,10 +35,15 @@ class LooseTokens:
 class Layout:
     """The tokens of one image before pruning.
 
-    base : (n,) int64, patches that come first, in order
-    mosaic : (rows, columns) int64, the sub-images as one picture, or None. Of thin pictures unpad
-        leaves no row or no column
-    newline : whether an image_newline ends each mosaic row (without a mosaic: the image)
+    Parameters
+    ----------
+    base : Tensor
+        (n,) int64, patches that come first, in order
+    mosaic : Tensor | None
+        (rows, columns) int64, the sub-images as one picture, or None. Of thin pictures unpad leaves
+        no row or no column
+    newline : bool
+        whether an image_newline ends each mosaic row (without a mosaic: the image)
     """
 
     base: Tensor
@@ -66,10 +74,13 @@ class Layout:
 
         Parameters
         ----------
-        keep : (tiles * N,) bool, on the CPU, of the patches that stay in their places
-        newline : "all" keeps every one, "none" none, "rows" those of rows that did not lose all
-            their patches; a row in which stock sends nothing else has none to lose
-        loose : tokens beside the mosaic; none by default
+        keep : Tensor
+            (tiles * N,) bool, on the CPU, of the patches that stay in their places
+        newline : str
+            "all" keeps every one, "none" none, "rows" those of rows that did not lose all their
+            patches; a row in which stock sends nothing else has none to lose
+        loose : LooseTokens | None
+            tokens beside the mosaic; none by default
         """
         if loose is None:
             return torch.cat((self.base[keep[self.base]], self._rows(keep, newline)))

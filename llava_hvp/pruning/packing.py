@@ -22,8 +22,12 @@ from llava_hvp.pruning.report import ImageReport
 class PackedImages:
     """Stands in for `images` on the way through the host's own method.
 
-    features : (tokens, D) of each image, ready for the language model
-    pruned : whether any image has other tokens than stock would send
+    Parameters
+    ----------
+    features : list[Tensor]
+        (tokens, D) of each image, ready for the language model
+    pruned : bool
+        whether any image has other tokens than stock would send
     """
 
     features: list[Tensor]
@@ -44,11 +48,16 @@ def pack(
 
     Parameters
     ----------
-    pixels : (T, 3, H, W), the tiles of all images
-    tiles : tiles of each image, T in all
-    sizes : (width, height) of each image in pixels where known; AnyRes needs it
-    rows : token ids of each row of the batch without padding, for methods that read them
-    laid_out : whether the host lays tiles out by its config; else each image is one bare tile
+    pixels : Tensor
+        (T, 3, H, W), the tiles of all images
+    tiles : tuple[int, ...]
+        tiles of each image, T in all
+    sizes : Sequence[Size | None]
+        (width, height) of each image in pixels where known; AnyRes needs it
+    rows : list[Tensor] | None
+        token ids of each row of the batch without padding, for methods that read them
+    laid_out : bool
+        whether the host lays tiles out by its config; else each image is one bare tile
     """
     model, method, runtime = pruning.host_model, pruning.method, pruning.runtime
     encoded = pruning.encode(pixels, tiles, rows, sizes, laid_out)

@@ -31,11 +31,15 @@ class Pruning:
 
     Ends with `unprune(model)`, or at the end of its `with` block.
 
-    reuse : set it to True, and an image that comes again is encoded only once, as in LLaVA's own
-        chat and worker. For several questions about one picture, as long as the vision tower's
-        weights do not change through `.data`. Without effect where gradients are wanted, where the
-        method reads the prompt, and where the weights are partitioned (ZeRO-3, FSDP).
-    on_record : called with the reports of each call, from the thread that made it
+    Attributes
+    ----------
+    reuse : bool
+        set it to True, and an image that comes again is encoded only once, as in LLaVA's own chat
+        and worker. For several questions about one picture, as long as the vision tower's weights
+        do not change through `.data`. Without effect where gradients are wanted, where the method
+        reads the prompt, and where the weights are partitioned (ZeRO-3, FSDP).
+    on_record : Callable[[list[ImageReport]], None] | None
+        called with the reports of each call, from the thread that made it
     """
 
     def __init__(
@@ -104,11 +108,16 @@ class Pruning:
 
         Parameters
         ----------
-        pixels : (T, 3, H, W)
-        tiles : tiles of each image, T in all
-        rows : token ids of each row of the batch, without padding
-        sizes : (width, height) of each image in pixels where known
-        laid_out : whether the host lays tiles out by its config; else each image is one bare tile
+        pixels : Tensor
+            (T, 3, H, W)
+        tiles : tuple[int, ...]
+            tiles of each image, T in all
+        rows : list[Tensor] | None
+            token ids of each row of the batch, without padding
+        sizes : Sequence[Size | None] | None
+            (width, height) of each image in pixels where known
+        laid_out : bool
+            whether the host lays tiles out by its config; else each image is one bare tile
         """
         encoder = self.host_model.encoder
         needs = encoder.plan().needs
@@ -174,8 +183,10 @@ class Pruning:
 
         Parameters
         ----------
-        tiles : tiles of each image
-        rows : token ids of each row of the batch, without padding
+        tiles : tuple[int, ...]
+            tiles of each image
+        rows : list[Tensor] | None
+            token ids of each row of the batch, without padding
         """
         encoder = self.host_model.encoder
         text = encoder.plan().needs.relevance

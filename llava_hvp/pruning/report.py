@@ -18,18 +18,31 @@ if TYPE_CHECKING:
 class ImageReport:
     """One image of one call.
 
-    method : name of the method
-    tiles : the encoder saw: 1, or the base tile and the sub-images of AnyRes
-    stock_tokens : visual tokens that unpruned LLaVA would send for this image
-    kept_tokens : visual tokens sent, image_newline and tokens that stand at no patch included
-    sent : (tiles, N) bool, the patches sent: of those selected, the ones outside the padding that
+    Parameters
+    ----------
+    method : str
+        name of the method
+    tiles : int
+        the encoder saw: 1, or the base tile and the sub-images of AnyRes
+    stock_tokens : int
+        visual tokens that unpruned LLaVA would send for this image
+    kept_tokens : int
+        visual tokens sent, image_newline and tokens that stand at no patch included
+    sent : Tensor
+        (tiles, N) bool, the patches sent: of those selected, the ones outside the padding that
         AnyRes cuts off
-    grid : (rows, columns) of patches of a tile
-    size : (width, height) of the picture in pixels where known
-    selection : masks of this image, (tiles, N) each, on the CPU
-    stock : (tiles, N) bool, the patches that unpruned LLaVA would send; None for all
-    view : how the model sees pictures, to draw on one; None where unknown
-    reused : whether this is what an earlier call made of the same image, as in a chat
+    grid : Grid
+        (rows, columns) of patches of a tile
+    size : tuple[int, int] | None
+        (width, height) of the picture in pixels where known
+    selection : Selection
+        masks of this image, (tiles, N) each, on the CPU
+    stock : Tensor | None
+        (tiles, N) bool, the patches that unpruned LLaVA would send; None for all
+    view : View | None
+        how the model sees pictures, to draw on one; None where unknown
+    reused : bool
+        whether this is what an earlier call made of the same image, as in a chat
     """
 
     method: str
@@ -82,13 +95,16 @@ class ImageReport:
 
         Parameters
         ----------
-        image : the PIL image that the model was given. As LLaVA does, it is converted to RGB and
-            not turned by its EXIF orientation.
-        scale : pixels drawn for one that the model sees; what fits a screen by default
+        image : Any
+            the PIL image that the model was given. As LLaVA does, it is converted to RGB and not
+            turned by its EXIF orientation.
+        scale : int | None
+            pixels drawn for one that the model sees; what fits a screen by default
 
         Raises
         ------
-        PictureError : another picture than the report is of, or one that LLaVA cannot process
+        PictureError
+            another picture than the report is of, or one that LLaVA cannot process
         """
         from llava_hvp.show.overlay import overlay
 

@@ -108,7 +108,10 @@ def _alike(entry: _Entry, pixels: Tensor, tiles: tuple[int, ...], inputs: HostIn
 def weights_version(encoder: PrunedEncoder, projector: nn.Module | None = None) -> Any:
     """Changes when the encoder does; None where its encodings must not be used again.
 
-    projector : looked at too, where the method reads what it gives
+    Parameters
+    ----------
+    projector : nn.Module | None
+        looked at too, where the method reads what it gives
 
     Sees another method, layer, module or hook, and weights that were loaded, moved, exchanged or
     changed by an optimiser. What changes through a parameter's `.data` in place leaves no trace: to

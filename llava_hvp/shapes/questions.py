@@ -74,7 +74,17 @@ WORDINGS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Question:
-    """text : as a user types it; answer : what is right, case aside; subject : what it asks for."""
+    """A question about a scene, with its answer.
+
+    Parameters
+    ----------
+    text : str
+        as a user types it
+    answer : str
+        what is right, case aside
+    subject : str
+        what it asks for
+    """
 
     task: str
     text: str
@@ -89,7 +99,7 @@ def questions_of(scene: Scene, random: Random, task: str, most: int) -> list[Que
 
 
 def reword(question: Question, random: Random) -> Question:
-    """The same question as another person would type it."""
+    """A question as another person would type the same."""
     what = question.subject
     wording = WORDINGS[question.task][0]
     if random.random() < 0.7:

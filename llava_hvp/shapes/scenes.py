@@ -57,7 +57,10 @@ class Number:
 class Scene:
     """A picture's content. width, height : pixels; style : seed of background, hues and clutter.
 
-    busy : 0 (plain background, no distractors) to 1
+    Parameters
+    ----------
+    busy : float
+        0 (plain background, no distractors) to 1
     """
 
     width: int

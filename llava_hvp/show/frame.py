@@ -21,12 +21,18 @@ PRUNED, CUT = 0, 255
 class Panel:
     """One rectangle of patches: a single tile, the base tile, or the mosaic of AnyRes.
 
-    name : what to write above it, "" for a single tile
-    patches : (rows, columns) int64, for each place the patch shown there, `tile * N + patch`
-        counted over the image's own tiles
-    side : pixels along a patch
-    photo : (rows * side, columns * side, 3) uint8, the picture as the model sees it; None where
-        only the places are known
+    Parameters
+    ----------
+    name : str
+        what to write above it, "" for a single tile
+    patches : Tensor
+        (rows, columns) int64, for each place the patch shown there, `tile * N + patch` counted over
+        the image's own tiles
+    side : int
+        pixels along a patch
+    photo : Tensor | None
+        (rows * side, columns * side, 3) uint8, the picture as the model sees it; None where only
+        the places are known
     """
 
     name: str
@@ -48,7 +54,7 @@ class View(Protocol):
         """Where the patches of an image of `tiles` tiles lie."""
 
     def frame(self, image: Any) -> tuple[Panel, ...]:
-        """The same for a PIL image, with its photo."""
+        """Where the patches of a PIL image lie, with its photo."""
 
     def describe(self, size: tuple[int, int]) -> str:
         """What becomes of a picture of (width, height), in a line."""

@@ -31,10 +31,14 @@ def heat_maps(
 
     Parameters
     ----------
-    panels : with their photo
-    received : layer -> (tiles, N) float, received attention
-    scale : "own" stretches the colours over each layer's values, "shared" over all layers'
-    columns : cells in a row; 6 by default, fewer for wide pictures
+    panels : Sequence[Panel]
+        with their photo
+    received : Mapping[int, Tensor]
+        layer -> (tiles, N) float, received attention
+    scale : str
+        "own" stretches the colours over each layer's values, "shared" over all layers'
+    columns : int | None
+        cells in a row; 6 by default, fewer for wide pictures
     """
     if scale not in SCALES or not received:
         raise PictureError(f"scale={scale!r}: give one of {', '.join(SCALES)}, and a layer")

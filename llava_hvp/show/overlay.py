@@ -47,11 +47,16 @@ def overlay(
     notes: Sequence[str] = (),
     widest: int = WIDEST,
 ) -> Image.Image:
-    """See `ImageReport.overlay`.
+    """Draw what was kept on the picture; see `ImageReport.overlay`.
 
-    title : instead of the method's name
-    notes : lines to put below
-    widest : pixels, where no scale is given
+    Parameters
+    ----------
+    title : str
+        instead of the method's name
+    notes : Sequence[str]
+        lines to put below
+    widest : int
+        pixels, where no scale is given
     """
     panels = frame_of(report, image)
     scale = scale or scale_for(panels, widest)

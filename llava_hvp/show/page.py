@@ -30,8 +30,12 @@ LEVELS = 2**16 - 1  # that a score is told in, from its layer's least to its mos
 class Shown:
     """A method at one budget.
 
-    label : the budget, as r_max 0.5
-    answer : the model's, "" where none was asked
+    Parameters
+    ----------
+    label : str
+        the budget, as r_max 0.5
+    answer : str
+        the model's, "" where none was asked
     """
 
     label: str
@@ -43,7 +47,10 @@ class Shown:
 class MethodShown:
     """A method at every budget, most kept first.
 
-    layers : whose received attention it goes by
+    Parameters
+    ----------
+    layers : tuple[int, ...]
+        whose received attention it goes by
     """
 
     name: str
@@ -56,12 +63,20 @@ class MethodShown:
 class Page:
     """What the page tells.
 
-    title : the picture's file name
-    model : the checkpoint's name
-    panels : of the picture, with its photo
-    received : layer -> (tiles, N) float, of one layer or more
-    notes : lines about the picture
-    prompt, unpruned : the question and the unpruned model's answer, "" where none was asked
+    Parameters
+    ----------
+    title : str
+        the picture's file name
+    model : str
+        the checkpoint's name
+    panels : Sequence[Panel]
+        of the picture, with its photo
+    received : Mapping[int, Tensor]
+        layer -> (tiles, N) float, of one layer or more
+    notes : Sequence[str]
+        lines about the picture
+    prompt, unpruned : str
+        the question and the unpruned model's answer, "" where none was asked
     """
 
     title: str
@@ -74,7 +89,7 @@ class Page:
     unpruned: str = ""
 
     def render(self) -> str:
-        """The page."""
+        """The whole page as HTML."""
         template = TEMPLATE.read_text(encoding="utf-8")
         policy = "; ".join(
             (

@@ -23,11 +23,13 @@ def open_picture(source: str) -> tuple[Image.Image, list[str]]:
 
     Parameters
     ----------
-    source : a path, or an address that begins with http:// or https://
+    source : str
+        a path, or an address that begins with http:// or https://
 
     Raises
     ------
-    PictureError : no such file, no picture, broken or cut short, or too large
+    PictureError
+        no such file, no picture, broken or cut short, or too large
     """
     is_address = source.startswith(("http://", "https://"))
     file: Any = io.BytesIO(_download(source)) if is_address else Path(source)

@@ -35,15 +35,21 @@ def install(
 
     Parameters
     ----------
-    method : what to prune by
-    runtime : how to run it, by default `Runtime()`
-    tokenizer : for prompt-aware methods; by default they load the checkpoint's own
-    on_model : called with the `Pruning` of each model that is built
+    method : Method
+        what to prune by
+    runtime : Runtime | None
+        how to run it, by default `Runtime()`
+    tokenizer : Any
+        for prompt-aware methods; by default they load the checkpoint's own
+    on_model : Callable[[Pruning], None] | None
+        called with the `Pruning` of each model that is built
 
     Raises
     ------
-    PrunedStateError : a method is installed already
-    UnsupportedVersionError : this LLaVA or transformers is not supported
+    PrunedStateError
+        a method is installed already
+    UnsupportedVersionError
+        this LLaVA or transformers is not supported
     """
     compat.check_versions()
     chosen = PruningConfig.checked(method, runtime)

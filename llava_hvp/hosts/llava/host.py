@@ -128,9 +128,12 @@ def attach(
     tokenizer: Any = None,
     clip_text: ClipText | None = None,
 ) -> Pruning:
-    """See `llava_hvp.prune`.
+    """Prune a LLaVA model; see `llava_hvp.prune`.
 
-    clip_text : instead of the one in the tower's own checkpoint
+    Parameters
+    ----------
+    clip_text : ClipText | None
+        instead of the one in the tower's own checkpoint
     """
     chosen = PruningConfig.checked(method, runtime)
     model = find_llava(model)
@@ -195,7 +198,7 @@ def check_bound(model: Any) -> Pruning:
 
 
 def detach(model: Any) -> None:
-    """See `llava_hvp.unprune`."""
+    """Give a LLaVA model back as it was; see `llava_hvp.unprune`."""
     model = find_llava(model)
     with CHANGING:
         if "llava_hvp" not in model.__dict__:

@@ -79,9 +79,12 @@ def _pack(
 
     Parameters
     ----------
-    images : (B, 3, H, W), (B, tiles, 3, H, W), or a list of (3, H, W) and (tiles, 3, H, W)
-    image_sizes : (width, height) of each image; AnyRes needs it
-    rows : token ids of each row of the batch without padding
+    images : Any
+        (B, 3, H, W), (B, tiles, 3, H, W), or a list of (3, H, W) and (tiles, 3, H, W)
+    image_sizes : Sequence[Any] | None
+        (width, height) of each image; AnyRes needs it
+    rows : list[Tensor] | None
+        token ids of each row of the batch without padding
     """
     tiled = isinstance(images, list) or images.ndim == 5
     stacks = [x[None] if x.ndim == 3 else x for x in images] if tiled else list(images[:, None])

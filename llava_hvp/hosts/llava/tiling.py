@@ -25,8 +25,12 @@ from llava_hvp.pruning.layout import Layout, Size
 class TilingConfig:
     """What decides on the layout besides the image: the model's config and the tower.
 
-    merge_type, aspect_ratio, pinpoints : of the config
-    grid, image_side : patches and pixels of a tile
+    Parameters
+    ----------
+    merge_type, aspect_ratio, pinpoints : str
+        of the config
+    grid, image_side : Grid | int
+        patches and pixels of a tile
     """
 
     merge_type: str
@@ -53,13 +57,16 @@ def layout(tiling: TilingConfig, tiles: int, size: Size | None, merge: str) -> L
 
     Parameters
     ----------
-    size : (width, height) of the picture; AnyRes needs it
-    merge : "stock", or "spatial" for several tiles with neither unpad nor newline
+    size : Size | None
+        (width, height) of the picture; AnyRes needs it
+    merge : str
+        "stock", or "spatial" for several tiles with neither unpad nor newline
 
     Raises
     ------
-    UnsupportedModelError : what stock LLaVA refuses as well: a merge type or aspect ratio that it
-        does not know, tiles that do not fit the image's size
+    UnsupportedModelError
+        what stock LLaVA refuses as well: a merge type or aspect ratio that it does not know, tiles
+        that do not fit the image's size
     """
     patches = tiling.grid[0] * tiling.grid[1]
     if tiling.merge_type == "flat":
@@ -93,11 +100,13 @@ def padding(tiling: TilingConfig, size: Size | None) -> Tensor:
 
     Parameters
     ----------
-    size : (width, height) of the picture
+    size : Size | None
+        (width, height) of the picture
 
     Raises
     ------
-    UnsupportedModelError : pictures are padded, and the size is not known
+    UnsupportedModelError
+        pictures are padded, and the size is not known
     """
     empty = torch.zeros(tiling.grid, dtype=torch.bool)
     if tiling.aspect_ratio != "pad":

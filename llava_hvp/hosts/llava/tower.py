@@ -56,7 +56,7 @@ class PrunedCLIPVisionTower(PrunedEncoder, CLIPVisionTower):
 
     @property
     def hidden_state_index(self) -> int:
-        """LLaVA's `mm_vision_select_layer`."""
+        """The layer that goes on, LLaVA's `mm_vision_select_layer`."""
         return int(self.select_layer)
 
     def load_model(self, device_map: Any = None) -> None:

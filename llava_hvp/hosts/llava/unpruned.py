@@ -18,7 +18,10 @@ OnImages = Callable[[Any, int, int], None]
 def count_images(patches: MonkeyPatcher, on_images: OnImages) -> None:
     """From now on tell of the images of every call of every unpruned LLaVA model.
 
-    on_images : called with the model, the images of a call and their visual tokens together
+    Parameters
+    ----------
+    on_images : OnImages
+        called with the model, the images of a call and their visual tokens together
     """
     name = "prepare_inputs_labels_for_multimodal"
     patches.replace(

@@ -26,9 +26,16 @@ MOST_PIXELS = 2 * 89_478_485
 
 @dataclass(frozen=True)
 class LlavaView:
-    """processor : of the vision tower
-    tiling : what the model's config says of aspect ratio and pinpoints
-    patch_side : pixels along a patch
+    """How LLaVA shows pictures to its vision tower.
+
+    Parameters
+    ----------
+    processor : Any
+        of the vision tower
+    tiling : TilingConfig
+        what the model's config says of aspect ratio and pinpoints
+    patch_side : int
+        pixels along a patch
     """
 
     processor: Any
@@ -37,7 +44,7 @@ class LlavaView:
 
     @classmethod
     def of(cls, tower: Any, tiling: TilingConfig) -> LlavaView:
-        """Of a loaded vision tower."""
+        """The view of a model with this loaded vision tower."""
         # A tower that was not loaded from a checkpoint has no processor, and nothing to draw.
         processor = getattr(tower, "image_processor", None)
         return cls(processor, tiling, tower.config.patch_size)

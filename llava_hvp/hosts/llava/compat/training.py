@@ -41,7 +41,8 @@ def bridge_training(patches: MonkeyPatcher) -> None:
 
     Raises
     ------
-    UnsupportedVersionError : this LLaVA or transformers is not supported
+    UnsupportedVersionError
+        this LLaVA or transformers is not supported
     """
     check_versions()
     utils = importlib.import_module("transformers.utils.import_utils")
