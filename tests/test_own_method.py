@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 from benchdata import write_pope
@@ -12,20 +13,9 @@ from evaluation import GREEDY, call, read_answers, write_data
 
 from llava_hvp.hook.audit import record_path
 
-EXAMPLE = """\
-from dataclasses import dataclass
-from llava_hvp import Needs, Selection, VisionMethod
-from llava_hvp.methods.masks import top_k
-
-@dataclass(frozen=True, kw_only=True)
-class Dominant(VisionMethod):
-    name, roles, summary = "dominant", ("dominant",), "the patches that CLS attends to most"
-    def reads(self, depth, feature_layer):
-        return Needs(cls_attention=(feature_layer,))
-    def choose(self, context, budget):
-        best = top_k(context.score("cls_attention", context.feature_layer), budget)
-        return Selection.from_roles({"dominant": best})
-"""
+# The page's own code: what a reader copies is what runs here.
+PAGE = Path(__file__).parent.parent / "docs" / "own-method.md"
+EXAMPLE, ON_SCORES = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
 MINE = "mine:Dominant"
 PYTHON = shlex.quote(sys.executable)
 
@@ -47,6 +37,15 @@ def stock_line(checkpoints):
         f"--image-folder images {GREEDY} --max_new_tokens 4 --model-path {path} "
         "--answers-file out/answers.jsonl"
     )
+
+
+def test_the_page_shows_it_on_scores_without_a_model():
+    assert len([line for line in EXAMPLE.splitlines() if line.strip()]) <= 12
+    names: dict[str, object] = {}
+    shown = ON_SCORES.replace("Dominant(r_max", "chosen = Dominant(r_max")
+    exec(f"{EXAMPLE}\n{shown}", names)
+    assert names["chosen"] == 144
+    assert f"# tensor({names['chosen']})" in ON_SCORES
 
 
 def assert_pruned(folder, result):
