@@ -152,7 +152,7 @@ class VisionMethod(Method, ABC):
         return self.select_unchecked(context)
 
     def select_unchecked(self, context: VisionContext) -> Selection:
-        """`feature_layer` without the look at the scores, which would wait for the device."""
+        """`select` without the look at the scores, which would wait for the device."""
         self._check_cls(context)
         # Images share num_tokens differently by their tile counts: one pass a budget.
         images = context.images
