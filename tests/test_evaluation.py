@@ -92,6 +92,7 @@ def test_none_is_stock_on_every_command_and_recorded_as_such(launched, place):
             "stock_tokens": tokens,
             "mean_kept_of_stock": 1.0,
             "mean_kept_of_patches": 1.0,
+            "reused": 0,
         }
     off = "pruning off (none): every visual token is kept, whatever the budget (llava-hvp"
     assert result.stderr.count(off) == len(COMMANDS)

@@ -128,7 +128,7 @@ def test_every_extra_that_the_doctor_names_is_one_and_brings_that():
 
 @pytest.mark.parametrize("name", ["llava-shapes", "llava-shapes-next", "llava-shapes-detail"])
 def test_a_committed_table_is_what_its_numbers_give(name):
-    base = ROOT / "eval_scripts" / "results" / "accuracy" / name
+    base = ROOT / "docs" / "results" / "accuracy" / name
     facts = json.loads(base.with_suffix(".json").read_text())
     scores = [VariantScore(**row) for row in facts.pop("rows")]
     assert render(facts, scores, MARKDOWN) == base.with_suffix(".md").read_text()

@@ -57,6 +57,13 @@ def chosen(run, path):
     return given.conv_mode
 
 
+@pytest.fixture(autouse=True)
+def _layers_begin_with_weights(monkeypatch):
+    """LLaVA's commands make torch leave new layers as the memory was; not past these tests."""
+    for kind in (torch.nn.Linear, torch.nn.LayerNorm):
+        monkeypatch.setattr(kind, "reset_parameters", kind.reset_parameters)
+
+
 @pytest.fixture
 def without_weights(monkeypatch):
     """LLaVA's commands load nothing, and stop where they open the picture."""
