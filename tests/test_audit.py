@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -86,3 +87,26 @@ def test_a_model_may_be_loaded_in_any_thread(tmp_path, monkeypatch):
     thread.join()
     assert failures == []
     assert report(tmp_path)["state"] == "started"
+
+
+def test_a_signal_that_comes_while_the_end_is_told_lets_it_be_told(tmp_path):
+    """As of a pool that dismisses a worker which is just ending by itself."""
+    code = """if True:
+        import os, signal, sys
+        from llava_hvp.config import Request
+        from llava_hvp.hook import audit
+        from llava_hvp.runtime import PruningConfig
+
+        pruning = PruningConfig.of("hivtp", r_max=0.5)
+        request = Request(pruning, reports=sys.argv[1])
+        told = audit.PruningAudit("", request, pruning, {})
+        told.begin()
+        say = audit.say
+        audit.say = lambda line: (say(line), os.kill(os.getpid(), signal.SIGTERM))
+        """
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    (report,) = tmp_path.glob("*.json")
+    assert json.loads(report.read_text())["state"] == "done"
+    assert (result.returncode, result.stderr.count("no image")) == (0, 1)

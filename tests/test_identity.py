@@ -96,7 +96,7 @@ def test_keeping_everything_is_stock_at_full_size(kind, loaded, photos):
     bundle = loaded(kind)
     arguments = bundle.ids("What is this?"), bundle.pixels(photos[0]), [photos[0].size]
     expected = bundle.embeds(*arguments)[0]
-    with prune(bundle.model, KEEPERS["choose keeps all"]):
+    with prune(bundle.model, KEEPERS["choose keeps all"], runtime=runtime_of("choose")):
         assert torch.equal(expected, bundle.embeds(*arguments)[0])
 
 
@@ -125,7 +125,7 @@ def test_float16_too(checkpoints, photos):
     arguments = (ids[None], None, None, None, None, images, [photos[0].size])
     with torch.no_grad():
         stock = model.prepare_inputs_labels_for_multimodal(*arguments)[4]
-        with prune(model, KEEPERS["choose keeps all"]):
+        with prune(model, KEEPERS["choose keeps all"], runtime=runtime_of("choose")):
             ours = model.prepare_inputs_labels_for_multimodal(*arguments)[4]
     assert stock.dtype == ours.dtype == torch.float16
     assert torch.equal(stock, ours)

@@ -105,7 +105,7 @@ class PruningAudit:
         self._pid = os.getpid()
         self._forked = startup.is_fork()
         self._inherited = False
-        self._begun = self._ended = False
+        self._begun = self._ended = self._telling = False
         self._crash: str | None = None
         self._facts: dict[str, str] = {}
 
@@ -209,6 +209,8 @@ class PruningAudit:
         if is_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
 
             def on_signal(number: int, frame: Any) -> None:
+                if self._telling:  # how it ends is just being told, and then it ends
+                    return
                 self._crash = signal.Signals(number).name
                 self.finish()
                 signal.signal(number, signal.SIG_DFL)
@@ -225,7 +227,13 @@ class PruningAudit:
         self._see_fork()
         if self._ended or (self._inherited and not self.totals.images and not self.unpruned):
             return
-        self._ended = True
+        self._ended = self._telling = True
+        try:
+            self._tell()
+        finally:
+            self._telling = False
+
+    def _tell(self) -> None:
         if self.unpruned:
             done = "would have been" if self._forked else "were"
             say(
