@@ -108,12 +108,12 @@ def test_its_results_have_ttft_and_kept_tokens(alone):
     assert measured["avg_tokens_per_second"] > 0
 
     from llava_hvp.evaluation.measured import read_results
-    from llava_hvp.methods import get_method
+    from llava_hvp.runtime import PruningConfig
 
     (found,) = read_results(out)
     assert found.tower == "float32 sdpa"
     assert (found.benchmark, found.harness) == ("things", "lmms-eval")
-    assert found.method == get_method("hivtp", r_max=0.5)
+    assert found.pruning == PruningConfig.of("hivtp", r_max=0.5)
     assert found.kept_tokens == measured["avg_kept_tokens"]
 
 
