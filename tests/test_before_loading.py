@@ -68,9 +68,9 @@ def test_a_tower_of_the_hub_is_looked_for_in_the_cache_only(checkpoint, tmp_path
 )
 def test_where_the_files_do_not_tell_nothing_is_refused(vision, checkpoint, tmp_path):
     for path in (checkpoint(**vision), "nowhere at all", str(tmp_path), "../x", ""):
-        check_before_loading(path, [HIVTP(layers=(99,))])
+        assert check_before_loading(path, [HIVTP(layers=(99,))]) is None, path
     (tmp_path / "llava/config.json").write_text("[1, 2")
-    check_before_loading(str(tmp_path / "llava"), [HIVTP(layers=(99,))])
+    assert check_before_loading(str(tmp_path / "llava"), [HIVTP(layers=(99,))]) is None
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,14 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from llava_hvp.console import say
-from llava_hvp.errors import EvaluationError
-from llava_hvp.evaluation.files import ANSWERS, SETTINGS, complete_lines, locked, read_json
+from llava_hvp.evaluation.files import (
+    ANSWERS,
+    SETTINGS,
+    complete_lines,
+    locked,
+    other_settings,
+    read_json,
+)
 from llava_hvp.files import write_json, write_whole
 
 # Files of a checkpoint that its answers depend on.
@@ -121,11 +127,7 @@ def _refuse_others(folder: Path, settings: dict[str, Any]) -> None:
     for name in {**before, **settings}:
         then, now = before.get(name), settings.get(name)
         if then != now:
-            raise EvaluationError(
-                f"{folder} holds answers of other settings: {name} was {then!r} and is {now!r} "
-                "now. Give the settings of then, or --out another folder, or --restart to throw "
-                "those answers away"
-            )
+            raise other_settings(folder, name, then, now)
 
 
 def digest(*folders: Path) -> str:

@@ -94,3 +94,11 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise EvaluationError(f"cannot read {path}: {error}") from error
+
+
+def other_settings(folder: Path, name: str, then: Any, now: Any) -> EvaluationError:
+    """The error for answers in a folder that were given when a setting was another."""
+    return EvaluationError(
+        f"{folder} holds answers of other settings: {name} was {then!r} and is {now!r} now. Give "
+        "the settings of then, or --out another folder, or --restart to throw those answers away"
+    )

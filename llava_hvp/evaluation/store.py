@@ -25,6 +25,7 @@ from llava_hvp.evaluation.files import (
     SETTINGS,
     complete_lines,
     locked,
+    other_settings,
     part_file,
     read_json,
 )
@@ -96,11 +97,7 @@ class Store:
                         "Give --restart to throw those answers away, or --out another folder"
                     )
             elif then != now:
-                raise EvaluationError(
-                    f"{self.folder} holds answers of other settings: {name} was {then!r} and is "
-                    f"{now!r} now. Give the settings of then, or --out another folder, or "
-                    "--restart to throw those answers away"
-                )
+                raise other_settings(self.folder, name, then, now)
 
     def check_again(self, settings: dict[str, Any], digests: Digests) -> None:
         """Raise EvaluationError for a checkpoint that changed while it was answering.

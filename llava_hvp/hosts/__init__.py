@@ -17,11 +17,17 @@ def host_of(model: Any) -> Any:
 
     Raises UnsupportedModelError where there is none.
     """
-    names = {kind.__name__ for part in _parts(model) for kind in type(part).__mro__}
-    for host, mark in MARKS.items():
-        if mark in names:
-            return importlib.import_module(f"{__name__}.{host}.host")
-    raise UnsupportedModelError(
+    for part in _parts(model):  # the model itself comes first, and mostly is it
+        names = {kind.__name__ for kind in type(part).__mro__}
+        for host, mark in MARKS.items():
+            if mark in names:
+                return importlib.import_module(f"{__name__}.{host}.host")
+    raise unknown(model)
+
+
+def unknown(model: Any) -> UnsupportedModelError:
+    """The error for a model of no framework that is known here."""
+    return UnsupportedModelError(
         f"{type(model).__name__} is not a LLaVA model: give what llava.model.builder."
         "load_pretrained_model returns (transformers' own LlavaForConditionalGeneration is another "
         "implementation)"

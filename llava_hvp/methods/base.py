@@ -25,6 +25,8 @@ __all__ = [
     "vision_method",
 ]
 
+_NO_CLS = "use hiprune or hivtp, which read the attention that patches receive"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
@@ -188,23 +190,26 @@ class VisionMethod(Method, ABC):
         """Whether a budget of N means that all is kept (not so for sizes given by hand)."""
         return True
 
+    def without_cls(self) -> UnsupportedModelError:
+        """The error for a vision tower without the CLS token that the method asks."""
+        return UnsupportedModelError(
+            f"{self.name} asks the CLS token, and this vision tower has none: {_NO_CLS}"
+        )
+
     def _check_cls(self, context: VisionContext) -> None:
         """Raise where the method asks the CLS token and there is none."""
         if not self.needs_cls or self.keeps_all:
             return
-        remedy = "use hiprune or hivtp, which read the attention that patches receive"
         projections = (*context.keys.values(), *context.queries.values())
         if any(tensor.shape[1] == context.patches for tensor in projections):
-            raise UnsupportedModelError(
-                f"{self.name} asks the CLS token, and this vision tower has none: {remedy}"
-            )
+            raise self.without_cls()
         if (
             self.needs(context.depth, context.feature_layer).cls_attention
             and not context.cls_attention
         ):
             raise ContextError(
                 f"{self.name} needs the CLS token's attention, and the context holds none "
-                f"(cls_attention={{}}); for a vision tower without a CLS token {remedy}"
+                f"(cls_attention={{}}); for a vision tower without a CLS token {_NO_CLS}"
             )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from llava_hvp.encoder.text import ClipText
 from llava_hvp.errors import PrunedStateError, TextEncoderError, UnsupportedModelError
+from llava_hvp.hosts import unknown
 from llava_hvp.hosts.llava import compat, overrides, tiling
 from llava_hvp.hosts.llava.prompt import read_prompt, rows_of_images
 from llava_hvp.hosts.llava.tiling import TilingConfig
@@ -222,8 +223,4 @@ def find_llava(model: Any) -> Any:
     for module in modules:
         if isinstance(module, LlavaMetaForCausalLM):
             return module
-    raise UnsupportedModelError(
-        f"{type(model).__name__} is not a LLaVA model: give what llava.model.builder."
-        "load_pretrained_model returns (transformers' own LlavaForConditionalGeneration is another "
-        "implementation)"
-    )
+    raise unknown(model)

@@ -114,8 +114,5 @@ def _check_layers(method: VisionMethod, geometry: Geometry, select_layer: int) -
     needs = method.needs(geometry.depth, geometry.normalised(select_layer))
     asks_cls = needs.cls_attention or (method.needs_cls and not method.keeps_all)
     if asks_cls and not geometry.has_cls:
-        raise UnsupportedModelError(
-            f"{method.name} asks the CLS token, and this vision tower has none: use hiprune or "
-            "hivtp, which read the attention that patches receive"
-        )
+        raise method.without_cls()
     method.check(geometry.grid)
