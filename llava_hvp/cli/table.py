@@ -12,8 +12,9 @@ from llava_hvp.console import say
 from llava_hvp.errors import OptionError
 from llava_hvp.evaluation.compare import compare
 from llava_hvp.evaluation.measured import read_results
+from llava_hvp.evaluation.plot import plot
 from llava_hvp.evaluation.published import TABLES, Table, get_table
-from llava_hvp.evaluation.rendering import FORMATS, comparison, listing, plot
+from llava_hvp.evaluation.rendering import FORMATS, comparison, listing
 
 
 def add(commands: Any) -> None:
