@@ -35,6 +35,9 @@ def add(commands: Any) -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), help="cpu: run without CUDA, slowly")
     parser.add_argument("--only", metavar="NAME,NAME", default="", help="of these benchmarks")
     add_as_released(parser)
+    parser.add_argument(
+        "--prior", action="store_true", help="also the rows of prior methods of the vision tower"
+    )
     parser.add_argument("--dry-run", action="store_true", help="list the commands and their data")
     parser.set_defaults(main=main, passes=True)
 
@@ -53,6 +56,8 @@ class ReproduceSettings:
         "cpu" for no CUDA
     only : tuple[str, ...]
         these benchmarks; all where it is empty
+    prior : bool
+        also the rows of prior methods
     stock : tuple[str, ...]
         further arguments for LLaVA's own eval scripts
     dry_run : bool
@@ -67,6 +72,7 @@ class ReproduceSettings:
     gpus: tuple[str, ...]
     device: str | None
     only: tuple[str, ...]
+    prior: bool
     stock: tuple[str, ...]
     dry_run: bool
 
@@ -91,6 +97,7 @@ def parse(args: argparse.Namespace) -> ReproduceSettings:
         gpus=gpus,
         device=request.device,
         only=tuple(name for name in args.only.split(",") if name),
+        prior=args.prior,
         stock=(*args.unknown, *args.rest),
         dry_run=args.dry_run,
     )
@@ -108,6 +115,7 @@ def run(settings: ReproduceSettings) -> int:
         gpus=settings.gpus,
         device=settings.device,
         only=settings.only,
+        prior=settings.prior,
         stock=settings.stock,
     )
     if settings.dry_run:

@@ -10,6 +10,7 @@ from statistics import mean
 from llava_hvp.checkpoints.naming import model_name
 from llava_hvp.evaluation.measured import Measured, find
 from llava_hvp.evaluation.published import Column, Row, Table, average, has_stock_attention
+from llava_hvp.runtime import PruningConfig
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,11 @@ class Line:
         by benchmark
     average : Cell
         percent of unpruned, over the benchmarks that both have
-    averaged : int
-        how many benchmarks the measured average is of
+    averaged, published_averaged : int
+        how many benchmarks the measured and the published average are of
     """
 
-    label: str
+    row: Row
     cells: dict[str, Cell]
     kept_tokens: Cell
     kept_of_patches: Cell
@@ -59,6 +60,12 @@ class Line:
     tokens_per_second: Cell
     average: Cell
     averaged: int
+    published_averaged: int
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether any figure of the row was measured."""
+        return any(cell.measured is not None for cell in self.cells.values())
 
 
 @dataclass(frozen=True)
@@ -107,18 +114,19 @@ def compare(table: Table, results: Sequence[Measured]) -> Comparison:
     cell = functools.partial(Cell, alike=is_model_of(table, model))
     used: list[Measured] = []
     base_row = table.unpruned
-    base = _values(results, table, None)
+    base = _values(_found(results, table, None))
     lines = []
     for row in table.rows:
-        found = {c.benchmark: find(results, c, row.pruning) for c in table.columns}
-        here = {name: each for name, each in found.items() if each is not None}
+        here = _found(results, table, row.pruning) if row.can_run else {}
         used += [result for result, _ in here.values()]
-        values = {name: value for name, (_, value) in here.items()}
+        values = _values(here)
         own = average(values, base)
-        published = None if base_row is None else average(row.values, base_row.values)
+        published = row.average
+        if published is None and base_row is not None:
+            published = average(row.values, base_row.values)
         lines.append(
             Line(
-                row.label,
+                row,
                 {c.benchmark: cell(*_figures(row, c, here)) for c in table.columns},
                 cell(row.kept_tokens, _mean(used_of(here), "kept_tokens")),
                 cell(row.kept_of_patches, _mean(used_of(here), "kept_of_patches")),
@@ -126,6 +134,7 @@ def compare(table: Table, results: Sequence[Measured]) -> Comparison:
                 cell(row.tokens_per_second, _mean(used_of(here), "tokens_per_second")),
                 cell(published, own),
                 0 if own is None else sum(bool(base.get(name)) for name in values),
+                0 if published is None else len(row.values),
             )
         )
     other = [
@@ -146,19 +155,24 @@ def compare(table: Table, results: Sequence[Measured]) -> Comparison:
     )
 
 
-def used_of(here: dict[str, tuple[Measured, float]]) -> list[Measured]:
+Found = dict[str, tuple[Measured, float]]  # by benchmark
+
+
+def used_of(here: Found) -> list[Measured]:
     """The results of a line."""
     return [result for result, _ in here.values()]
 
 
-def _values(results: Sequence[Measured], table: Table, pruning: None) -> dict[str, float]:
+def _found(results: Sequence[Measured], table: Table, pruning: PruningConfig | None) -> Found:
     found = {c.benchmark: find(results, c, pruning) for c in table.columns}
-    return {name: each[1] for name, each in found.items() if each is not None}
+    return {name: each for name, each in found.items() if each is not None}
 
 
-def _figures(
-    row: Row, column: Column, here: dict[str, tuple[Measured, float]]
-) -> tuple[float | None, float | None, str]:
+def _values(here: Found) -> dict[str, float]:
+    return {name: value for name, (_, value) in here.items()}
+
+
+def _figures(row: Row, column: Column, here: Found) -> tuple[float | None, float | None, str]:
     """Published, measured, and the harness that measured."""
     result, value = here.get(column.benchmark, (None, None))
     return row.values.get(column.benchmark), value, "" if result is None else result.harness

@@ -70,6 +70,7 @@ def plan(
     gpus: Sequence[str],
     device: str | None,
     only: Sequence[str] = (),
+    prior: bool = False,
     stock: Sequence[str] = (),
 ) -> list[Step]:
     """The commands of a table, setting by setting; raises OptionError for an unknown benchmark.
@@ -80,6 +81,8 @@ def plan(
     ----------
     only : Sequence[str]
         of these benchmarks
+    prior : bool
+        the rows of prior methods too, where they prune at the vision tower
     stock : Sequence[str]
         further arguments for LLaVA's scripts
     """
@@ -90,7 +93,8 @@ def plan(
     columns = [c for c in table.columns if not only or c.benchmark in only]
     sources = {c.benchmark: _source(c, data) for c in columns}
     steps = []
-    for row in (replace(r, pruning=with_stock_attention(r.pruning)) for r in table.rows):
+    rows = [row for row in (table.rows if prior else table.own) if row.can_run]
+    for row in (replace(r, pruning=with_stock_attention(r.pruning)) for r in rows):
         for column in columns:
             make = _lmms if column.harness == LMMS_HARNESS else _stock
             command, environ = make(row, column, model_path, data, out, gpus, device, stock)

@@ -45,13 +45,21 @@ class Row:
 
     Parameters
     ----------
+    method : str | None
+        its name; None for unpruned LLaVA
     pruning : PruningConfig | None
-        None for unpruned LLaVA
+        None for unpruned LLaVA, and for a method that does not prune at the vision tower
     average : float | None
         percent of unpruned, as the paper prints it
+    origin : str
+        of a row of a prior method, which is not that method's own measurement: who made it; "" for
+        the paper's own rows
+    remark : str
+        what a reader has to know to compare with it
     """
 
     label: str
+    method: str | None
     pruning: PruningConfig | None
     values: dict[str, float]
     kept_tokens: float | None = None
@@ -59,6 +67,18 @@ class Row:
     ttft_ms: float | None = None
     tokens_per_second: float | None = None
     average: float | None = None
+    origin: str = ""
+    remark: str = ""
+
+    @property
+    def is_unpruned(self) -> bool:
+        """Whether this is LLaVA as it is."""
+        return self.method is None
+
+    @property
+    def can_run(self) -> bool:
+        """Whether there is a command for it: LLaVA as it is, or a method of the vision tower."""
+        return self.is_unpruned or self.pruning is not None
 
 
 @dataclass(frozen=True)
@@ -91,16 +111,17 @@ class Table:
         beside : bool
             each after the paper's own, else instead of it
 
-        Raises OptionError for a table that has none.
+        Rows of prior methods stay as they are. Raises OptionError for a table that has none.
         """
         if not self.as_released:
             have = [name for name in TABLES if get_table(name).as_released]
             raise OptionError(f"{self.name} has no rows as released: {', '.join(have)} have")
         rows: list[Row] = []
         for row in self.rows:
-            if beside or row.pruning is None:
+            is_own = row.pruning is not None and not row.origin
+            if beside or not is_own:
                 rows.append(row)
-            if row.pruning is not None:
+            if row.pruning is not None and is_own:
                 name = row.pruning.method.name
                 pruning = PruningConfig.of(name, **row.pruning.options | self.as_released)
                 rows.append(replace(row, label=f"{row.label}, as released", pruning=pruning))
@@ -110,7 +131,12 @@ class Table:
     @property
     def unpruned(self) -> Row | None:
         """The row of LLaVA as it is, where the table has one."""
-        return next((row for row in self.rows if row.pruning is None), None)
+        return next((row for row in self.rows if row.is_unpruned), None)
+
+    @property
+    def own(self) -> tuple[Row, ...]:
+        """The rows of LLaVA and of the paper's own method."""
+        return tuple(row for row in self.rows if not row.origin)
 
 
 def get_table(name: str) -> Table:
@@ -131,9 +157,10 @@ def get_table(name: str) -> Table:
 
 
 def _row(content: dict[str, Any]) -> Row:
-    name, options = content["method"], _options(content["options"])
-    rest = {key: value for key, value in content.items() if key not in ("method", "options")}
-    return Row(pruning=None if name is None else PruningConfig.of(name, **options), **rest)
+    rest = dict(content)
+    options = rest.pop("options")
+    pruning = None if options is None else PruningConfig.of(rest["method"], **_options(options))
+    return Row(pruning=pruning, **rest)
 
 
 def _options(content: dict[str, Any] | None) -> dict[str, Any]:

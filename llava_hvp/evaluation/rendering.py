@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import string
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from llava_hvp.checkpoints.naming import model_name
 from llava_hvp.evaluation.benchmarks import BENCHMARKS
 from llava_hvp.evaluation.compare import Cell, Comparison, Line
 from llava_hvp.evaluation.measured import Measured
+from llava_hvp.evaluation.published import Column, Table
 from llava_hvp.evaluation.settings import UNPRUNED
 from llava_hvp.tables import MARKDOWN, TERMINAL, text_table
 
@@ -68,35 +70,72 @@ def listing(results: Sequence[Measured], form: str) -> str:
 
 
 def comparison(found: Comparison, form: str) -> str:
-    """Three lines for each setting: published, measured and the difference."""
-    columns = found.table.columns
+    """A line for each setting as published; where it was measured, that and the difference."""
     if form == "csv":
         return _long(found)
-    table = []
+    paper, columns = found.table, found.table.columns
+    notes = _prior_notes(paper)
     mark, parts_of_line = (OTHER_MODEL, PARTS[:-1]) if found.other_model else ("", PARTS)
+    table = []
     for line in found.lines:
-        for name, part in parts_of_line:
+        letter = notes.get((line.row.origin, line.row.remark))
+        label = f"{line.row.label} [{letter[0]}]" if letter else line.row.label
+        for name, part in parts_of_line if line.is_measured else PARTS[:1]:
             shown = name + mark * (name == "measured")
-            cells = {"setting": line.label if name == "published" else "", "": shown}
-            cells["tokens"] = _text(part(line.kept_tokens), 0)
-            cells |= {c.label: _text(part(line.cells[c.benchmark]), 2) for c in columns}
-            cells["average %"] = _text(part(line.average), 1)
-            if name == "measured" and 0 < line.averaged < len(columns):
-                cells["average %"] += f" of {line.averaged}"
-            cells["TTFT ms"] = _text(part(line.ttft_ms), 0)
-            cells["tokens/s"] = _text(part(line.tokens_per_second), 2)
-            table.append(cells)
-    paper = found.table
+            cells = {"setting": label if name == "published" else "", "": shown}
+            table.append(cells | _figures_of(line, part, columns, of=_averaged(line, name)))
+    parts = [
+        f"{paper.title}: {paper.model} ({paper.source}), beside what was measured here with "
+        f"{found.model}."
+        if found.model
+        else f"{paper.title}: {paper.model} ({paper.source}); nothing measured yet.",
+        _render(table, form),
+        *_footnotes(found, list(notes.values())),
+    ]
+    return "\n\n".join(parts)
+
+
+def _figures_of(
+    line: Line, part: Callable[[Cell], float | None], columns: Sequence[Column], *, of: int
+) -> dict[str, str]:
+    """The cells of one line; the average says of how many benchmarks it is, if not of all."""
+    cells = {"tokens": _text(part(line.kept_tokens), 0)}
+    cells |= {c.label: _text(part(line.cells[c.benchmark]), 2) for c in columns}
+    cells["average %"] = _text(part(line.average), 1)
+    if cells["average %"] and 0 < of < len(columns):
+        cells["average %"] += f" of {of}"
+    cells["TTFT ms"] = _text(part(line.ttft_ms), 0)
+    cells["tokens/s"] = _text(part(line.tokens_per_second), 2)
+    return cells
+
+
+def _averaged(line: Line, name: str) -> int:
+    return {"published": line.published_averaged, "measured": line.averaged}.get(name, 0)
+
+
+def _prior_notes(table: Table) -> dict[tuple[str, str], tuple[str, str]]:
+    """(origin, remark) of rows of prior methods -> a letter, and the note that it stands for."""
+    labels: dict[tuple[str, str], list[str]] = {}
+    for row in table.rows:
+        if row.origin:
+            labels.setdefault((row.origin, row.remark), []).append(row.label.split(" ")[0])
+    notes = {}
+    for letter, (key, names) in zip(string.ascii_lowercase, labels.items(), strict=False):
+        listed = ", ".join(dict.fromkeys(names))
+        notes[key] = letter, f"[{letter}] {listed}: {'; '.join(filter(None, key))}."
+    return notes
+
+
+def _footnotes(found: Comparison, prior: Sequence[tuple[str, str]]) -> list[str]:
+    """What a reader has to know, a paragraph each."""
+    paper, columns = found.table, found.table.columns
     harnesses = "; ".join(
         f"{h}: {', '.join(c.label for c in columns if c.harness == h)}"
         for h in dict.fromkeys(c.harness for c in columns)
     )
-    measured = f"measured here with {found.model}" if found.model else "nothing measured yet"
-    parts = [
-        f"{paper.title}: {paper.model} ({paper.source}), beside what was {measured}."
-        if found.model
-        else f"{paper.title}: {paper.model} ({paper.source}); {measured}.",
-        _render(table, form),
+    head = f"Prior methods as {paper.title} has them, which is not what their own papers measured:"
+    parts = ["\n".join([head, *(note for _, note in prior)])] if prior else []
+    parts += [
         f"Published figures come from {harnesses}. Average: mean of pruned / unpruned over the "
         "benchmarks, as HiPrune has it.",
         *(f"{note[0].upper()}{note[1:]}." for note in paper.notes),
@@ -118,7 +157,7 @@ def comparison(found: Comparison, form: str) -> str:
     if found.unused:
         names = sorted({f"{r.benchmark} ({_method(r)}, {r.harness})" for r in found.unused})
         parts.append(f"Measured, but in no figure of this table: {', '.join(names)}.")
-    return "\n\n".join(parts)
+    return parts
 
 
 def _method(result: Measured) -> str:
@@ -127,17 +166,15 @@ def _method(result: Measured) -> str:
 
 def _long(found: Comparison) -> str:
     """One line a figure, for other programs."""
-    table = []
+    paper, table = found.table, []
     for line in found.lines:
-        named = [
-            (c.label, c.harness, c.metric, line.cells[c.benchmark]) for c in found.table.columns
-        ]
+        named = [(c.label, c.harness, c.metric, line.cells[c.benchmark]) for c in paper.columns]
         named += [(name, "", "", cell) for name, cell in _others(line).items()]
         for label, harness, metric, cell in named:
             table.append(
                 {
-                    "table": found.table.name,
-                    "setting": line.label,
+                    "table": paper.name,
+                    "setting": line.row.label,
                     "figure": label,
                     "metric": metric,
                     "published": cell.published,
@@ -145,8 +182,10 @@ def _long(found: Comparison) -> str:
                     "measured": cell.measured,
                     "measured_harness": cell.harness,
                     "difference": cell.difference,
-                    "published_model": model_name(found.table.checkpoint),
+                    "published_model": model_name(paper.checkpoint),
                     "measured_model": found.model,
+                    "origin": line.row.origin or paper.title,
+                    "remark": line.row.remark,
                 }
             )
     return _csv(table)
