@@ -122,3 +122,41 @@ def read_answers(path: Path) -> list[dict]:
     for record in records:
         del record["answer_id"]
     return records
+
+
+def stock_result(folder, benchmark, metrics, method=None, model="llava-v1.5-7b", **more):
+    """A results file of `llava-hvp eval`."""
+    path = folder / model / (method or "unpruned") / benchmark / "result.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {
+        "kind": "llava-hvp result",
+        "benchmark": benchmark,
+        "harness": "llava.eval",
+        "metric": next(iter(metrics)),
+        "metrics": metrics,
+        "model": model,
+        "method": method or "unpruned",
+        "options": {"num_tokens": 192, "layers": None} if method else None,
+        "settings": {"without_ocr": False},
+        "kept_tokens": 192.0 if method else 576.0,
+        "kept_of_stock": 0.3,
+        "kept_of_patches": 0.3,
+        "ttft_ms": 90.0,
+        "tokens_per_second": 20.0,
+    } | more
+    if method:
+        content["options"].pop("layers", None)
+    path.write_text(json.dumps(content))
+    return path
+
+
+def lmms_result(folder, task, metrics, extra="", throughput=None):
+    """A results file of lmms-eval."""
+    path = folder / "lmms" / task / f"2026_{len(extra)}_results.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {
+        "results": {task: {"alias": task, **{f"{n},none": v for n, v in metrics.items()}}},
+        "config": {"model": "llava_hvp", "model_args": f"pretrained=a/llava-v1.5-7b{extra}"},
+        "throughput": throughput or {},
+    }
+    path.write_text(json.dumps(content))

@@ -104,7 +104,7 @@ def test_pope_in_one_piece_and_in_two_pruned_and_with_everything_kept(place):
     assert everything["kept_tokens"] == 64
     for result, attention in ((unpruned, STOCK), (everything, STOCK), (one, "sdpa")):
         assert result["ttft_ms"] > 0
-        assert result["vision_tower_dtype"] == "float32"
+        assert (result["model_dtype"], result["vision_tower_dtype"]) == ("float16", "float32")
         assert result["vision_tower_attention"] == attention
         assert result["tokens_per_second"] > 0
         assert {"torch", "transformers", "llava-hvp"} <= set(result["versions"])

@@ -111,7 +111,7 @@ def test_its_results_have_ttft_and_kept_tokens(alone):
     from llava_hvp.runtime import PruningConfig
 
     (found,) = read_results(out)
-    assert found.tower == "float32 sdpa"
+    assert (found.protocol.dtype, found.protocol.tower) == ("float32", "float32 sdpa")
     assert (found.benchmark, found.harness) == ("things", "lmms-eval")
     assert found.pruning == PruningConfig.of("hivtp", r_max=0.5)
     assert found.kept_tokens == measured["avg_kept_tokens"]

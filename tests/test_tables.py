@@ -7,6 +7,7 @@ import json
 import os
 
 import pytest
+from evaluation import lmms_result, stock_result
 
 from llava_hvp.cli import main
 from llava_hvp.errors import EvaluationError, OptionError
@@ -59,44 +60,6 @@ def test_hivtps_settings_are_those_of_the_paper():
     # The figure that cannot be read is not there, rather than made up.
     assert set(ablations["r=1, no regions"].values) == {"pope", "ai2d"}
     assert ablations["k=50, no windows"].pruning == PruningConfig.of("hivtp", k=50, window=None)
-
-
-def stock_result(folder, benchmark, metrics, method=None, model="llava-v1.5-7b", **more):
-    """A results file of `llava-hvp eval`."""
-    path = folder / model / (method or "unpruned") / benchmark / "result.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {
-        "kind": "llava-hvp result",
-        "benchmark": benchmark,
-        "harness": "llava.eval",
-        "metric": next(iter(metrics)),
-        "metrics": metrics,
-        "model": model,
-        "method": method or "unpruned",
-        "options": {"num_tokens": 192, "layers": None} if method else None,
-        "settings": {"without_ocr": False},
-        "kept_tokens": 192.0 if method else 576.0,
-        "kept_of_stock": 0.3,
-        "kept_of_patches": 0.3,
-        "ttft_ms": 90.0,
-        "tokens_per_second": 20.0,
-    } | more
-    if method:
-        content["options"].pop("layers")
-    path.write_text(json.dumps(content))
-    return path
-
-
-def lmms_result(folder, task, metrics, extra="", throughput=None):
-    """A results file of lmms-eval."""
-    path = folder / "lmms" / task / f"2026_{len(extra)}_results.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {
-        "results": {task: {"alias": task, **{f"{n},none": v for n, v in metrics.items()}}},
-        "config": {"model": "llava_hvp", "model_args": f"pretrained=a/llava-v1.5-7b{extra}"},
-        "throughput": throughput or {},
-    }
-    path.write_text(json.dumps(content))
 
 
 def test_measured_beside_published_with_the_harness_it_came_from(tmp_path, capsys):
@@ -191,7 +154,7 @@ def test_a_prior_methods_row_is_set_beside_what_was_measured_of_it(tmp_path, cap
     assert rows[at + 1].split()[0] == "measured"
     assert "-1.00" in rows[at + 2]
     assert "[d] VisionZip: HiPrune's table does not say who ran it." in text
-    assert "Prior methods as HiPrune, Table 1 has them, which is not what their own papers" in text
+    assert "Prior methods as HiPrune, Table 1 has them, which need not be what" in text
     assert "[c] SparseVLM: HiPrune's authors ran it; prunes inside the language model: 192" in text
     assert sum(row.split()[:1] == ["measured"] for row in rows) == 2  # nothing is left blank
     assert main(["table", str(tmp_path), "--against", "hiprune-1", "--format", "csv"]) == 0
@@ -415,9 +378,12 @@ def test_a_result_by_another_attention_does_not_pass_for_a_step_of_a_table(tmp_p
     assert not is_done(step, tmp_path, "a/llava-v1.5-7b")
     found = compare(table, read_results(tmp_path))
     assert found.lines[1].cells["pope"].measured == pytest.approx(80)
-    assert (found.towers, found.fused) == (["float16 sdpa"], ["pope"])
+    assert ([p.tower for p in found.lines[1].protocols], found.fused) == (
+        ["float16 sdpa"],
+        ["pope"],
+    )
     text = comparison(found, "terminal")
-    assert "Vision tower in what was measured: float16 sdpa attention." in text
+    assert "vision tower float16 sdpa" in text
     assert "keeps other patches in half precision: pope." in text
 
     stock, speed = f"{pruned},tower_attention=stock", {"avg_vision tower float16 eager": 1.0}
@@ -427,7 +393,7 @@ def test_a_result_by_another_attention_does_not_pass_for_a_step_of_a_table(tmp_p
     assert is_done(step, tmp_path, "a/llava-v1.5-7b")
     found = compare(table, read_results(tmp_path))
     assert found.lines[1].cells["pope"].measured == pytest.approx(85)
-    assert (found.towers, found.fused) == (["float16 eager"], [])
+    assert ([p.tower for p in found.lines[1].protocols], found.fused) == (["float16 eager"], [])
     assert "keeps other patches" not in comparison(found, "terminal")
 
 

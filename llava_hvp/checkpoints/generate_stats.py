@@ -37,6 +37,8 @@ class Call:
         the two ratios of each image, added up
     vision_tower_dtype, vision_tower_attention : str
         in which the tower runs
+    model_dtype : str
+        of the language model, as "float16" or "float16 in 4 bit"
     """
 
     first_token: float
@@ -50,6 +52,7 @@ class Call:
     kept_of_patches: float
     vision_tower_dtype: str
     vision_tower_attention: str
+    model_dtype: str
 
 
 def measure_all(patches: MonkeyPatcher, on_call: Callable[[Call], None]) -> None:
@@ -91,6 +94,7 @@ def measured(generate: Callable[..., Any], on_call: Callable[[Call], None]) -> C
                 **counts,
                 vision_tower_dtype=tower["vision_tower_dtype"],
                 vision_tower_attention=tower["vision_tower_attention"],
+                model_dtype=_dtype(self),
             )
         )
         return output
@@ -115,6 +119,12 @@ class _Clock(LogitsProcessor):
             self.first = self.now()
         self.steps += 1
         return scores
+
+
+def _dtype(model: Any) -> str:
+    dtype = str(model.dtype).removeprefix("torch.")
+    bits = [n for n in (4, 8) if getattr(model, f"is_loaded_in_{n}bit", False)]
+    return f"{dtype} in {bits[0]} bit" if bits else dtype
 
 
 def _note_prefill(found: list[Any], module: Any, args: Any, kwargs: dict[str, Any]) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean
 
 from llava_hvp.checkpoints.naming import model_name
 from llava_hvp.evaluation.measured import Measured, find
+from llava_hvp.evaluation.protocol import Protocol
 from llava_hvp.evaluation.published import Column, Row, Table, average, has_stock_attention
 from llava_hvp.runtime import PruningConfig
 
@@ -48,6 +49,8 @@ class Line:
         by benchmark
     average : Cell
         percent of unpruned, over the benchmarks that both have
+    protocols : tuple[Protocol, ...]
+        of what was measured; of one table's MME both are counted alike
     averaged, published_averaged : int
         how many benchmarks the measured and the published average are of
     """
@@ -59,8 +62,13 @@ class Line:
     ttft_ms: Cell
     tokens_per_second: Cell
     average: Cell
+    protocols: tuple[Protocol, ...]
     averaged: int
     published_averaged: int
+
+    def unlike(self, published: Protocol) -> list[str]:
+        """In what some of the measured figures are known to be unlike the published ones."""
+        return list(dict.fromkeys(n for p in self.protocols for n in published.unlike(p)))
 
     @property
     def is_measured(self) -> bool:
@@ -78,8 +86,6 @@ class Comparison:
         benchmarks measured through another harness than the published figure
     unused : list[Measured]
         results that belong to no figure of the table
-    towers : list[str]
-        how the vision tower ran in what was measured, as "float16 eager"
     fused : list[str]
         benchmarks measured with pruning's fused attention
     """
@@ -89,7 +95,6 @@ class Comparison:
     lines: list[Line]
     other_harness: list[str]
     unused: list[Measured]
-    towers: list[str]
     fused: list[str]
 
     @property
@@ -133,6 +138,7 @@ def compare(table: Table, results: Sequence[Measured]) -> Comparison:
                 cell(row.ttft_ms, _mean(used_of(here), "ttft_ms")),
                 cell(row.tokens_per_second, _mean(used_of(here), "tokens_per_second")),
                 cell(published, own),
+                _protocols(used_of(here), table),
                 0 if own is None else sum(bool(base.get(name)) for name in values),
                 0 if published is None else len(row.values),
             )
@@ -150,7 +156,6 @@ def compare(table: Table, results: Sequence[Measured]) -> Comparison:
         lines,
         other,
         unused,
-        sorted({result.tower for result in used if result.tower}),
         sorted({r.benchmark for r in used if not has_stock_attention(r.pruning)}),
     )
 
@@ -170,6 +175,11 @@ def _found(results: Sequence[Measured], table: Table, pruning: PruningConfig | N
 
 def _values(here: Found) -> dict[str, float]:
     return {name: value for name, (_, value) in here.items()}
+
+
+def _protocols(results: Sequence[Measured], table: Table) -> tuple[Protocol, ...]:
+    found = (replace(result.protocol, mme=table.protocol.mme) for result in results)
+    return tuple(dict.fromkeys(found))
 
 
 def _figures(row: Row, column: Column, here: Found) -> tuple[float | None, float | None, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,16 @@ from llava_hvp.errors import EvaluationError, OptionError
 from llava_hvp.evaluation.benchmarks import BENCHMARKS
 from llava_hvp.evaluation.files import RESULT, read_json
 from llava_hvp.evaluation.model_args import OTHERS, pruning_of
+from llava_hvp.evaluation.protocol import Protocol, counted, measured_protocol
 from llava_hvp.evaluation.published import Column, has_stock_attention, with_stock_attention
-from llava_hvp.evaluation.results import KIND, STOCK_HARNESS, TOWER, TOWER_METRIC
+from llava_hvp.evaluation.results import (
+    KIND,
+    MODEL,
+    MODEL_METRIC,
+    STOCK_HARNESS,
+    TOWER,
+    TOWER_METRIC,
+)
 from llava_hvp.runtime import PruningConfig
 
 LMMS_HARNESS = "lmms-eval"
@@ -46,8 +54,8 @@ class Measured:
         its name here, lmms-eval's where only that has it
     variant : str
         what else tells two results apart, as OCR tokens in the prompts
-    tower : str
-        dtype and attention of the vision tower, as "float16 eager"; "" where it is not known
+    protocol : Protocol
+        how it came about; what is not known is not stated there
     metrics : dict[str, float]
         as the harness gives them
     """
@@ -65,7 +73,7 @@ class Measured:
     ttft_ms: float | None = None
     tokens_per_second: float | None = None
     variant: str = ""
-    tower: str = ""
+    protocol: Protocol = field(default_factory=Protocol)
 
     def value(self, column: Column) -> float | None:
         """The number that belongs in a column; None where this result has none of the kind."""
@@ -141,13 +149,14 @@ def _ours(content: dict[str, Any], path: Path) -> Measured:
         name: tuple(value) if isinstance(value, list) else value
         for name, value in (content["options"] or {}).items()
     }
+    settings = content["settings"]
     pruned = content["options"] is not None
-    without_ocr = content["settings"]["without_ocr"]
+    pruning = PruningConfig.of(content["method"], **options) if pruned else None
     return Measured(
         content["benchmark"],
         content["harness"],
         content["model"],
-        PruningConfig.of(content["method"], **options) if pruned else None,
+        pruning,
         content["metric"],
         content["metrics"],
         path,
@@ -156,8 +165,15 @@ def _ours(content: dict[str, Any], path: Path) -> Measured:
         content["kept_of_patches"],
         content["ttft_ms"],
         content["tokens_per_second"],
-        NO_OCR if without_ocr else "",
-        " ".join(content.get(name, "") for name in TOWER).strip(),
+        NO_OCR if settings["without_ocr"] else "",
+        measured_protocol(
+            pruning,
+            settings.get("model_path", content["model"]),
+            tiling=settings.get("tiling", "stock"),
+            dtype=content.get(MODEL, ""),
+            tower=" ".join(content.get(name, "") for name in TOWER).strip(),
+            mme=counted(content["benchmark"], content["metric"]),
+        ),
     )
 
 
@@ -167,8 +183,7 @@ def _lmms(content: dict[str, Any], path: Path) -> list[Measured]:
     pruning = pruning_of(pairs.get("prune_method"), {k: _number(v) for k, v in options.items()})
     measured = content.get("throughput") or {}
     alone = len(content["results"]) == 1
-    marked = f"avg_{TOWER_METRIC}"
-    tower = ", ".join(sorted(n.removeprefix(marked) for n in measured if n.startswith(marked)))
+    tower, dtype = (_kinds(measured, f"avg_{kind}") for kind in (TOWER_METRIC, MODEL_METRIC))
     found = []
     for task, values in content["results"].items():
         metrics = {
@@ -192,10 +207,22 @@ def _lmms(content: dict[str, Any], path: Path) -> list[Measured]:
                 measured.get(f"{prefix}kept_of_patches"),
                 measured.get(f"{prefix}ttft_ms"),
                 measured.get(f"{prefix}tokens_per_second"),
-                tower=tower,
+                protocol=measured_protocol(
+                    pruning,
+                    pairs["pretrained"],
+                    tiling=pairs.get("tiling", "stock"),
+                    dtype=dtype,
+                    tower=tower,
+                    mme=counted(TASKS.get(task, task), next(iter(metrics), "")),
+                ),
             )
         )
     return found
+
+
+def _kinds(measured: dict[str, Any], prefix: str) -> str:
+    """What stands in the names of numbers, as `precisions` writes it."""
+    return ", ".join(sorted(n.removeprefix(prefix) for n in measured if n.startswith(prefix)))
 
 
 def _number(text: str) -> Any:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from typing import Any
 
 from llava_hvp.errors import OptionError
+from llava_hvp.evaluation.protocol import Protocol, counted
 from llava_hvp.runtime import PruningConfig
 
 _FOLDER = files("llava_hvp.evaluation") / "tables"
@@ -89,6 +91,8 @@ class Table:
     ----------
     checkpoint : str
         that its model was
+    protocol : Protocol
+        of its figures, as far as the source states it
     as_released : dict[str, Any]
         options by which the released code departs from the paper's rule
     """
@@ -98,6 +102,7 @@ class Table:
     source: str
     model: str
     checkpoint: str
+    protocol: Protocol
     notes: tuple[str, ...]
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
@@ -148,12 +153,18 @@ def get_table(name: str) -> Table:
         Column(**{**each, "flags": tuple(each.get("flags", ()))}) for each in content["columns"]
     )
     read = {
+        "protocol": Protocol(**content["protocol"], mme=_mme(columns)),
         "notes": tuple(content["notes"]),
         "columns": columns,
         "rows": tuple(_row(each) for each in content["rows"]),
         "as_released": _options(content.get("as_released")),
     }
     return Table(**{**content, **read})
+
+
+def _mme(columns: Sequence[Column]) -> str | None:
+    """How a table counts MME, which its column says."""
+    return next((counted(c.benchmark, c.metric) for c in columns if c.benchmark == "mme"), None)
 
 
 def _row(content: dict[str, Any]) -> Row:

@@ -12,6 +12,7 @@ from llava_hvp.checkpoints.naming import model_name
 from llava_hvp.evaluation.benchmarks import BENCHMARKS
 from llava_hvp.evaluation.compare import Cell, Comparison, Line
 from llava_hvp.evaluation.measured import Measured
+from llava_hvp.evaluation.protocol import Letters, Protocol, columns_of
 from llava_hvp.evaluation.published import Column, Table
 from llava_hvp.evaluation.settings import UNPRUNED
 from llava_hvp.tables import MARKDOWN, TERMINAL, text_table
@@ -49,6 +50,7 @@ def one_line(result: dict[str, Any]) -> str:
 
 def listing(results: Sequence[Measured], form: str) -> str:
     """A line for each result of a folder."""
+    letters = Letters()
     table = [
         {
             "model": r.model,
@@ -62,11 +64,12 @@ def listing(results: Sequence[Measured], form: str) -> str:
             "of patches": _text(r.kept_of_patches, 3),
             "TTFT ms": _text(r.ttft_ms, 1),
             "tokens/s": _text(r.tokens_per_second, 2),
-            "vision tower": r.tower,
+            **(columns_of(r.protocol) if form == "csv" else {"protocol": letters.of([r.protocol])}),
         }
         for r in results
     ]
-    return _render(table, form)
+    rendered = _render(table, form)
+    return rendered if form == "csv" else f"{rendered}\n\n{letters.legend()}"
 
 
 def comparison(found: Comparison, form: str) -> str:
@@ -74,7 +77,7 @@ def comparison(found: Comparison, form: str) -> str:
     if form == "csv":
         return _long(found)
     paper, columns = found.table, found.table.columns
-    notes = _prior_notes(paper)
+    notes, letters = _prior_notes(paper), Letters()
     mark, parts_of_line = (OTHER_MODEL, PARTS[:-1]) if found.other_model else ("", PARTS)
     table = []
     for line in found.lines:
@@ -83,6 +86,7 @@ def comparison(found: Comparison, form: str) -> str:
         for name, part in parts_of_line if line.is_measured else PARTS[:1]:
             shown = name + mark * (name == "measured")
             cells = {"setting": label if name == "published" else "", "": shown}
+            cells["protocol"] = _protocol(line, name, paper.protocol, letters)
             table.append(cells | _figures_of(line, part, columns, of=_averaged(line, name)))
     parts = [
         f"{paper.title}: {paper.model} ({paper.source}), beside what was measured here with "
@@ -90,6 +94,7 @@ def comparison(found: Comparison, form: str) -> str:
         if found.model
         else f"{paper.title}: {paper.model} ({paper.source}); nothing measured yet.",
         _render(table, form),
+        letters.legend(),
         *_footnotes(found, list(notes.values())),
     ]
     return "\n\n".join(parts)
@@ -107,6 +112,14 @@ def _figures_of(
     cells["TTFT ms"] = _text(part(line.ttft_ms), 0)
     cells["tokens/s"] = _text(part(line.tokens_per_second), 2)
     return cells
+
+
+def _protocol(line: Line, name: str, published: Protocol, letters: Letters) -> str:
+    """Letters of the protocols; for a difference, in what they are unlike."""
+    if name == "difference":
+        unlike = line.unlike(published)
+        return f"unlike {', '.join(unlike)}" if unlike else ""
+    return letters.of([published] if name == "published" else line.protocols)
 
 
 def _averaged(line: Line, name: str) -> int:
@@ -133,7 +146,10 @@ def _footnotes(found: Comparison, prior: Sequence[tuple[str, str]]) -> list[str]
         f"{h}: {', '.join(c.label for c in columns if c.harness == h)}"
         for h in dict.fromkeys(c.harness for c in columns)
     )
-    head = f"Prior methods as {paper.title} has them, which is not what their own papers measured:"
+    head = (
+        f"Prior methods as {paper.title} has them, which need not be what their own papers "
+        "measured:"
+    )
     parts = ["\n".join([head, *(note for _, note in prior)])] if prior else []
     parts += [
         f"Published figures come from {harnesses}. Average: mean of pruned / unpruned over the "
@@ -147,8 +163,6 @@ def _footnotes(found: Comparison, prior: Sequence[tuple[str, str]]) -> list[str]
             f"Measured through another harness than published, so not comparable to the last "
             f"digit: {', '.join(found.other_harness)}."
         )
-    if found.towers:
-        parts.append(f"Vision tower in what was measured: {'; '.join(found.towers)} attention.")
     if found.fused:
         parts.append(
             "Measured with tower_attention=sdpa, which rounds otherwise than eager attention and "
@@ -184,6 +198,9 @@ def _long(found: Comparison) -> str:
                     "difference": cell.difference,
                     "published_model": model_name(paper.checkpoint),
                     "measured_model": found.model,
+                    "published_protocol": str(paper.protocol),
+                    "measured_protocol": " | ".join(map(str, line.protocols)),
+                    "unlike": ", ".join(line.unlike(paper.protocol)),
                     "origin": line.row.origin or paper.title,
                     "remark": line.row.remark,
                 }

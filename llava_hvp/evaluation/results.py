@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 KIND = "llava-hvp result"
 STOCK_HARNESS = "llava.eval"
 TOWER_METRIC = "vision tower "
+MODEL_METRIC = "model "
+MODEL = "model_dtype"
 TOWER = ("vision_tower_dtype", "vision_tower_attention")
 
 
@@ -50,7 +52,10 @@ def make_result(
         "questions": len(store.questions),
         **visual_tokens(calls),
         **speed(calls),
-        **{name: ", ".join(sorted({c[name] for c in calls if c.get(name)})) for name in TOWER},
+        **{
+            name: ", ".join(sorted({c[name] for c in calls if c.get(name)}))
+            for name in (MODEL, *TOWER)
+        },
         "notes": list(notes),
         "answers": answers_facts(store.answers_file),
         "settings": settings,
@@ -71,10 +76,14 @@ def visual_tokens(calls: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def towers(calls: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """How the vision tower ran, as numbers: lmms-eval keeps nothing else. Share of all calls."""
-    kinds = [" ".join(call[name] for name in TOWER) for call in calls]
-    return {f"{TOWER_METRIC}{kind}": kinds.count(kind) / len(kinds) for kind in set(kinds)}
+def precisions(calls: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """How the model and its vision tower ran, as numbers: lmms-eval keeps nothing else.
+
+    Each is a share of all calls.
+    """
+    kinds = [MODEL_METRIC + call[MODEL] for call in calls]
+    kinds += [TOWER_METRIC + " ".join(call[name] for name in TOWER) for call in calls]
+    return {kind: kinds.count(kind) / len(calls) for kind in kinds}
 
 
 def speed(calls: Sequence[dict[str, Any]]) -> dict[str, Any]:

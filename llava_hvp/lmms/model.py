@@ -22,7 +22,7 @@ from llava_hvp.checkpoints.dtypes import DTYPES
 from llava_hvp.console import say
 from llava_hvp.errors import LlavaHvpError, OptionError, PrunedStateError
 from llava_hvp.evaluation.model_args import pruning_of
-from llava_hvp.evaluation.results import speed, towers, visual_tokens
+from llava_hvp.evaluation.results import precisions, speed, visual_tokens
 
 # What LLaVA's own generate is given where a task says nothing.
 DEFAULTS = {"max_new_tokens": 1024, "temperature": 0, "top_p": None, "num_beams": 1}
@@ -194,7 +194,7 @@ class LlavaHvp(lmms):
         listed = [call for own in by_task.values() for call in own]
         if not listed:
             return
-        metrics = visual_tokens(listed) | speed(listed) | towers(listed)
+        metrics = visual_tokens(listed) | speed(listed) | precisions(listed)
         if len(by_task) > 1:
             for task, own in by_task.items():
                 metrics |= {f"{task}/{n}": v for n, v in (visual_tokens(own) | speed(own)).items()}
