@@ -28,6 +28,11 @@ NEUTRAL: Colour = (60, 125, 235)
 DIMMED: Colour = (60, 60, 60)
 # For the roles of methods that we have not met.
 OTHERS: tuple[Colour, ...] = (NEUTRAL, (225, 60, 145), (150, 185, 30), (145, 100, 50))
+# Of what a token took in; M. Okabe and K. Ito's, which colour-blind readers tell apart.
+REGIONS: tuple[Colour, ...] = (
+    *((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66)),
+    *((0, 114, 178), (213, 94, 0), (204, 121, 167)),
+)
 
 # Of heat, from least to most: dark violet to pale yellow.
 LIGHTNESS, HUE, MOST_CHROMA = (0.20, 0.96), (300.0, 100.0), 0.13

@@ -13,6 +13,7 @@ import torch
 from llava_hvp.errors import PictureError
 from llava_hvp.show.colours import DIMMED, colours_of
 from llava_hvp.show.frame import Report, counts_of, places_of, states_of
+from llava_hvp.show.merging import merging_of
 
 SIDE = 10  # pixels along a patch
 LIGHT = (190, 190, 190)  # in place of the photo
@@ -49,8 +50,10 @@ def html_of(report: Report) -> str:
     png = png_of(report)
     data = "" if png is None else base64.b64encode(png).decode()
     image = f'<img alt="{line}" src="data:image/png;base64,{data}">' if data else ""
+    merging = merging_of(report)
+    merged = "" if merging is None else f"<br>{html.escape(str(merging))}"
     return (
-        f"<figure>{image}<figcaption>{line}<br>{' &nbsp; '.join(counts)}"
+        f"<figure>{image}<figcaption>{line}<br>{' &nbsp; '.join(counts)}{merged}"
         "<br><code>.overlay(image)</code> draws it on the picture</figcaption></figure>"
     )
 

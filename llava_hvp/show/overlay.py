@@ -19,6 +19,8 @@ from llava_hvp.show.frame import (
     shape_of,
     states_of,
 )
+from llava_hvp.show.merging import merging_of
+from llava_hvp.show.regions import HOW, paint_regions, region_colours, regions_legend
 from llava_hvp.show.sheet import (
     FAINT,
     GAP,
@@ -34,6 +36,7 @@ from llava_hvp.show.sheet import (
 )
 
 WIDEST, LARGEST = 1100, 4  # pixels of an overlay, times the size that the model sees
+WIDEST_PAIR = 1500  # pixels, where two pictures of one tile stand side by side
 NARROWEST = 360  # pixels, so that a legend has room
 LIGHT, DARK, SQUARE = 250, 222, 7  # the chequers of what unpad cuts off
 
@@ -58,14 +61,22 @@ def overlay(
     widest : int
         pixels, where no scale is given
     """
-    panels = frame_of(report, image)
-    scale = scale or scale_for(panels, widest)
+    panels, merging = frame_of(report, image), merging_of(report)
+    draws_regions = merging is not None and bool(merging.flows)
+    is_pair = draws_regions and len(panels) == 1 and widest == WIDEST
+    scale = scale or (
+        scale_for((*panels, *panels), WIDEST_PAIR) if is_pair else scale_for(panels, widest)
+    )
     states, colours = states_of(report), list(colours_of(report.selection.roles).values())
-    drawn = [picture(paint(panel, states, colours, scale)) for panel in panels]
-    if len(panels) > 1:
-        named = zip(drawn, panels, strict=True)
-        drawn = [below([d, words(p.name, ink=FAINT)], gap=4) for d, p in named]
-    sheet = beside(drawn)
+    sheet = _row([picture(paint(panel, states, colours, scale)) for panel in panels], panels)
+    if merging is not None and draws_regions:
+        regions = region_colours(merging, panels, report.sent.shape[1])
+        plain = [None] * len(colours)
+        drawn = [
+            picture(paint_regions(paint(p, states, plain, scale), p, merging, regions, scale))
+            for p in panels
+        ]
+        sheet = (beside if is_pair else below)([sheet, _row(drawn, panels)])
     width = max(sheet.width, NARROWEST)
     totals = (
         f"{title or report.method}: {report.kept_tokens} of {report.stock_tokens} tokens "
@@ -74,8 +85,21 @@ def overlay(
     )
     seen = report.view.describe(image.size) if report.view is not None else ""
     lines = [words(note, width - GAP, ink=FAINT) for note in (seen, *notes)]
-    texts = [words(totals, width - GAP), roles_legend(report, width - GAP), *lines]
+    texts = [words(totals, width - GAP), roles_legend(report, width - GAP)]
+    if merging is not None:
+        how = f" {'Right' if is_pair else 'Below'}: {HOW}" if draws_regions else ""
+        texts.append(words(f"{merging}.{how}", width - GAP))
+        texts += [regions_legend(merging, width - GAP)] if draws_regions else []
+    texts += lines
     return below([sheet, with_margin(below(texts, gap=GAP // 2), GAP // 2)], gap=0)
+
+
+def _row(drawn: Sequence[Image.Image], panels: Sequence[Panel]) -> Image.Image:
+    """Panels side by side, with their names where there are several."""
+    if len(panels) == 1:
+        return drawn[0]
+    named = zip(drawn, panels, strict=True)
+    return beside([below([d, words(p.name, ink=FAINT)], gap=4) for d, p in named])
 
 
 def scale_for(panels: Sequence[Panel], widest: int = WIDEST) -> int:

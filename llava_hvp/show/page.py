@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava_hvp.show.colours import colours_of, heat
+from llava_hvp.show.colours import REGIONS, colours_of, heat
 from llava_hvp.show.frame import CUT, Panel, counts_of, states_of
 from llava_hvp.show.heatmap import ends_of, even_shares
+from llava_hvp.show.merging import merging_of
+from llava_hvp.show.regions import HOW, region_colours
 from llava_hvp.show.sheet import picture
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -124,7 +126,9 @@ class Page:
             "ends": ends_of(torch.stack([even_shares(s) for s in self.received.values()])),
             "panels": [_panel(panel) for panel in self.panels],
             "layers": [_layer(number, scores) for number, scores in self.received.items()],
-            "methods": [_method(method) for method in self.methods],
+            "regions": REGIONS,
+            "howMerged": HOW,
+            "methods": [_method(method, self.panels) for method in self.methods],
         }
 
 
@@ -164,7 +168,29 @@ def _layer(number: int, scores: Tensor) -> dict[str, Any]:
     }
 
 
-def _method(method: MethodShown) -> dict[str, Any]:
+def _merging(report: Any, panels: Sequence[Panel]) -> dict[str, Any] | None:
+    """What tokens took in: a colour for each patch and, token by token, which patches."""
+    merging = merging_of(report)
+    if merging is None:
+        return None
+    colours = region_colours(merging, panels, report.sent.shape[1])
+    # 0 for none, else the number of the colour, from 1.
+    numbers = torch.zeros(len(merging.into), dtype=torch.uint8)
+    for token, colour in colours.items():
+        numbers[merging.into == token] = colour + 1
+    counts = [len(members) for _, members in merging.flows]
+    members = torch.cat([torch.empty(0, dtype=torch.int64), *(m for _, m in merging.flows)])
+    return {
+        "text": str(merging),
+        "colours": _bytes(numbers),
+        "held": _bytes(merging.held.to(torch.uint8)),
+        "tokens": [token for token, _ in merging.flows],
+        "counts": counts,
+        "members": _bytes(members.to(torch.int32)),
+    }
+
+
+def _method(method: MethodShown, panels: Sequence[Panel]) -> dict[str, Any]:
     colours = colours_of(method.budgets[0].report.selection.roles)
     return {
         "name": method.name,
@@ -176,6 +202,7 @@ def _method(method: MethodShown) -> dict[str, Any]:
                 "label": shown.label,
                 "states": _bytes(states_of(shown.report)),
                 "counts": counts_of(shown.report),
+                "merging": _merging(shown.report, panels),
                 "kept": shown.report.kept_tokens,
                 "stock": shown.report.stock_tokens,
                 "keptPatches": shown.report.kept_patches,
