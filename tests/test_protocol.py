@@ -117,4 +117,35 @@ def test_every_published_row_names_its_protocol(name):
     assert all(row.split(" published ")[1].split()[0] == "A" for row in rows)
     (legend,) = (row for row in text.splitlines() if row.startswith("A  "))
     assert "not stated: " in legend
-    assert ("one tile" in legend) == (name != "hivtp-2")
+    is_next = "next" in get_table(name).model.lower()
+    assert ("one tile" in legend) == (not is_next)
+
+
+def test_fastervlms_tiling_is_none_that_stock_llava_has(tmp_path):
+    """Its figures of LLaVA-NeXT stand beside ours with a mark, those of LLaVA-1.5 without."""
+    options = {"r_max": 0.25, "patch_merge": "spatial", "tower_attention": "stock"}
+    stock_result(tmp_path, "gqa", {"accuracy": 60.0}, "fastervlm", NEXT, options=options)
+    stock_result(tmp_path, "gqa", {"accuracy": 62.0}, model=NEXT)
+    found = compare(get_table("fastervlm-next"), read_results(tmp_path))
+    lines = {line.row.label: line.unlike(found.table.protocol) for line in found.lines}
+    assert {label: unlike for label, unlike in lines.items() if unlike} == {
+        "unpruned": ["tiling", "packing"],
+        "FasterVLM 720 tokens": ["tiling"],
+    }
+    text = comparison(found, "markdown")
+    assert (
+        "A  tiling least padding; packing spatial; tokens of an image; MME perception; not" in text
+    )
+    assert get_table("fastervlm-1.5").protocol.tiling == "one tile"
+
+
+def test_fastervlms_rows_are_those_of_its_page():
+    table = get_table("fastervlm-1.5")
+    rows = {row.label: row for row in table.rows}
+    assert rows["FasterVLM 58 tokens"].pruning == PruningConfig.of("fastervlm", r_max=0.1)
+    values = (71.92, 54.91, 53.01, 68.91, 55.28, 75.85, 1348.63, 60.57, 54.90)
+    assert tuple(rows["FasterVLM 58 tokens"].values.values()) == values
+    assert (rows["FasterVLM 58 tokens"].average, rows["FastV 58 tokens"].average) == (94.24, 87.97)
+    assert rows["SparseVLM 144 tokens"].origin
+    assert not rows["SparseVLM 144 tokens"].can_run
+    assert len(table.own) == len(get_table("fastervlm-next").own) == 1 + 5

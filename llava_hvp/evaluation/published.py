@@ -13,7 +13,7 @@ from llava_hvp.evaluation.protocol import Protocol, counted
 from llava_hvp.runtime import PruningConfig
 
 _FOLDER = files("llava_hvp.evaluation") / "tables"
-TABLES = ("hivtp-1", "hivtp-2", "hivtp-3", "hiprune-1")
+TABLES = ("hivtp-1", "hivtp-2", "hivtp-3", "hiprune-1", "fastervlm-1.5", "fastervlm-next")
 
 
 @dataclass(frozen=True)
