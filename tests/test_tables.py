@@ -167,6 +167,18 @@ def test_a_prior_methods_row_is_set_beside_what_was_measured_of_it(tmp_path, cap
     }
 
 
+def test_a_table_of_prior_methods_alone_runs_none_by_itself(tmp_path, capsys):
+    line = ["reproduce", "eadp-1", "--model-path", "m", "--data", str(tmp_path), "--dry-run"]
+    assert main([*line, "--only", "gqa"]) == 2
+    assert "eadp-1 has rows of prior methods only: give --prior" in capsys.readouterr().err
+    assert main(["table", "--against", "eadp-1"]) == 0
+    assert "are by a harness not stated, likely llava.eval: VQAv2" in capsys.readouterr().out
+    assert main([*line, "--only", "gqa", "--prior"]) == 0
+    listed = capsys.readouterr().out
+    assert "# 3 commands" in listed
+    assert "--prune-method cdpruner --num-tokens 64" in listed
+
+
 def test_rows_of_prior_methods_run_only_when_asked_for(tmp_path, capsys):
     line = ["reproduce", "hiprune-1", "--model-path", "m", "--data", str(tmp_path), "--dry-run"]
     assert main([*line, "--only", "pope"]) == 0
@@ -357,9 +369,8 @@ def test_lmms_results_of_a_checkpoint_that_has_changed_are_refused(tmp_path):
 @pytest.mark.parametrize("name", TABLES)
 def test_a_table_is_reproduced_with_the_towers_own_attention(name, tmp_path):
     """The released codes' own: another rounds otherwise, and keeps other patches in half."""
-    steps = plan(
-        get_table(name), model_path="m", data=tmp_path, out=tmp_path, gpus=("0",), device=None
-    )
+    given = {"model_path": "m", "data": tmp_path, "out": tmp_path, "gpus": ("0",)}
+    steps = plan(get_table(name), **given, device=None, prior=True)
     for step in steps:
         command = " ".join(step.command)
         assert (step.row.pruning is None) == ("tower_attention=stock" not in command), command

@@ -94,6 +94,8 @@ def plan(
     sources = {c.benchmark: _source(c, data) for c in columns}
     steps = []
     rows = [row for row in (table.rows if prior else table.own) if row.can_run]
+    if not rows:
+        raise OptionError(f"{table.name} has rows of prior methods only: give --prior")
     for row in (replace(r, pruning=with_stock_attention(r.pruning)) for r in rows):
         for column in columns:
             make = _lmms if column.harness == LMMS_HARNESS else _stock

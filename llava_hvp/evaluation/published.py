@@ -13,7 +13,7 @@ from llava_hvp.evaluation.protocol import Protocol, counted
 from llava_hvp.runtime import PruningConfig
 
 _FOLDER = files("llava_hvp.evaluation") / "tables"
-TABLES = ("hivtp-1", "hivtp-2", "hivtp-3", "hiprune-1", "fastervlm-1.5", "fastervlm-next")
+TABLES = ("hivtp-1", "hivtp-2", "hivtp-3", "hiprune-1", "fastervlm-1.5", "fastervlm-next", "eadp-1")
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,8 @@ class Table:
         that its model was
     protocol : Protocol
         of its figures, as far as the source states it
+    harness_stated : bool
+        whether the source says which harness its figures came from; else the columns' is the likely
     as_released : dict[str, Any]
         options by which the released code departs from the paper's rule
     """
@@ -106,6 +108,7 @@ class Table:
     notes: tuple[str, ...]
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
+    harness_stated: bool = True
     as_released: dict[str, Any] = field(default_factory=dict)
 
     def released(self, *, beside: bool) -> Table:

@@ -151,8 +151,9 @@ def _footnotes(found: Comparison, prior: Sequence[tuple[str, str]]) -> list[str]
         "measured:"
     )
     parts = ["\n".join([head, *(note for _, note in prior)])] if prior else []
+    come = "come from" if paper.harness_stated else "are by a harness not stated, likely"
     parts += [
-        f"Published figures come from {harnesses}. Average: mean of pruned / unpruned over the "
+        f"Published figures {come} {harnesses}. Average: mean of pruned / unpruned over the "
         "benchmarks, as HiPrune has it.",
         *(f"{note[0].upper()}{note[1:]}." for note in paper.notes),
     ]
