@@ -242,6 +242,8 @@ def _value(text: str, kind: str) -> Any:
     kind : str
         the option's annotation, since "none" is a word to some and None to others
     """
+    if kind == "str":  # one of some words, of which a number may be one
+        return text
     known = {"true": True, "false": False} | ({"none": None} if "None" in kind else {})
     if text.lower() in known:
         return known[text.lower()]

@@ -19,6 +19,11 @@ class Runtime:
 
     Parameters
     ----------
+    tiling : str
+        "stock" cuts LLaVA-NeXT's pictures by the checkpoint's `image_grid_pinpoints`; "672" every
+        picture into 2 x 2 tiles and the base tile, which is 672 x 672 pixels for a tower of 336 (of
+        another, twice its side), as in the published tables of VisPruner, CDPruner and those that
+        follow them
     patch_merge : str
         "stock" packs LLaVA-NeXT tiles as the checkpoint says; "spatial" without unpad and newlines
     newline : str
@@ -41,12 +46,16 @@ class Runtime:
 
     name: ClassVar[str] = "Runtime"  # before what is wrong with an option
 
+    tiling: str = "stock"
     patch_merge: str = "stock"
     newline: str = "rows"
     tower_attention: str = "sdpa"
     tower_dtype: str = "stock"
 
     def __post_init__(self) -> None:
+        if self.tiling == 672:  # as one would write it in Python
+            object.__setattr__(self, "tiling", "672")
+        choice(self, "tiling", ("stock", "672"))
         choice(self, "patch_merge", ("stock", "spatial"))
         choice(self, "newline", ("rows", "all", "none"))
         choice(self, "tower_attention", ("sdpa", "stock"))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from reference_vision import cosines
 
-from llava_hvp import VisionContext, get_method
+from llava_hvp import Runtime, Uniform, VisionContext, get_method, prune
 from llava_hvp.hosts.llava.tiling import TilingConfig, arrangement, layout
 from llava_hvp.methods import greedy
 from llava_hvp.pruning.layout import NEWLINE
@@ -92,27 +92,6 @@ def kept(keep):
     return [row.nonzero().flatten().tolist() for row in keep]
 
 
-def mosaic(tiles, down, across, side):
-    """Rows of `tile * N + patch` over the sub-images, which are tiles 1 to down * across."""
-    rows = []
-    for row in range(down * side):
-        line = []
-        for column in range(across * side):
-            tile = 1 + row // side * across + column // side
-            line.append((tile, row % side * side + column % side))
-        rows.append([tile * side * side + patch for tile, patch in line])
-    assert tiles == 1 + down * across
-    return rows
-
-
-def packed(keep, down, across, side):
-    """The kept patches as they are sent without unpad and newlines: base tile, then mosaic."""
-    flat = keep.flatten().tolist()
-    order = list(range(side * side))
-    order += [token for row in mosaic(len(keep), down, across, side) for token in row]
-    return [token for token in order if flat[token]]
-
-
 def tiling_of(side):
     """LLaVA-v1.6's, on tiles of so many patches a side."""
     pixels = 14 * side
@@ -120,7 +99,14 @@ def tiling_of(side):
     return TilingConfig("spatial_unpad", "anyres", str(pinpoints), (side, side), pixels)
 
 
-def assert_keeps_the_golden(case, method, down_across=None):
+@pytest.fixture(scope="module")
+def two_by_two(loaded):
+    """How a LLaVA-NeXT tiles that is pruned with `tiling="672"`, as two of the official codes."""
+    with prune(loaded("llava-next-336").model, Uniform(), runtime=Runtime(tiling="672")) as pruned:
+        return pruned.host_model.tiling()
+
+
+def assert_keeps_the_golden(case, method, tiling=None):
     context = context_of(case)
     selection = method.select(context)
     keep = selection.keep
@@ -128,12 +114,10 @@ def assert_keeps_the_golden(case, method, down_across=None):
     if "kept" in case:
         assert kept(keep) == case["kept"]
         return
-    size, tiling = tuple(case["image_size"]), tiling_of(context.grid[0])
-    if down_across not in (None, MOSAICS.get(size)):
-        # The official code cuts every image 2 x 2, which LLaVA does not do with this one.
-        assert packed(keep, *down_across, context.grid[0]) == case["packed"]
-        return
-    assert arrangement(tiling, case["tiles"], size) == MOSAICS[size]
+    size, mosaic = tuple(case["image_size"]), (2, 2)
+    if tiling is None:
+        tiling, mosaic = tiling_of(context.grid[0]), MOSAICS[tuple(case["image_size"])]
+    assert arrangement(tiling, case["tiles"], size) == mosaic
     place = layout(tiling, case["tiles"], size, "spatial")
     assert tokens_of(place, selection, method, "rows").tolist() == case["packed"]
 
@@ -145,20 +129,19 @@ def test_fastervlm_keeps_what_the_official_code_keeps(case):
 
 
 @each("vispruner")
-def test_vispruner_keeps_what_the_official_code_keeps(case):
+def test_vispruner_keeps_what_the_official_code_keeps(case, two_by_two):
     method = get_method(
         "vispruner",
         num_tokens=case["budget"] * case["tiles"],
         important_ratio=case["important_ratio"],
     )
-    # Its code tiles every image 2 x 2.
-    assert_keeps_the_golden(case, method, (2, 2))
+    assert_keeps_the_golden(case, method, two_by_two)
 
 
 @each("cdpruner")
-def test_cdpruner_keeps_what_the_official_code_keeps(case):
+def test_cdpruner_keeps_what_the_official_code_keeps(case, two_by_two):
     method = get_method("cdpruner", num_tokens=case["budget"] * case["tiles"])
-    assert_keeps_the_golden(case, method, (2, 2))
+    assert_keeps_the_golden(case, method, two_by_two)
 
 
 @each("scope")

@@ -25,7 +25,7 @@ from llava_hvp.methods.base import Method
 ENTRY_POINTS = "llava_hvp.methods"
 NONE = "none"  # the word for unpruned LLaVA, which is no method
 # Options of llava_hvp.Runtime, which lies above the methods.
-OF_RUNTIME = ("patch_merge", "newline", "tower_attention", "tower_dtype")
+OF_RUNTIME = ("tiling", "patch_merge", "newline", "tower_attention", "tower_dtype")
 _NAME = re.compile(r"[\w.+-]+")  # for lists, key=value pairs and folders
 
 for _module in pkgutil.iter_modules(__path__, __name__ + "."):

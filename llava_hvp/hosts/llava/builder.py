@@ -65,7 +65,8 @@ def install(
         for kind in compat.llava_models():
             stock = vars(kind).get("__init__")
             if stock is not None:
-                _INSTALLED.replace(kind, "__init__", _binding(stock, tokenizer, on_model))
+                init = _binding(stock, chosen.runtime, tokenizer, on_model)
+                _INSTALLED.replace(kind, "__init__", init)
 
 
 def uninstall() -> None:
@@ -84,13 +85,16 @@ def _refuse_s2(*args: Any, **kwargs: Any) -> None:
 
 
 def _binding(
-    stock: Callable[..., None], tokenizer: Any, on_model: Callable[[Pruning], None] | None
+    stock: Callable[..., None],
+    runtime: Runtime,
+    tokenizer: Any,
+    on_model: Callable[[Pruning], None] | None,
 ) -> Callable[..., None]:
     @functools.wraps(stock)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         stock(self, *args, **kwargs)
         if "llava_hvp" not in vars(self):
-            pruning = bind(self, tokenizer)
+            pruning = bind(self, runtime, tokenizer)
             if on_model is not None:
                 on_model(pruning)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from llava_hvp.encoder.text import ClipText
 from llava_hvp.errors import PrunedStateError, TextEncoderError, UnsupportedModelError
 from llava_hvp.hosts import unknown
-from llava_hvp.hosts.llava import compat, overrides, tiling
+from llava_hvp.hosts.llava import compat, grid, overrides, tiling
 from llava_hvp.hosts.llava.prompt import read_prompt, rows_of_images
 from llava_hvp.hosts.llava.tiling import TilingConfig
 from llava_hvp.hosts.llava.tower import PrunedCLIPVisionTower
@@ -49,9 +49,9 @@ class LlavaModel:
 
     def tiling(self) -> TilingConfig:
         """What decides on the layout of its images."""
-        tower = self.encoder
-        grid = tower.plan().geometry.grid
-        return TilingConfig.of(self.model.config, grid, tower.config.image_size)
+        tower, config = self.encoder, self.model.config
+        grid.check_fixed(config, tower.prune_runtime.tiling)
+        return TilingConfig.of(config, tower.plan().geometry.grid, tower.config.image_size)
 
     def layout(self, tiles: int, size: Size | None, merge: str) -> Layout:
         """The tokens that LLaVA would send of an image of `tiles` tiles."""
@@ -139,8 +139,10 @@ def attach(
     chosen = PruningConfig.checked(method, runtime)
     model = find_llava(model)
     with CHANGING:
-        PrunedCLIPVisionTower.adopt(_unpruned_tower(model), chosen)
-        pruning = bind(model, tokenizer, clip_text)
+        tower = _unpruned_tower(model)
+        grid.check_anyres(model.config, chosen.runtime.tiling)
+        PrunedCLIPVisionTower.adopt(tower, chosen)
+        pruning = bind(model, chosen.runtime, tokenizer, clip_text)
     try:
         pruning.load_text()
     except BaseException:
@@ -168,8 +170,12 @@ def _unpruned_tower(model: Any) -> Any:
     return tower
 
 
-def bind(model: Any, tokenizer: Any = None, clip_text: ClipText | None = None) -> Pruning:
-    """Give one model the overrides; its tower decides what they do."""
+def bind(
+    model: Any, runtime: Runtime, tokenizer: Any = None, clip_text: ClipText | None = None
+) -> Pruning:
+    """Give one model the overrides, and the config of its tiling; its tower decides the rest."""
+    if model.get_vision_tower() is not None:  # else LLaVA's training makes one later
+        grid.fix(model, runtime.tiling)
     pruning = Pruning(LlavaModel(model), tokenizer, clip_text)
     model.llava_hvp = pruning
     for override in (*OVERRIDES, *compat.instance_bridges()):
@@ -207,6 +213,7 @@ def detach(model: Any) -> None:
         for override in (*OVERRIDES, *compat.instance_bridges()):
             model.__dict__.pop(override.__name__, None)
         del model.__dict__["llava_hvp"]
+        grid.release(model)
         tower = model.get_vision_tower()
         if isinstance(tower, PrunedCLIPVisionTower):
             tower.release()

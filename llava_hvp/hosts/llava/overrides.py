@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llava_hvp.hosts.llava.grid import check_tiles
 from llava_hvp.hosts.llava.tiling import sizes_of
 from llava_hvp.pruning.packing import PackedImages, pack
 
@@ -89,6 +90,8 @@ def _pack(
     tiled = isinstance(images, list) or images.ndim == 5
     stacks = [x[None] if x.ndim == 3 else x for x in images] if tiled else list(images[:, None])
     tiles = tuple(len(stack) for stack in stacks)
+    if rows is not None:  # else tiles that stand alone
+        check_tiles(tiles, model.llava_hvp.runtime.tiling)
     pixels = torch.cat(stacks) if tiled else images
     sizes = sizes_of(image_sizes, len(tiles))
     return pack(model.llava_hvp, pixels, tiles, sizes, rows, laid_out=tiled)
