@@ -8,12 +8,13 @@ import dataclasses
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 from llava_hvp.errors import OptionError, shown
 from llava_hvp.methods import NONE, list_methods, method_class, method_spec
-from llava_hvp.methods.base import Method, VisionMethod
-from llava_hvp.runtime import BUDGET, PruningConfig, Runtime, options_of
+from llava_hvp.methods.base import VisionMethod
+from llava_hvp.methods.unpruned import Unpruned
+from llava_hvp.runtime import BUDGET, RUNTIME_OPTIONS, PruningConfig, Runtime, options_of
 
 VARIABLE = "LLAVA_HVP"
 DEVICE_VARIABLE = "LLAVA_HVP_DEVICE"
@@ -31,7 +32,7 @@ class Request:
         the method and how to run it; None to leave pruning off
     unpruned : bool
         `none` was asked for: LLaVA without us, bridged to this transformers, with an account of it;
-        False where nothing was asked
+        False where nothing was asked, and where `none` has a tiling or packing of its own
     train : bool
         prune in training too
     device : str | None
@@ -137,8 +138,9 @@ def requested(found: argparse.Namespace) -> Request:
             raise OptionError(f"{lonely[0]} without --prune-method: give one of {_names()}")
         return Request(device=device, reports=reports, part=part)
     if found.prune_method == NONE:
-        check_unused(dict(read_option(NONE, text) for text in found.prune_opt or ()) | given)
-        return Request(None, found.prune_train, device, reports, part, unpruned=True)
+        options = dict(read_option(NONE, text) for text in found.prune_opt or ())
+        none = unpruned(options | given)
+        return Request(none, found.prune_train, device, reports, part, unpruned=none is None)
     for text in found.prune_opt or ():
         key, value = read_option(found.prune_method, text)
         if key in given:
@@ -148,27 +150,24 @@ def requested(found: argparse.Namespace) -> Request:
     return Request(pruning, found.prune_train, device, reports, part)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Unused(Method):
-    """The budget beside `none`."""
+def unpruned(options: Mapping[str, Any]) -> PruningConfig | None:
+    """What `none` is beside these options: None for LLaVA without us.
 
-    name: ClassVar[str] = NONE
-    summary: ClassVar[str] = "unpruned LLaVA"
-    roles: ClassVar[tuple[str, ...]] = ()
-    listed: ClassVar[bool] = False
-
-
-def check_unused(options: Mapping[str, Any]) -> None:
-    """Raise OptionError for options beside `none` that no method has, or a wrong budget.
-
-    All others are taken though `none` uses none of them: a loop over methods gives it theirs.
+    By a tiling or packing of its own LLaVA is unpruned in that protocol, as its pruned neighbours
+    in a loop over methods are. The other options are taken and not used. Raises OptionError for
+    options that no method has, or a wrong value of a budget or a Runtime.
     """
     kinds = [method_class(name) for name in list_methods()]
     known = {option for kind in kinds for option in options_of(kind)}
     for option in options:
         if option not in known:
             raise OptionError(f"{NONE}: unknown option {option!r}: no method has it")
-    _Unused(**{name: value for name, value in options.items() if name in BUDGET})
+    Unpruned(**{name: value for name, value in options.items() if name in BUDGET})
+    given = Runtime(**{name: options[name] for name in RUNTIME_OPTIONS if name in options})
+    if given.tiling == "stock" and given.packs_as_stock:
+        return None
+    own = Runtime(tiling=given.tiling, patch_merge=given.patch_merge, newline=given.newline)
+    return PruningConfig(Unpruned(), own)
 
 
 def _names() -> str:
@@ -229,7 +228,7 @@ def read_option(method: str, text: str) -> tuple[str, Any]:
         raise OptionError(
             f"--prune-opt {shown(text)}: give a value of at most {LONGEST_VALUE} characters"
         )
-    kind = _Unused if method == NONE else method_class(method)
+    kind = Unpruned if method == NONE else method_class(method)
     kinds = {f.name: str(f.type) for each in (kind, Runtime) for f in dataclasses.fields(each)}
     return key, _value(value.strip(), kinds.get(key, ""))
 

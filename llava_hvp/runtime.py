@@ -6,9 +6,10 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
 from llava_hvp.errors import OptionError, shown
-from llava_hvp.methods import check_known, get_method, method_class
+from llava_hvp.methods import NONE, check_known, get_method, method_class
 from llava_hvp.methods.base import Method, VisionMethod, vision_method
 from llava_hvp.methods.checks import choice
+from llava_hvp.methods.unpruned import Unpruned
 
 BUDGET = ("r_max", "num_tokens")
 
@@ -61,13 +62,21 @@ class Runtime:
         choice(self, "tower_attention", ("sdpa", "stock"))
         choice(self, "tower_dtype", ("stock", "model"))
 
+    @property
+    def packs_as_stock(self) -> bool:
+        """Whether an image's tokens are laid out as LLaVA does, where every patch stays."""
+        return self.patch_merge == "stock" and self.newline != "none"
+
 
 RUNTIME_OPTIONS = tuple(field.name for field in fields(Runtime))
 
 
 @dataclass(frozen=True)
 class PruningConfig:
-    """A method and how to run it: all that a command says of pruning."""
+    """A method and how to run it: all that a command says of pruning.
+
+    LLaVA without us is none of these; unpruned LLaVA by another tiling or packing is one.
+    """
 
     method: VisionMethod
     runtime: Runtime = Runtime()
@@ -93,11 +102,19 @@ class PruningConfig:
     def of(cls, name: str, **options: Any) -> PruningConfig:
         """By the method's name and the options of both, as flags and results write them.
 
-        Raises OptionError for an unknown name, option or value; the message lists the valid ones.
+        `none` is unpruned, whatever its budget. Raises OptionError for an unknown name, option or
+        value; the message lists the valid ones.
         """
-        check_known(name, options, options_of(method_class(name)))
+        kind = Unpruned if name == NONE else method_class(name)
+        check_known(name, options, options_of(kind))
         shared = {key: options.pop(key) for key in RUNTIME_OPTIONS if key in options}
-        return cls(vision_method(get_method(name, **options)), Runtime(**shared))
+        method = Unpruned() if name == NONE else get_method(name, **options)
+        return cls(vision_method(method), Runtime(**shared))
+
+    @property
+    def prunes(self) -> bool:
+        """Whether this leaves out any patch by itself; not so `none`, with options of a Runtime."""
+        return not isinstance(self.method, Unpruned)
 
     @property
     def options(self) -> dict[str, Any]:

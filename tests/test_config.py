@@ -56,6 +56,7 @@ def test_options_are_read_as_the_method_has_them(line, method):
     ("line", "method", "runtime"),
     [
         ("hivtp --prune-opt newline=none", HIVTP(), Runtime(newline="none")),
+        ("hivtp --prune-opt tiling=672", HIVTP(), Runtime(tiling="672")),
         ("hiprune --num-tokens 640 --prune-opt patch_merge=spatial",
          HiPrune(num_tokens=640), Runtime(patch_merge="spatial")),
         ("hiprune --prune-opt tower-dtype=model --prune-opt tower_attention=stock",
@@ -87,6 +88,7 @@ def test_options_of_the_run_are_told_from_those_of_the_method(line, method, runt
         ("--r-max 0.5", "give one of .*, none$"),
         ("--prune-method none --r-max 2", r"none: r_max=2.0.*\(0, 1\]"),
         ("--prune-method none --r-max 0.5 --num-tokens 3", "exclude each other"),
+        ("--prune-method none --prune-opt tiling=2x2", "tiling='2x2'.*stock.*672"),
         ("--prune-method none --prune-opt windw=3", "none: unknown option 'windw'"),
         ("--prune-method none --prune-opt window", "KEY=VALUE"),
         ("--prune-method", "expected one argument"),
@@ -163,6 +165,23 @@ def test_none_takes_the_flags_of_a_loop_over_methods(flags):
     assert (request.method, request.unpruned, request.asked) == (None, True, True)
     assert from_environment({"LLAVA_HVP": shlex.join(to_flags(request))}) == request
     assert not Request().asked
+
+
+@pytest.mark.parametrize(
+    ("flags", "runtime"),
+    [
+        ("--r-max 0.5 --prune-opt tiling=672", Runtime(tiling="672")),
+        ("--prune-opt patch_merge=spatial --prune-opt window=2", Runtime(patch_merge="spatial")),
+        ("--prune-opt tiling=672 --prune-opt tower_dtype=model", Runtime(tiling="672")),
+        ("--prune-opt newline=none", Runtime(newline="none")),
+    ],
+)
+def test_none_takes_the_tiling_and_the_packing_of_a_loop_over_methods(flags, runtime):
+    request = parsed(f"--prune-method none {flags}")[0]
+    assert (request.pruning.runtime, request.pruning.prunes) == (runtime, False)
+    assert (request.unpruned, request.asked) == (False, True)
+    assert from_environment({"LLAVA_HVP": shlex.join(to_flags(request))}) == request
+    assert PruningConfig.of("none", **request.pruning.options) == request.pruning
 
 
 def test_none_is_no_method_from_python():

@@ -96,15 +96,17 @@ def examine(
     marks = [Marks(variant) for variant in variants]
     warm: set[str] = set()
     for number, sheet in enumerate(_sheets(opened, list(asked), batch)):
-        images = None
+        images: dict[str, Any] = {}
         for mark in marks:
             answered = answers.find(number, str(mark.variant))
             if answered is None:
-                images = opened.images(sheet.pictures) if images is None else images
+                tiling = mark.variant.runtime.tiling
+                if tiling not in images:
+                    images[tiling] = opened.images(sheet.pictures, mark.variant)
                 if str(mark.variant) not in warm:  # the first call of a process is slow
-                    _answer(opened, sheet, images, mark.variant)
+                    _answer(opened, sheet, images[tiling], mark.variant)
                     warm.add(str(mark.variant))
-                answered = _answer(opened, sheet, images, mark.variant)
+                answered = _answer(opened, sheet, images[tiling], mark.variant)
                 answers.add(number, str(mark.variant), answered)
             mark.add(sheet.questions, answered)
             tick(len(sheet.questions))

@@ -30,10 +30,14 @@ def applied(
     tokenizer, clip_text : Any
         for methods that read the prompt, where the model's own cannot be loaded
     """
-    if variant.pruning is None:
-        yield None
-        return
+    from llava_hvp.hosts.llava import grid
     from llava_hvp.hosts.llava.host import attach
+
+    if variant.pruning is None or (variant.method is None and variant.runtime.packs_as_stock):
+        # LLaVA's own code alone, for who measures it.
+        with grid.fixed(model, variant.runtime.tiling):
+            yield None
+        return
 
     method, runtime = variant.pruning.method, variant.pruning.runtime
     with attach(

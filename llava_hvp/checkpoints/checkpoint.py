@@ -21,7 +21,7 @@ from llava_hvp.checkpoints.generate_stats import Call, measured
 from llava_hvp.checkpoints.variants import PrunedBy, Variant
 from llava_hvp.encoder.text import ClipText
 from llava_hvp.errors import LlavaHvpError, OptionError
-from llava_hvp.hosts.llava import compat
+from llava_hvp.hosts.llava import compat, grid
 from llava_hvp.hosts.llava.pictures import send
 
 if TYPE_CHECKING:
@@ -66,9 +66,18 @@ class Checkpoint:
                 self.clip_text = pruning.clip_text
             yield pruning
 
-    def images(self, pictures: Sequence[Any]) -> Tensor | list[Tensor]:
-        """PIL pictures on the model's device, as `host.pictures.send` gives them."""
-        return send(pictures, self.processor, self.model, self.dtype)
+    def images(
+        self, pictures: Sequence[Any], variant: Variant | None = None
+    ) -> Tensor | list[Tensor]:
+        """PIL pictures on the model's device, as `host.pictures.send` gives them.
+
+        Parameters
+        ----------
+        variant : Variant | None
+            for which they are cut, where the model is not pruned by it yet
+        """
+        with grid.fixed(self.model, (variant or Variant()).runtime.tiling):
+            return send(pictures, self.processor, self.model, self.dtype)
 
     def text(self, question: str, images: int = 1) -> str:
         """The question in the conversation template, after its pictures unless it places them."""

@@ -9,11 +9,11 @@ from typing import ClassVar
 from torch import Tensor
 
 from llava_hvp.checkpoints.geometry import Vision
-from llava_hvp.config import read_option
+from llava_hvp.config import read_option, unpruned
 from llava_hvp.errors import OptionError, shown
 from llava_hvp.methods import NONE, list_methods, method_class
 from llava_hvp.methods.base import Method, Needs, Selection, VisionContext, VisionMethod
-from llava_hvp.runtime import PruningConfig, options_of
+from llava_hvp.runtime import RUNTIME_OPTIONS, PruningConfig, Runtime, options_of
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Variant:
     Parameters
     ----------
     pruning : PruningConfig | None
-        None for LLaVA without us
+        None for LLaVA without us, unpruned with a tiling or packing of its own
     all_attentions : bool
         see as the released methods do, for comparison
     """
@@ -42,8 +42,13 @@ class Variant:
 
     @property
     def method(self) -> VisionMethod | None:
-        """The method; None for LLaVA without us."""
-        return None if self.pruning is None else self.pruning.method
+        """The method; None for unpruned LLaVA."""
+        return None if self.pruning is None or not self.pruning.prunes else self.pruning.method
+
+    @property
+    def runtime(self) -> Runtime:
+        """How it is run."""
+        return Runtime() if self.pruning is None else self.pruning.runtime
 
     @property
     def name(self) -> str:
@@ -117,6 +122,8 @@ def variants(
 ) -> list[Variant]:
     """`none` first, whether or not it is named, then every method at every budget.
 
+    All are run alike: options of a Runtime are `none`'s too, as far as they change what is sent.
+
     Parameters
     ----------
     names : Sequence[str]
@@ -127,15 +134,19 @@ def variants(
     Raises OptionError for an unknown name, an option that no method has, or a value out of range.
     """
     chosen = [name for name in dict.fromkeys(map(name_of, names)) if name != NONE]
-    if options and not chosen:
-        raise OptionError(f"--prune-opt {options[0]}: {NONE} is unpruned, it has no options")
+    of_none = dict(read_option(NONE, text) for text in options)
+    others = [text for text in options if read_option(NONE, text)[0] not in RUNTIME_OPTIONS]
+    if others and not chosen:
+        raise OptionError(
+            f"--prune-opt {others[0]}: {NONE} is unpruned, it has {', '.join(RUNTIME_OPTIONS)} only"
+        )
     read = {name: dict(read_option(name, text) for text in options) for name in chosen}
     known = {name: set(options_of(method_class(name))) for name in chosen}
     for key in {key for given in read.values() for key in given}:
         if not any(key in known[name] for name in chosen):
             raise OptionError(f"--prune-opt {key}: none of {', '.join(chosen)} has it")
     return [
-        Variant(),
+        Variant(unpruned({k: of_none[k] for k in of_none if k in RUNTIME_OPTIONS})),
         *(
             Variant(
                 PruningConfig.of(

@@ -13,12 +13,14 @@ from llava_hvp.checkpoints.variants import PrunedBy, Variant
 from llava_hvp.encoder.capture import QKHooks, recording
 from llava_hvp.encoder.vit import hidden_states, layers_of, read_geometry
 from llava_hvp.errors import LayerError
+from llava_hvp.hosts.llava import grid
 from llava_hvp.hosts.llava.tiling import TilingConfig
 from llava_hvp.hosts.llava.tower import check_tower
 from llava_hvp.hosts.llava.view import LlavaView
 from llava_hvp.methods.base import Needs, Selection, VisionMethod
 from llava_hvp.methods.uniform import Uniform
 from llava_hvp.pruning.report import ImageReport
+from llava_hvp.runtime import PruningConfig
 from llava_hvp.show.colours import UNPRUNED
 
 
@@ -38,20 +40,24 @@ class Viewer:
         *,
         bits: int | None,
         conv_mode: str | None = None,
+        tiling: str = "stock",
     ) -> Viewer:
         """By LLaVA's own loader; raises OptionError if it fails.
 
         Parameters
         ----------
+        tiling : str
+            as Runtime has it, of everything that is shown
         conv_mode : str | None
             conversation template, by default that of the checkpoint's name
         """
         checkpoint = open_checkpoint(path, device, base=base, bits=bits, conv_mode=conv_mode)
         tower = checkpoint.model.get_vision_tower()
         check_tower(tower, Uniform())
-        grid = read_geometry(tower.vision_tower).grid
-        tiling = TilingConfig.of(checkpoint.model.config, grid, tower.config.image_size)
-        return cls(checkpoint, LlavaView.of(tower, tiling))
+        patches = read_geometry(tower.vision_tower).grid
+        with grid.fixed(checkpoint.model, tiling):
+            own = TilingConfig.of(checkpoint.model.config, patches, tower.config.image_size)
+        return cls(checkpoint, LlavaView.of(tower, own))
 
     @property
     def name(self) -> str:
@@ -120,9 +126,9 @@ class Viewer:
         For None all that unpruned LLaVA sends, in the one role `unpruned`.
         """
         variant = Variant.of(by)
-        if variant.pruning is None:
+        if variant.method is None:
             # With every patch kept a pruned model sends what stock LLaVA does.
-            report = self.look(Uniform(r_max=1), image, ids)
+            report = self.look(PruningConfig(Uniform(r_max=1), variant.runtime), image, ids)
             everything = Selection.from_roles({UNPRUNED: report.selection.keep})
             return replace(report, method="none", selection=everything)
         with self.checkpoint.pruned_by(variant) as pruning:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from llava_hvp import config
 from llava_hvp.bench import subject
 from llava_hvp.bench.clock import Clock
 from llava_hvp.bench.machine import about
@@ -189,9 +190,7 @@ def parse(args: argparse.Namespace) -> BenchSettings:
         dtype=DTYPES[args.dtype or ("float16" if half else "float32")],
         tower_dtype=DTYPES[args.tower_dtype] if args.tower_dtype else None,
         batches=tuple(listed(args.batch, whole, "--batch")),
-        variants=tuple(
-            variants(args.methods.split(","), budgets(args, BUDGETS), args.prune_opt or ())
-        ),
+        variants=_variants(args),
         all_attentions=args.all_attentions,
         image_file=args.image_file,
         image_size=_size(args.image_size or "640x480"),
@@ -222,6 +221,13 @@ def _check_subject(args: argparse.Namespace) -> None:
         raise OptionError("--tower-dtype goes with --geometry: a checkpoint's tower is as loaded")
 
 
+def _variants(args: argparse.Namespace) -> tuple[Variant, ...]:
+    """What is compared; the first is LLaVA's own code alone, whose packing is the checkpoint's."""
+    chosen = variants(args.methods.split(","), budgets(args, BUDGETS), args.prune_opt or ())
+    alone = config.unpruned({"tiling": chosen[0].runtime.tiling})
+    return (Variant(alone), *chosen[1:])
+
+
 def _size(text: str) -> tuple[int, int]:
     """(width, height); raises OptionError."""
     try:
@@ -235,20 +241,21 @@ def run(settings: BenchSettings) -> int:
     """Measure and print; the exit code."""
     pictures = _pictures(settings, max(settings.batches))
     # LLaVA and the model come only now: whatever was typed wrong has been said.
-    from llava_hvp.hosts.llava import compat
+    from llava_hvp.hosts.llava import compat, grid
 
     compat.bridge()  # unpruned LLaVA runs on no newer transformers without
     what = _subject(settings)
     device, rows = torch.device(settings.device), []
     for batch in settings.batches:
-        work = make_workload(
-            what.checkpoint.model,
-            pictures[:batch],
-            what.prompt,
-            new_tokens=settings.new_tokens,
-            device=device,
-            dtype=what.checkpoint.dtype,
-        )
+        with grid.fixed(what.checkpoint.model, settings.variants[0].runtime.tiling):
+            work = make_workload(
+                what.checkpoint.model,
+                pictures[:batch],
+                what.prompt,
+                new_tokens=settings.new_tokens,
+                device=device,
+                dtype=what.checkpoint.dtype,
+            )
         rows += _measure(settings, what, work)
     facts = about(
         device,

@@ -116,6 +116,11 @@ class ShowSettings:
         """All of them, method by method."""
         return tuple(variant for budgets in self.columns for variant in budgets)
 
+    @property
+    def tiling(self) -> str:
+        """Of all of them."""
+        return self.variants[0].runtime.tiling
+
 
 def parse(args: argparse.Namespace) -> ShowSettings:
     """The settings; raises OptionError or LayerError for what is wrong, with nothing loaded."""
@@ -195,6 +200,7 @@ def run(settings: ShowSettings) -> int:
         settings.device,
         bits=settings.bits,
         conv_mode=settings.conv_mode,
+        tiling=settings.tiling,
     )
     for variant in settings.variants:
         if viewer.reads(variant.method).relevance and not settings.prompt:

@@ -19,7 +19,7 @@ OTHERS = (
 
 
 def pruning_of(name: str | None, options: Mapping[str, Any]) -> PruningConfig | None:
-    """The pruning of `prune_method=NAME,r_max=0.5,layers=7+8+9`, None for `none`.
+    """The pruning of `prune_method=NAME,r_max=0.5,layers=7+8+9`, None for LLaVA without us.
 
     Raises OptionError.
     """
@@ -36,8 +36,7 @@ def pruning_of(name: str | None, options: Mapping[str, Any]) -> PruningConfig | 
         text = value.replace("+", ",") if isinstance(value, str) else str(value)
         given[key] = value if key in BUDGET else config.read_option(name, f"{key}={text}")[1]
     if name == NONE:
-        config.check_unused(given)
-        return None
+        return config.unpruned(given)
     return PruningConfig.of(name, **given)
 
 

@@ -48,6 +48,7 @@ def make_result(
         "model": model_name(settings["model_path"]),
         "method": settings["method"] or UNPRUNED,
         "options": settings["options"],
+        "tiling": settings["tiling"],
         "given": settings["given"],
         "questions": len(store.questions),
         **visual_tokens(calls),

@@ -15,7 +15,7 @@ from llava_hvp.evaluation.benchmarks import Benchmark
 from llava_hvp.evaluation.digests import digests_of
 from llava_hvp.evaluation.questions import Questions
 from llava_hvp.methods import method_spec, source_of
-from llava_hvp.runtime import PruningConfig
+from llava_hvp.runtime import PruningConfig, Runtime
 from llava_hvp.version import __version__, installed
 
 UNPRUNED = "unpruned"
@@ -46,6 +46,7 @@ def settings_of(
         "checkpoint": digests_of(model_path, model_base, cache),
         "method": None if pruning is None else method_spec(type(pruning.method)),
         "options": None if pruning is None else plain(pruning.options),
+        "tiling": (Runtime() if pruning is None else pruning.runtime).tiling,
         "given": config.to_flags(Request(pruning)),
         **({} if pruning is None else source_of(type(pruning.method))),
         "device": request.device or "cuda",

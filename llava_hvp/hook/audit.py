@@ -30,7 +30,7 @@ from llava_hvp.hook.answers import AnswersFile
 from llava_hvp.methods import NONE, method_spec
 from llava_hvp.pruning.record import UNWRITTEN, Totals, record_path
 from llava_hvp.pruning.report import ImageReport
-from llava_hvp.runtime import PruningConfig
+from llava_hvp.runtime import PruningConfig, Runtime
 
 if TYPE_CHECKING:
     from llava_hvp.pruning.pruning import Pruning
@@ -120,10 +120,11 @@ class PruningAudit:
             version.partition(" at ")[0] if name == "llava" else f"{name} {version}"
             for name, version in self.versions.items()
         )
+        pruning = self.pruning
         what = (
-            f"pruning off ({NONE}): every visual token is kept, whatever the budget"
-            if self.pruning is None
-            else f"pruning on: {self.pruning}"
+            f"pruning on: {pruning}"
+            if pruning is not None and pruning.prunes
+            else f"pruning off ({pruning or NONE}): every visual token is kept, whatever the budget"
         )
         say(f"{what} ({versions})")
         self._await_the_end()
@@ -305,6 +306,7 @@ class PruningAudit:
         return {
             "method": NONE if pruning is None else method_spec(type(pruning.method)),
             "options": None if pruning is None else pruning.options,
+            "tiling": (Runtime() if pruning is None else pruning.runtime).tiling,
             "given": config.to_flags(Request(pruning, unpruned=pruning is None)),
             "command": [self.command, *sys.argv[1:]],
             "versions": {**self.versions, "python": platform.python_version()},

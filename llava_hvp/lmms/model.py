@@ -117,7 +117,9 @@ class LlavaHvp(lmms):
                 "unset LLAVA_HVP, or name its method here"
             )
         if self._rank == 0:
-            what = "unpruned" if pruning is None else f"pruning on: {pruning}"
+            what = f"pruning on: {pruning}"
+            if pruning is None or not pruning.prunes:
+                what = f"unpruned{'' if pruning is None else f' ({pruning})'}"
             say(f"{what}; {self._world_size} process(es), {self._device}")
 
     def _choose_device(self, wanted: str | None) -> torch.device:

@@ -7,8 +7,10 @@ and packs them.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 from llava.model.llava_arch import LlavaMetaForCausalLM
@@ -102,6 +104,17 @@ def release(model: Any) -> None:
     """Give a model its stock config back, if it has another."""
     if isinstance(model.config, FixedGridConfig):
         model.config = model.config.stock_config
+
+
+@contextlib.contextmanager
+def fixed(model: Any, tiling: str) -> Iterator[None]:
+    """Give an unpruned model the config of a tiling inside the block."""
+    before = model.config
+    fix(model, tiling)
+    try:
+        yield
+    finally:
+        model.config = before
 
 
 def check_fixed(config: Any, tiling: str) -> None:
