@@ -202,6 +202,22 @@ def test_it_opens_checkpoints_as_every_other_command(checkpoints):
     assert "llava_hvp" not in vars(asked.model)
 
 
+@pytest.mark.parametrize("method", ["none", "hivtp"])
+def test_every_picture_is_tiled_as_asked(checkpoints, method, capsys):
+    from llava_hvp.lmms.model import LlavaHvp
+
+    path = str(checkpoints("llava-next-llama"))
+    options = {"tiling": 672, "patch_merge": "spatial"}  # as lmms-eval reads model_args
+    model = LlavaHvp(pretrained=path, device="cpu", prune_method=method, **options)
+    said = "unpruned (none" if method == "none" else "pruning on: hivtp r_max=0.5"
+    assert f"{said} tiling=672 patch_merge=spatial" in capsys.readouterr().err
+    tall, calls = picture(0).resize((100, 380)), []
+    model.checkpoint.answer(["x"], [[tall]], calls.append, max_new_tokens=2, do_sample=False)
+    (call,) = calls
+    assert call.stock_tokens == 5 * 64
+    assert (call.kept_tokens == call.stock_tokens) == (method == "none")
+
+
 def test_wrong_arguments_end_before_a_model_is_loaded(capsys):
     from llava_hvp.lmms.model import LlavaHvp
 

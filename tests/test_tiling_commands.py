@@ -19,6 +19,7 @@ from llava_hvp.cli import main
 from llava_hvp.errors import OptionError
 from llava_hvp.evaluation.measured import read_results
 from llava_hvp.evaluation.model_args import model_args, pruning_of
+from llava_hvp.evaluation.published import has_stock_attention, with_stock_attention
 from llava_hvp.methods.unpruned import Unpruned
 from llava_hvp.runtime import PruningConfig
 from llava_hvp.shapes.exams import exam
@@ -218,6 +219,12 @@ def test_lmms_arguments_carry_the_tiling(name):
     assert f",prune_method={name}," in text
     with pytest.raises(OptionError, match="tiling='336'"):
         pruning_of(name, {"tiling": "336"})
+
+
+def test_reproducing_a_row_of_none_is_one_run_with_that_of_eval():
+    none = PruningConfig.of("none", tiling="672")
+    assert with_stock_attention(none) == none
+    assert has_stock_attention(none)
 
 
 @torch.no_grad()

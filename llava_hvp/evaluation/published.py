@@ -184,10 +184,11 @@ def _options(content: dict[str, Any] | None) -> dict[str, Any]:
 def with_stock_attention(pruning: PruningConfig | None) -> PruningConfig | None:
     """The method in a tower that keeps its own attention, as the released codes prune.
 
-    In half precision another attention rounds otherwise, and moves choices between patches.
+    In half precision another attention rounds otherwise, and moves choices between patches. Where
+    every patch stays, the tower has its own anyway.
     """
-    if pruning is None:
-        return None
+    if pruning is None or not pruning.prunes:
+        return pruning
     return replace(pruning, runtime=replace(pruning.runtime, tower_attention="stock"))
 
 
