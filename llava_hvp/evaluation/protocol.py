@@ -95,7 +95,7 @@ def measured_protocol(
     if not is_next(model_path):
         return Protocol(ONE_TILE, ONE_TILE, "image", dtype, tower, mme)
     if pruning is not None:
-        tiling = getattr(pruning.runtime, "tiling", "stock")
+        tiling = pruning.runtime.tiling
     packing = "stock" if pruning is None else _packing(pruning.runtime)
     return Protocol(tiling, packing, "image", dtype, tower, mme)
 
