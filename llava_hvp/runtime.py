@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
-from llava_hvp.errors import OptionError, shown
+from llava_hvp.errors import OptionError, UnsupportedModelError, shown
 from llava_hvp.methods import check_known, get_method, method_class
 from llava_hvp.methods.base import Method, VisionMethod, vision_method
 from llava_hvp.methods.checks import choice
+from llava_hvp.methods.everything import Everything
+from llava_hvp.methods.language import LanguageMethod
 
 BUDGET = ("r_max", "num_tokens")
 
@@ -58,27 +60,48 @@ RUNTIME_OPTIONS = tuple(field.name for field in fields(Runtime))
 
 @dataclass(frozen=True)
 class PruningConfig:
-    """A method and how to run it: all that a command says of pruning."""
+    """Methods and how to run them: all that a command says of pruning.
+
+    Parameters
+    ----------
+    method : VisionMethod
+        at the vision tower; keeps all where only `inside` prunes
+    inside : LanguageMethod | None
+        inside the language model, of what `method` sends
+    """
 
     method: VisionMethod
     runtime: Runtime = Runtime()
+    inside: LanguageMethod | None = None
 
     @classmethod
-    def checked(cls, method: Any, runtime: Any = None) -> PruningConfig:
+    def checked(cls, method: Any, runtime: Any = None, inside: Any = None) -> PruningConfig:
         """What a user gives to `prune`; no runtime is the default one.
 
         Raises
         ------
         UnsupportedModelError
-            no Method, or one that does not choose at the vision tower
+            no Method, or one at another place than it was given for
         OptionError
-            no Runtime
+            no Runtime, or two methods inside the language model
         """
         if not isinstance(runtime, (Runtime, type(None))):
             raise OptionError(
                 f"runtime={shown(runtime)} is no Runtime: give one, as Runtime(newline='all')"
             )
-        return cls(vision_method(method), runtime or Runtime())
+        runtime = runtime or Runtime()
+        if isinstance(method, LanguageMethod):
+            if inside is not None:
+                raise OptionError(
+                    f"{method.name} and {inside!r} both prune inside the language model: give one"
+                )
+            return cls(Everything(), runtime, method)
+        if inside is not None and not isinstance(inside, LanguageMethod):
+            raise UnsupportedModelError(
+                f"{inside!r} does not prune inside the language model: give a LanguageMethod, or "
+                "one method alone"
+            )
+        return cls(vision_method(method), runtime, inside)
 
     @classmethod
     def of(cls, name: str, **options: Any) -> PruningConfig:

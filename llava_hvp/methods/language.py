@@ -1,0 +1,117 @@
+"""What a method inside the language model is: after which layers it drops, and which tokens."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from llava_hvp.methods.base import Method
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A place between two decoder layers where visual tokens are dropped.
+
+    Parameters
+    ----------
+    layer : int
+        decoder layers that run before the drop, at least 1: layer `layer`, numbered from 0, is the
+        first that sees fewer tokens
+    reads : str
+        the rows of attention that score: "last" of the prompt, or its "raters"
+    of : str
+        whose queries and keys: of the layer "before" the drop, which has run, or of the "next", on
+        the states that it is about to get
+    """
+
+    layer: int
+    reads: Literal["last", "raters"] = "last"
+    of: Literal["before", "next"] = "before"
+
+
+@dataclass(frozen=True)
+class LanguageContext:
+    """B rows of n tokens at one stage, prompts padded on the left.
+
+    Parameters
+    ----------
+    attention : Tensor
+        (B, heads, R, n) float32, of R query rows over all keys, after the softmax
+    raters : Tensor
+        (B, R) bool, which of the R query rows count: a batch of prompts may have unlike many
+    visual : Tensor
+        (B, n) bool, the tokens of images, newlines and merged ones included
+    valid : Tensor
+        (B, n) bool, all but padding
+    rope : Tensor | None
+        (B, 1, R, n) float32, what the rotary embedding alone gives: the attention of two vectors
+        of ones; for methods with `reads_rope`
+    stage : int
+        index among the method's stages
+    """
+
+    attention: Tensor
+    raters: Tensor
+    visual: Tensor
+    valid: Tensor
+    rope: Tensor | None
+    stage: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageMethod(Method, ABC):
+    """A method inside the language model: it drops visual tokens between decoder layers.
+
+    All visual tokens of a row are one set, whatever image they are of; text is never dropped.
+
+    Parameters
+    ----------
+    r_max : float | None
+        upper bound on the visual tokens that enter a layer, averaged over all layers, divided by
+        those that the language model gets, in (0, 1]; 1 keeps all
+    num_tokens : int | None
+        instead of `r_max`, that average as a number for one image
+    """
+
+    where: ClassVar[str] = "language model"
+    roles: ClassVar[tuple[str, ...]] = ("kept",)
+    positions: ClassVar[Literal["kept", "renumbered"]] = "kept"
+    reads_rope: ClassVar[bool] = False
+
+    @abstractmethod
+    def stages(self, depth: int) -> tuple[Stage, ...]:
+        """Where it drops in a language model of `depth` layers, strictly rising, below `depth`.
+
+        Raises LayerError where its layers do not fit.
+        """
+
+    @abstractmethod
+    def counts(self, visual: int, depth: int, images: int = 1) -> tuple[int, ...]:
+        """Visual tokens of a row that go on after each stage, merged ones included.
+
+        Raises OptionError for a budget below what the layers before the first stage see.
+
+        Parameters
+        ----------
+        visual : int
+            visual tokens of the row
+        images : int
+            images that they are of, which `num_tokens` is multiplied by
+        """
+
+    def scores(self, context: LanguageContext) -> Tensor:
+        """(B, n) float32, what each token is worth; the mean over heads and raters by default."""
+        count = context.raters.sum(1).clamp(min=1)
+        rows = context.attention.mean(1) * context.raters[..., None]
+        total: Tensor = rows.sum(1) / count[:, None]
+        return total
+
+    def average(self, visual: int, depth: int, images: int = 1) -> float:
+        """Visual tokens that enter a layer, averaged over all layers."""
+        starts = [0, *(stage.layer for stage in self.stages(depth)), depth]
+        entering = [visual, *self.counts(visual, depth, images)]
+        spans = zip(starts, starts[1:], entering, strict=False)
+        return sum((end - start) * count for start, end, count in spans) / depth
