@@ -15,11 +15,13 @@ from llava_hvp.methods.base import Method, Mix, Needs, Selection, VisionContext,
 from llava_hvp.methods.cdpruner import CDPruner
 from llava_hvp.methods.divprune import DivPrune
 from llava_hvp.methods.fastervlm import FasterVLM
+from llava_hvp.methods.fastv import FastV
 from llava_hvp.methods.fopru import FoPru
 from llava_hvp.methods.hiprune import HiPrune
 from llava_hvp.methods.hipruneplus import HiPrunePlus
 from llava_hvp.methods.hired import HiRED
 from llava_hvp.methods.hivtp import HIVTP
+from llava_hvp.methods.language import LanguageMethod
 from llava_hvp.methods.mmtok import MMTok
 from llava_hvp.methods.prumerge import PruMerge
 from llava_hvp.methods.prumergeplus import PruMergePlus
@@ -39,11 +41,13 @@ __all__ = [
     "SCOPE",
     "CDPruner",
     "DivPrune",
+    "FastV",
     "FasterVLM",
     "FoPru",
     "HiPrune",
     "HiPrunePlus",
     "HiRED",
+    "LanguageMethod",
     "LlavaHvpError",
     "MMTok",
     "Method",
@@ -70,7 +74,12 @@ __all__ = [
 
 
 def prune(
-    model: Any, method: Method, *, runtime: Runtime | None = None, tokenizer: Any = None
+    model: Any,
+    method: Method,
+    inside: LanguageMethod | None = None,
+    *,
+    runtime: Runtime | None = None,
+    tokenizer: Any = None,
 ) -> Pruning:
     """Prune the visual tokens of a loaded LLaVA model.
 
@@ -84,6 +93,9 @@ def prune(
         what LLaVA's `load_pretrained_model` gives, or a wrapper around it (PEFT, DDP)
     method : Method
         a Method, as `HIVTP(r_max=0.5)` or `get_method("hivtp", r_max=0.5)`
+    inside : LanguageMethod | None
+        a second method, inside the language model, of what the first one sends:
+        `prune(model, HIVTP(r_max=0.5), FastV(r_max=0.5))`
     runtime : Runtime | None
         how the model runs, as `Runtime(patch_merge="spatial")`; the same for every method
     tokenizer : Any
@@ -96,7 +108,7 @@ def prune(
         not a LLaVA model, no vision tower or one that cannot be read, already pruned, layers or a
         budget that this tower cannot meet, no text encoder. The model is as before.
     """
-    return host_of(model).attach(model, method, runtime=runtime, tokenizer=tokenizer)
+    return host_of(model).attach(model, method, inside, runtime=runtime, tokenizer=tokenizer)
 
 
 def unprune(model: Any) -> None:
@@ -106,6 +118,7 @@ def unprune(model: Any) -> None:
 
 def install(
     method: Method,
+    inside: LanguageMethod | None = None,
     *,
     runtime: Runtime | None = None,
     tokenizer: Any = None,
@@ -119,7 +132,7 @@ def install(
 
     Parameters
     ----------
-    method, runtime, tokenizer : Method | Runtime | None | Any
+    method, inside, runtime, tokenizer : Method | LanguageMethod | None | Runtime | None | Any
         as for `prune`
     on_model : Callable[[Pruning], None] | None
         called with the `Pruning` of each model that is built
@@ -132,7 +145,7 @@ def install(
     """
     from llava_hvp.hosts.llava import builder
 
-    builder.install(method, runtime=runtime, tokenizer=tokenizer, on_model=on_model)
+    builder.install(method, inside, runtime=runtime, tokenizer=tokenizer, on_model=on_model)
 
 
 def uninstall() -> None:

@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 
-from llava_hvp import HIVTP, HiPrune, HiPrunePlus, get_method, list_methods
+from llava_hvp import HIVTP, HiPrune, HiPrunePlus, VisionMethod, get_method, list_methods
 from llava_hvp.cli.evaluate import requested
 from llava_hvp.config import Request, add_flags, from_environment, parse, to_flags
 from llava_hvp.errors import OptionError
@@ -142,7 +142,7 @@ def test_an_error_shows_the_beginning_of_what_is_long(arguments):
     assert len(str(raised.value)) <= 500
 
 
-@pytest.mark.parametrize("name", list_methods())
+@pytest.mark.parametrize("name", list_methods(VisionMethod))
 @pytest.mark.parametrize("options", [{}, {"r_max": 0.3}, {"num_tokens": 77, "newline": "none"}])
 def test_the_variable_carries_every_method_unchanged(name, options):
     request = Request(PruningConfig.of(name, **options), True, "cpu", "/tmp/a folder")

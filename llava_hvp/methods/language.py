@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from llava_hvp.errors import OptionError
 from llava_hvp.methods.base import Method
 
 
@@ -78,8 +79,12 @@ class LanguageMethod(Method, ABC):
 
     where: ClassVar[str] = "language model"
     roles: ClassVar[tuple[str, ...]] = ("kept",)
-    positions: ClassVar[Literal["kept", "renumbered"]] = "kept"
     reads_rope: ClassVar[bool] = False
+
+    @property
+    def positions(self) -> Literal["kept", "renumbered"]:
+        """Whether tokens behind a drop keep their positions, or close up."""
+        return "kept"
 
     @abstractmethod
     def stages(self, depth: int) -> tuple[Stage, ...]:
@@ -89,18 +94,46 @@ class LanguageMethod(Method, ABC):
         """
 
     @abstractmethod
-    def counts(self, visual: int, depth: int, images: int = 1) -> tuple[int, ...]:
-        """Visual tokens of a row that go on after each stage, merged ones included.
+    def keeps(self, visual: int, depth: int, images: int = 1) -> tuple[int, ...]:
+        """Visual tokens of a row that are chosen to stay at each stage, at most those there are.
 
         Raises OptionError for a budget below what the layers before the first stage see.
 
         Parameters
         ----------
         visual : int
-            visual tokens of the row
+            visual tokens of the row, at least 1
         images : int
             images that they are of, which `num_tokens` is multiplied by
         """
+
+    def merges(self, dropped: int) -> int:
+        """Tokens that are made of so many dropped ones; they go on beside those that stay."""
+        return 0
+
+    def merge(self, states: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """(M, D) what is made of dropped tokens, and (M,) the columns that it is made at.
+
+        Parameters
+        ----------
+        states : Tensor
+            (g, D), hidden states of the dropped tokens, the best scored first
+        columns : Tensor
+            (g,) int64, where they stand in their row
+        """
+        raise NotImplementedError(f"{type(self).__name__} merges nothing")
+
+    def raters(self, embeds: Tensor, visual: Tensor, text: Tensor) -> Tensor:
+        """(B, n) bool, the tokens of the text behind the images that score; all by default.
+
+        Parameters
+        ----------
+        embeds : Tensor
+            (B, n, D), the prompt's input embeddings
+        visual, text : Tensor
+            (B, n) bool, tokens of images and of the text behind them
+        """
+        return text
 
     def scores(self, context: LanguageContext) -> Tensor:
         """(B, n) float32, what each token is worth; the mean over heads and raters by default."""
@@ -109,9 +142,58 @@ class LanguageMethod(Method, ABC):
         total: Tensor = rows.sum(1) / count[:, None]
         return total
 
+    def check(self, depth: int) -> None:
+        """Raise OptionError where layers or an `r_max` cannot be met in so many layers."""
+        self.stages(depth)
+        if self.r_max is not None:
+            self.bound(1, depth)
+
+    def counts(self, visual: int, depth: int, images: int = 1) -> tuple[int, ...]:
+        """Visual tokens of a row that go on after each stage, merged ones included."""
+        found, now = [], visual
+        for kept in self.keeps(visual, depth, images):
+            kept = min(kept, now)
+            now = kept + self.merges(now - kept)
+            found.append(now)
+        return tuple(found)
+
     def average(self, visual: int, depth: int, images: int = 1) -> float:
         """Visual tokens that enter a layer, averaged over all layers."""
         starts = [0, *(stage.layer for stage in self.stages(depth)), depth]
         entering = [visual, *self.counts(visual, depth, images)]
         spans = zip(starts, starts[1:], entering, strict=False)
         return sum((end - start) * count for start, end, count in spans) / depth
+
+    def bound(self, visual: int, depth: int, images: int = 1) -> float:
+        """What the budget lets enter a layer of a row's visual tokens, averaged over all layers.
+
+        Raises OptionError where the layers before the first stage see more already.
+        """
+        first = self.stages(depth)[0].layer
+        if self.num_tokens is None:
+            r_max = self.r_max or 0.0
+            if r_max * depth <= first:
+                raise OptionError(
+                    f"{self.name}: r_max={r_max} cannot be met: the {_layers(first)} before the "
+                    f"drop see all tokens, which alone is {first / depth:.3f} of them averaged "
+                    f"over {depth} layers: {_REMEDY}"
+                )
+            return r_max * visual
+        most = float(self.num_tokens * images)
+        if most * depth <= first * visual:
+            least = first * visual // (depth * images) + 1
+            raise OptionError(
+                f"{self.name}: num_tokens={self.num_tokens} of {visual} visual tokens of "
+                f"{images} image{'s' * (images != 1)} cannot be met: the {_layers(first)} "
+                f"before the drop see all tokens, which alone is "
+                f"{first * visual / depth / images:.1f} an image averaged over {depth} layers: "
+                f"give {least} or more, or prune the vision tower as well"
+            )
+        return min(most, float(visual))
+
+
+_REMEDY = "give more, or drop earlier, or prune the vision tower as well"
+
+
+def _layers(count: int) -> str:
+    return "layer" if count == 1 else f"{count} layers"

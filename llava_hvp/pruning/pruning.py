@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llava_hvp.decoder.hooks import DecoderHooks
 from llava_hvp.encoder.text import ClipText, cosine_relevance
 from llava_hvp.methods.base import VisionMethod
+from llava_hvp.methods.language import LanguageMethod
 from llava_hvp.methods.mmtok import content_words
 from llava_hvp.pruning.encoding import EncodedTiles, HostInputs, OfFeatures
 from llava_hvp.pruning.host import HostModel
@@ -39,7 +41,10 @@ class Pruning:
         do not change through `.data`. Without effect where gradients are wanted, where the method
         reads the prompt, and where the weights are partitioned (ZeRO-3, FSDP).
     on_record : Callable[[list[ImageReport]], None] | None
-        called with the reports of each call, from the thread that made it
+        called with the reports of each call, from the thread that made it; where a method prunes
+        inside the language model, once the prompt has run there
+    hooks : DecoderHooks | None
+        of the method inside the language model
     """
 
     def __init__(
@@ -51,6 +56,7 @@ class Pruning:
         self.on_record: Callable[[list[ImageReport]], None] | None = None
         self._recently = RecentlyEncoded()
         self.clip_text = clip_text
+        self.hooks: DecoderHooks | None = None
         self._newest: list[ImageReport] = []
 
     @property
@@ -62,6 +68,11 @@ class Pruning:
     def method(self) -> VisionMethod:
         """The method in force."""
         return self.host_model.encoder.prune_method
+
+    @property
+    def inside(self) -> LanguageMethod | None:
+        """The method inside the language model, if there is one."""
+        return None if self.hooks is None else self.hooks.method
 
     @property
     def runtime(self) -> Runtime:

@@ -43,6 +43,12 @@ class ImageReport:
         how the model sees pictures, to draw on one; None where unknown
     reused : bool
         whether this is what an earlier call made of the same image, as in a chat
+    layer_tokens : tuple[int, ...]
+        visual tokens of the image that enter each layer of the language model, merged ones
+        included; empty where no method prunes inside it
+    stages : tuple[Tensor, ...]
+        (tiles, N) bool after each stage inside the language model, the patches whose tokens go on;
+        merged tokens stand at none
     """
 
     method: str
@@ -56,6 +62,15 @@ class ImageReport:
     stock: Tensor | None = None
     view: View | None = None
     reused: bool = False
+    layer_tokens: tuple[int, ...] = ()
+    stages: tuple[Tensor, ...] = ()
+
+    @property
+    def average_tokens(self) -> float:
+        """Visual tokens that enter a layer of the language model, averaged over all layers."""
+        if not self.layer_tokens:
+            return self.kept_tokens
+        return sum(self.layer_tokens) / len(self.layer_tokens)
 
     @property
     def kept_patches(self) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 from llava.model.llava_arch import LlavaMetaForCausalLM
 from torch import Tensor, nn
 
+from llava_hvp.decoder import hooks as decoder_hooks
 from llava_hvp.encoder.text import ClipText
 from llava_hvp.errors import PrunedStateError, TextEncoderError, UnsupportedModelError
 from llava_hvp.hosts import unknown
@@ -19,6 +20,7 @@ from llava_hvp.hosts.llava.tiling import TilingConfig
 from llava_hvp.hosts.llava.tower import PrunedCLIPVisionTower
 from llava_hvp.hosts.llava.view import LlavaView
 from llava_hvp.methods.base import Method
+from llava_hvp.methods.language import LanguageMethod
 from llava_hvp.methods.masks import Grid
 from llava_hvp.pruning.layout import Layout, Size
 from llava_hvp.pruning.pruning import CHANGING, Pruning
@@ -124,6 +126,7 @@ class LlavaModel:
 def attach(
     model: Any,
     method: Method,
+    inside: LanguageMethod | None = None,
     *,
     runtime: Runtime | None = None,
     tokenizer: Any = None,
@@ -136,11 +139,16 @@ def attach(
     clip_text : ClipText | None
         instead of the one in the tower's own checkpoint
     """
-    chosen = PruningConfig.checked(method, runtime)
+    chosen = PruningConfig.checked(method, runtime, inside)
     model = find_llava(model)
     with CHANGING:
-        PrunedCLIPVisionTower.adopt(_unpruned_tower(model), chosen)
-        pruning = bind(model, tokenizer, clip_text)
+        tower = _unpruned_tower(model)
+        PrunedCLIPVisionTower.adopt(tower, chosen)
+        try:
+            pruning = bind(model, tokenizer, clip_text, chosen.inside)
+        except BaseException:
+            tower.release()
+            raise
     try:
         pruning.load_text()
     except BaseException:
@@ -168,9 +176,16 @@ def _unpruned_tower(model: Any) -> Any:
     return tower
 
 
-def bind(model: Any, tokenizer: Any = None, clip_text: ClipText | None = None) -> Pruning:
-    """Give one model the overrides; its tower decides what they do."""
+def bind(
+    model: Any,
+    tokenizer: Any = None,
+    clip_text: ClipText | None = None,
+    inside: LanguageMethod | None = None,
+) -> Pruning:
+    """Give one model the overrides; its tower and the method inside decide what they do."""
     pruning = Pruning(LlavaModel(model), tokenizer, clip_text)
+    if inside is not None:
+        pruning.hooks = decoder_hooks.attach(model.get_model(), inside, compat.new_cache)
     model.llava_hvp = pruning
     for override in (*OVERRIDES, *compat.instance_bridges()):
         # No MethodType: one of those is pickled by its name, and loaded as the stock method.
@@ -206,6 +221,8 @@ def detach(model: Any) -> None:
             raise PrunedStateError("this model is not pruned: nothing to undo")
         for override in (*OVERRIDES, *compat.instance_bridges()):
             model.__dict__.pop(override.__name__, None)
+        if model.llava_hvp.hooks is not None:
+            model.llava_hvp.hooks.remove()
         del model.__dict__["llava_hvp"]
         tower = model.get_vision_tower()
         if isinstance(tower, PrunedCLIPVisionTower):
