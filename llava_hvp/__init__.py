@@ -25,8 +25,10 @@ from llava_hvp.methods.language import LanguageMethod
 from llava_hvp.methods.mmtok import MMTok
 from llava_hvp.methods.prumerge import PruMerge
 from llava_hvp.methods.prumergeplus import PruMergePlus
+from llava_hvp.methods.pyramiddrop import PyramidDrop
 from llava_hvp.methods.random import Random
 from llava_hvp.methods.scope import SCOPE
+from llava_hvp.methods.sparsevlm import SparseVLM
 from llava_hvp.methods.uniform import Uniform
 from llava_hvp.methods.visionzip import VisionZip
 from llava_hvp.methods.vispruner import VisPruner
@@ -55,9 +57,11 @@ __all__ = [
     "Needs",
     "PruMerge",
     "PruMergePlus",
+    "PyramidDrop",
     "Random",
     "Runtime",
     "Selection",
+    "SparseVLM",
     "Uniform",
     "VisPruner",
     "VisionContext",

@@ -50,6 +50,49 @@ class Trace:
     entering: list = field(default_factory=list)
 
 
+def raters(embeds, visual):
+    """Columns of the text behind the images that rate."""
+    end = max(i for i, v in enumerate(visual) if v) + 1
+    words = embeds[end:]
+    shares = [0.0] * len(words)
+    images = [embeds[i] for i, v in enumerate(visual) if v]
+    for image in images:
+        row = torch.stack([image @ word for word in words]).softmax(0).tolist()
+        shares = [share + r / len(images) for share, r in zip(shares, row, strict=True)]
+    mean = sum(shares) / len(shares)
+    return {end + i for i, share in enumerate(shares) if share > mean} or set(
+        range(end, len(embeds))
+    )
+
+
+def corrected(attention, alone, visual):
+    """SparseVLM 2.0: less RoPE's own part, mean of the 14 heads that look most at the image."""
+    shares = attention / alone
+    heads = sorted(range(len(shares)), key=lambda h: (-float(shares[h][:, visual].sum()), h))
+    return shares[heads[:14]].mean((0, 1))
+
+
+def merged(states, _order):
+    """SparseVLM 1.5: the best of what goes, clustered around density peaks, as means."""
+    x = states[: int(0.3 * len(states)) + 1]
+    count, n = len(x) // 10 + 1, len(x)
+    far = [[float((a - b).norm()) / math.sqrt(len(a)) for b in x] for a in x]
+    density = [math.exp(-sum(d * d for d in sorted(row)[:count]) / count) for row in far]
+    # Two nearest neighbours of each other are as dense: the lower index is the denser.
+    rank = {i: r for r, i in enumerate(sorted(range(n), key=lambda i: (-round(density[i], 12), i)))}
+    most = max(map(max, far))
+    apart = [min([far[i][j] for j in range(n) if rank[j] < rank[i]] or [most]) for i in range(n)]
+    centres = sorted(range(n), key=lambda i: (-apart[i] * density[i], i))[:count]
+    groups = {c: [c] for c in centres}
+    for i in range(n):
+        if i not in groups:
+            groups[min(centres, key=lambda c: far[c][i])].append(i)
+    return [
+        sum(x[i] for i in members) / (len(members) + 1e-6)
+        for members in (groups[c] for c in centres)
+    ]
+
+
 class SlowLlama:
     """The decoder and the head of a Llama or Mistral."""
 
@@ -68,7 +111,8 @@ class SlowLlama:
         return self.weights[f"model.layers.{layer}.{name}.weight"]
 
     def norm(self, x, weight):
-        return weight * x / (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
+        x = x.float()  # as everywhere
+        return weight * (x * (x.pow(2).mean(-1, keepdim=True) + self.eps).rsqrt()).double()
 
     def turn(self, x, positions):
         """RoPE: pairs (i, i + d / 2) turned by position / 10000 ** (2 i / d).
@@ -106,10 +150,10 @@ class SlowLlama:
         return logits.masked_fill(~(seen | torch.eye(n, dtype=torch.bool)), MINUS).softmax(-1)
 
     def rope_alone(self, tokens):
-        """(n, n), the attention of vectors of ones."""
+        """(n, n), the products of vectors of ones, scaled."""
         ones = torch.ones(len(tokens), self.width, dtype=torch.float64)
         turned = self.turn(ones, [token.position for token in tokens])
-        return self.softmax(turned @ turned.T / math.sqrt(self.width), tokens)
+        return turned @ turned.T / math.sqrt(self.width)
 
     def run_layer(self, layer, tokens):
         x = torch.stack([token.state for token in tokens])

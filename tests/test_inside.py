@@ -3,9 +3,9 @@
 import pytest
 import torch
 from conftest import Bundle, load
-from reference_inside import Rule, SlowLlama
+from reference_inside import Rule, SlowLlama, corrected, merged, raters
 
-from llava_hvp import HIVTP, FastV, prune
+from llava_hvp import HIVTP, FastV, PyramidDrop, SparseVLM, prune
 from llava_hvp.testing import make_checkpoint
 
 DEPTH, EOS, TOKENS = 8, 2, 5
@@ -78,13 +78,44 @@ def prompt_of(bundle, question, images, method=None):
 
 def fastv(method):
     return lambda visual: Rule(
-        {s.layer: method.keeps(visual, DEPTH)[0] for s in method.stages(DEPTH)}
+        dict(zip(layers_of(method), method.keeps(visual, DEPTH), strict=True))
     )
 
 
-RULES = [(FastV(r_max=0.4), fastv)]
+def pyramiddrop(method):
+    return lambda visual: Rule(
+        dict(zip(layers_of(method), method.keeps(visual, DEPTH), strict=True)),
+        renumbers=True,
+        of="next",
+    )
+
+
+def sparsevlm(method):
+    first = method.version == "1.5"
+    return lambda visual: Rule(
+        dict(zip(layers_of(method), method.keeps(visual, DEPTH), strict=True)),
+        renumbers=first,
+        rows=raters,
+        score=None if first else corrected,
+        merge=merged if first else None,
+    )
+
+
+def layers_of(method):
+    return [stage.layer for stage in method.stages(DEPTH)]
+
+
+RULES = [
+    (FastV(r_max=0.4), fastv),
+    (PyramidDrop(r_max=0.4), pyramiddrop),
+    (PyramidDrop(), pyramiddrop),
+    (SparseVLM(r_max=0.4), sparsevlm),
+    (SparseVLM(version="2.0", r_max=0.5), sparsevlm),
+]
 each_rule = pytest.mark.parametrize(
-    ("method", "slowly"), RULES, ids=lambda value: getattr(value, "name", "")
+    ("method", "slowly"),
+    RULES,
+    ids=["fastv", "pyramiddrop", "pyramiddrop-halves", "sparsevlm", "sparsevlm-2.0"],
 )
 
 

@@ -77,7 +77,7 @@ def check_step(entering: Tensor, cache: Any, known: Any) -> None:
     if entering.shape[1] != 1:
         raise DecodingError(
             f"{entering.shape[1]} tokens at once after a prompt that was pruned inside the "
-            "language model: assisted decoding and further turns on one cache cannot be pruned there"
+            "language model: assisted decoding and further turns on one cache cannot follow"
         )
     rows = len(known.levels[0].lengths)
     if len(entering) != rows:

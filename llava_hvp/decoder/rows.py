@@ -72,7 +72,8 @@ def attention_of(
     return attention_rows(q, rotated(k, cos, sin), seen_by(columns, valid), scale)
 
 
-def rope_alone(rope: Rope, columns: Tensor, valid: Tensor, scale: float) -> Tensor:
-    """(B, 1, R, n) float32, the attention of vectors of ones: what the positions alone give."""
-    ones = torch.ones_like(rope[0], dtype=torch.float32)
-    return attention_of(ones[:, columns], ones, rope, columns, valid, scale)
+def rope_alone(rope: Rope, columns: Tensor, scale: float) -> Tensor:
+    """(B, 1, R, n) float32, products of vectors of ones: what the positions alone give."""
+    cos, sin = (part.float() for part in rope)
+    ones = rotated(torch.ones_like(cos)[:, None], cos, sin)
+    return ones[:, :, columns] @ ones.transpose(2, 3) * scale

@@ -77,7 +77,7 @@ def _context(
         raters=raters,
         visual=level.visual,
         valid=level.valid,
-        rope=rope_alone(rope, columns, level.valid, scale) if hooks.method.reads_rope else None,
+        rope=rope_alone(rope, columns, scale) if hooks.method.reads_rope else None,
         stage=number,
     )
 

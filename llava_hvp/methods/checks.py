@@ -126,6 +126,15 @@ def scaled_decoder_layers(layers: Iterable[int], depth: int) -> tuple[int, ...]:
     return tuple(found)
 
 
+def layer_numbers(options: Named, option: str) -> tuple[int, ...]:
+    """An option that is a tuple of numbers from 1; raises OptionError."""
+    value = getattr(options, option)
+    ok = isinstance(value, (tuple, list)) and all(type(n) is int and n >= 1 for n in value)
+    if not ok or not value:
+        raise OptionError(f"{options.name}: {option}={shown(value)}: give a tuple of integers")
+    return tuple(value)
+
+
 def decoder_layers(layers: Iterable[int], depth: int, option: str) -> tuple[int, ...]:
     """Layers given by hand, strictly rising, each in 1 .. depth - 1; raises LayerError."""
     layers = tuple(layers)

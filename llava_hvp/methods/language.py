@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -48,8 +49,8 @@ class LanguageContext:
     valid : Tensor
         (B, n) bool, all but padding
     rope : Tensor | None
-        (B, 1, R, n) float32, what the rotary embedding alone gives: the attention of two vectors
-        of ones; for methods with `reads_rope`
+        (B, 1, R, n) float32, what the rotary embedding alone gives: the product of two vectors of
+        ones at these places, scaled as for attention; for methods with `reads_rope`
     stage : int
         index among the method's stages
     """
@@ -79,12 +80,16 @@ class LanguageMethod(Method, ABC):
 
     where: ClassVar[str] = "language model"
     roles: ClassVar[tuple[str, ...]] = ("kept",)
-    reads_rope: ClassVar[bool] = False
 
     @property
     def positions(self) -> Literal["kept", "renumbered"]:
         """Whether tokens behind a drop keep their positions, or close up."""
         return "kept"
+
+    @property
+    def reads_rope(self) -> bool:
+        """Whether its scores go by `LanguageContext.rope`."""
+        return False
 
     @abstractmethod
     def stages(self, depth: int) -> tuple[Stage, ...]:
@@ -146,12 +151,15 @@ class LanguageMethod(Method, ABC):
         """Raise OptionError where layers or an `r_max` cannot be met in so many layers."""
         self.stages(depth)
         if self.r_max is not None:
-            self.bound(1, depth)
+            self.keeps(MANY, depth)
 
     def counts(self, visual: int, depth: int, images: int = 1) -> tuple[int, ...]:
         """Visual tokens of a row that go on after each stage, merged ones included."""
-        found, now = [], visual
-        for kept in self.keeps(visual, depth, images):
+        return self._going_on(visual, self.keeps(visual, depth, images))
+
+    def _going_on(self, visual: int, keeps: tuple[int, ...]) -> tuple[int, ...]:
+        found, now = list[int](), visual
+        for kept in keeps:
             kept = min(kept, now)
             now = kept + self.merges(now - kept)
             found.append(now)
@@ -159,10 +167,47 @@ class LanguageMethod(Method, ABC):
 
     def average(self, visual: int, depth: int, images: int = 1) -> float:
         """Visual tokens that enter a layer, averaged over all layers."""
+        return self._averaged(visual, self.keeps(visual, depth, images), depth)
+
+    def _averaged(self, visual: int, keeps: tuple[int, ...], depth: int) -> float:
         starts = [0, *(stage.layer for stage in self.stages(depth)), depth]
-        entering = [visual, *self.counts(visual, depth, images)]
+        entering = [visual, *self._going_on(visual, keeps)]
         spans = zip(starts, starts[1:], entering, strict=False)
         return sum((end - start) * count for start, end, count in spans) / depth
+
+    def largest(
+        self, kept: Callable[[float], tuple[int, ...]], bound: float, visual: int, depth: int
+    ) -> tuple[int, ...]:
+        """The most that is kept by a rate in (0, 1] within a bound on the average.
+
+        Raises OptionError for `num_tokens` that the smallest rate exceeds.
+
+        Parameters
+        ----------
+        kept : Callable[[float], tuple[int, ...]]
+            what a rate keeps at each stage; rises with it
+        """
+        low, high = 0.0, 1.0
+        if self._averaged(visual, kept(high), depth) <= bound + 1e-9:
+            return kept(high)
+        for _ in range(50):
+            middle = (low + high) / 2
+            fits = self._averaged(visual, kept(middle), depth) <= bound + 1e-9
+            low, high = (middle, high) if fits else (low, middle)
+        least = self._averaged(visual, kept(0.0), depth)
+        # Of a row with few tokens one stays at each drop, whatever its share.
+        excess = 0 if self.num_tokens is not None else len(kept(0.0))
+        if least > bound + excess + 1e-9:
+            given = (
+                f"r_max={self.r_max}"
+                if self.num_tokens is None
+                else f"num_tokens={self.num_tokens}"
+            )
+            raise OptionError(
+                f"{self.name}: {given} of {visual} visual tokens cannot be met: one token at each "
+                f"drop, and what is merged, is {least:.1f} averaged over {depth} layers: {_REMEDY}"
+            )
+        return kept(low)
 
     def bound(self, visual: int, depth: int, images: int = 1) -> float:
         """What the budget lets enter a layer of a row's visual tokens, averaged over all layers.
@@ -192,6 +237,7 @@ class LanguageMethod(Method, ABC):
         return min(most, float(visual))
 
 
+MANY = 10_000  # visual tokens, so that rounding them decides nothing
 _REMEDY = "give more, or drop earlier, or prune the vision tower as well"
 
 
