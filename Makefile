@@ -21,7 +21,7 @@ test: test-$(OLD) test-$(MIDDLE) test-$(NEW) test-lmms
 
 # On the older releases, what touches a host; what is pure, or about files and pages, on the newest.
 NEWEST_ONLY := answers config context docs eval_checkpoint eval_scores extras flops golden golden_merging \
-	golden_vision greedy layering masks merging methods naming pth record show show_page tables \
+	golden_vision greedy inside_config layering masks merging methods naming pth record show show_page tables \
 	vision_methods wheel
 test-%: $(VENVS)/%/ready
 	$(VENVS)/$*/bin/python -m pytest -q --numprocesses auto --dist loadfile \

@@ -49,7 +49,7 @@ def test_shortened_flags_are_left_to_the_command():
     ],
 )  # fmt: skip
 def test_options_are_read_as_the_method_has_them(line, method):
-    assert parsed(f"--prune-method {line}")[0].method == method
+    assert parsed(f"--prune-method {line}")[0].pruning.method == method
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_the_variable_carries_every_method_unchanged(name, options):
 def test_the_variable_carries_options_that_are_no_words():
     for method in (HIVTP(layers=(7, 8)), HIVTP(k=25.5, window=None, regions=1)):
         text = shlex.join(to_flags(Request(PruningConfig(method))))
-        assert from_environment({"LLAVA_HVP": text}).method == method
+        assert from_environment({"LLAVA_HVP": text}).pruning.method == method
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_the_variable_carries_options_that_are_no_words():
 )
 def test_none_takes_the_flags_of_a_loop_over_methods(flags):
     request = parsed(f"--prune-method none {flags}")[0]
-    assert (request.method, request.unpruned, request.asked) == (None, True, True)
+    assert (request.pruning, request.unpruned, request.asked) == (None, True, True)
     assert from_environment({"LLAVA_HVP": shlex.join(to_flags(request))}) == request
     assert not Request().asked
 

@@ -56,7 +56,7 @@ def _score(mark: Marks, none: Marks) -> VariantScore:
     asked = mark.images
     right = sum(mark.right.values())
     low, high = wilson_interval(right, asked)
-    is_none = mark.variant.method is None
+    is_none = not mark.variant.prunes
     return VariantScore(
         method=mark.variant.name,
         options=mark.variant.options,

@@ -108,9 +108,7 @@ def _row(
 ) -> BenchRow:
     seconds, floor = measured.seconds, measured.floor
     vision = geometry.vision
-    needs = None
-    if measured.variant.method is not None:
-        needs = measured.variant.method.needs(vision.layers, vision.select)
+    needs = measured.variant.needs(vision) if measured.variant.prunes else None
     selection = _each(lambda a, b: a - b, seconds["encode"], floor["encode"]) if floor else []
     shares = _each(lambda s, ttft: s / ttft, selection, floor["ttft"]) if floor else []
     to_none = {name: _each(_ratio, seconds[name], none.seconds[name]) for name in TIMES}

@@ -35,12 +35,10 @@ def applied(
         return
     from llava_hvp.hosts.llava.host import attach
 
-    method, runtime = variant.pruning.method, variant.pruning.runtime
-    with attach(
-        model, method, runtime=runtime, tokenizer=tokenizer, clip_text=clip_text
-    ) as pruning:
+    given = variant.pruning.arguments
+    with attach(model, **given, tokenizer=tokenizer, clip_text=clip_text) as pruning:
         tower = model.get_vision_tower()
-        if runtime.tower_dtype == "model":
+        if variant.pruning.runtime.tower_dtype == "model":
             tower.take_dtype(dtype)  # once a model, so not a part of any phase
         with all_attentions(tower) if variant.all_attentions else contextlib.nullcontext():
             yield pruning

@@ -16,7 +16,7 @@ from llava_hvp.errors import LayerError
 from llava_hvp.hosts.llava.tiling import TilingConfig
 from llava_hvp.hosts.llava.tower import check_tower
 from llava_hvp.hosts.llava.view import LlavaView
-from llava_hvp.methods.base import Needs, Selection, VisionMethod
+from llava_hvp.methods.base import Needs, Selection
 from llava_hvp.methods.uniform import Uniform
 from llava_hvp.pruning.report import ImageReport
 from llava_hvp.show.colours import UNPRUNED
@@ -69,12 +69,13 @@ class Viewer:
         tower = self.model.get_vision_tower()
         return read_geometry(tower.vision_tower).normalised(tower.select_layer)
 
-    def reads(self, method: VisionMethod | None) -> Needs:
-        """What a method goes by, whatever its budget; raises LayerError for layers not there."""
-        if method is None:
+    def reads(self, by: PrunedBy) -> Needs:
+        """What is read of the tower, whatever the budget; raises LayerError for others' layers."""
+        pruning = Variant.of(by).pruning
+        if pruning is None:
             return Needs()
         depth = read_geometry(self.model.get_vision_tower().vision_tower).depth
-        return method.reads(depth, self.select)
+        return pruning.method.reads(depth, self.select)
 
     def prompt(self, question: str) -> Tensor:
         """(1, L) token ids of a question about one image, in the conversation template."""

@@ -33,7 +33,7 @@ from llava_hvp.cli.extras import can_plot, need
 from llava_hvp.console import say
 from llava_hvp.errors import OptionError
 from llava_hvp.evaluation.files import read_json
-from llava_hvp.methods import list_methods, source_of
+from llava_hvp.methods import list_methods
 from llava_hvp.shapes import checkpoint, list_checkpoints
 from llava_hvp.shapes.exams import EXAMS, exam, exam_for
 from llava_hvp.shapes.questions import Question
@@ -204,8 +204,8 @@ def _depends(settings: AccuracySettings, facts: dict[str, str]) -> dict[str, Any
         **{
             f"{variant.name}: {name}": value
             for variant in settings.variants
-            if variant.method is not None
-            for name, value in source_of(type(variant.method)).items()
+            if variant.pruning is not None
+            for name, value in variant.pruning.source.items()
         },
     }
 

@@ -205,7 +205,7 @@ def parse(args: argparse.Namespace) -> BenchSettings:
         plots=args.out is not None and can_plot(),
     )
     if settings.model_path is not None:
-        check_before_loading(settings.model_path, [v.method for v in settings.variants])
+        check_before_loading(settings.model_path, [v.pruning for v in settings.variants])
     return settings
 
 

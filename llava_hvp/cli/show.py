@@ -16,7 +16,7 @@ from llava_hvp.cli.arguments import at_least, bits_of, budgets, device_of, exclu
 from llava_hvp.console import say
 from llava_hvp.errors import OptionError
 from llava_hvp.files import write_whole
-from llava_hvp.methods import list_methods, method_class
+from llava_hvp.methods import list_methods
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -149,7 +149,7 @@ def parse(args: argparse.Namespace) -> ShowSettings:
         prompt=args.prompt or None,
         new_tokens=args.new_tokens,
     )
-    check_before_loading(settings.model_path, [v.method for v in settings.variants])
+    check_before_loading(settings.model_path, [v.pruning for v in settings.variants])
     return settings
 
 
@@ -197,7 +197,7 @@ def run(settings: ShowSettings) -> int:
         conv_mode=settings.conv_mode,
     )
     for variant in settings.variants:
-        if viewer.reads(variant.method).relevance and not settings.prompt:
+        if viewer.reads(variant).relevance and not settings.prompt:
             raise OptionError(f"{variant.name} reads the prompt: give --prompt")
     drawing = _Drawing(settings, viewer, image, notes)
     files: dict[Path, bytes] = {}
@@ -291,18 +291,18 @@ class _Drawing:
     def _method(self, budgets: Sequence[Variant], unpruned: str) -> MethodShown:
         from llava_hvp.show.page import MethodShown
 
-        name, method = budgets[0].name, budgets[0].method
+        first = budgets[0]
         return MethodShown(
-            name,
-            "LLaVA without pruning" if method is None else method_class(name).summary,
-            self.viewer.reads(method).received_attention,
+            first.name,
+            first.summary,
+            self.viewer.reads(first).received_attention,
             [self._budget(variant, unpruned) for variant in budgets],
         )
 
     def _budget(self, variant: Variant, unpruned: str) -> Shown:
         from llava_hvp.show.page import Shown
 
-        if variant.method is None:
+        if not variant.prunes:
             return Shown("everything kept", self._look(variant), unpruned)
         label = variant.options.replace("=", " ") or "no budget"
         if not self.settings.prompt:

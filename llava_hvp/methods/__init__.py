@@ -162,7 +162,7 @@ def _own(path: str, called: str) -> type[Method]:
         missing = ", ".join(sorted(vars(kind)["__abstractmethods__"]))
         raise OptionError(f"the method {called} is abstract: it lacks {missing}")
     own = vars(kind)
-    if not all(own.get(option) for option in ("name", "summary", "roles")):
+    if not all((own.get("name"), own.get("summary"), getattr(kind, "roles", None))):
         raise OptionError(f"the method {called} lacks a name, a summary or roles of its own")
     if not _NAME.fullmatch(str(kind.name)) or kind.name == NONE:
         raise OptionError(
