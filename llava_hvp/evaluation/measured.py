@@ -50,6 +50,8 @@ class Measured:
         dtype and attention of the vision tower, as "float16 eager"; "" where it is not known
     metrics : dict[str, float]
         as the harness gives them
+    kept_tokens, kept_of_stock : float | None
+        that enter a layer of the language model, averaged over all
     """
 
     benchmark: str
@@ -151,8 +153,9 @@ def _ours(content: dict[str, Any], path: Path) -> Measured:
         content["metric"],
         content["metrics"],
         path,
-        content["kept_tokens"],
-        content["kept_of_stock"],
+        # Results of before pruning inside the language model have no averages.
+        content.get("average_tokens", content["kept_tokens"]),
+        content.get("average_of_stock", content["kept_of_stock"]),
         content["kept_of_patches"],
         content["ttft_ms"],
         content["tokens_per_second"],
@@ -187,8 +190,8 @@ def _lmms(content: dict[str, Any], path: Path) -> list[Measured]:
                 next(iter(metrics), ""),
                 metrics,
                 path,
-                measured.get(f"{prefix}kept_tokens"),
-                measured.get(f"{prefix}kept_of_stock"),
+                measured.get(f"{prefix}average_tokens", measured.get(f"{prefix}kept_tokens")),
+                measured.get(f"{prefix}average_of_stock", measured.get(f"{prefix}kept_of_stock")),
                 measured.get(f"{prefix}kept_of_patches"),
                 measured.get(f"{prefix}ttft_ms"),
                 measured.get(f"{prefix}tokens_per_second"),

@@ -37,7 +37,7 @@ def in_layers(
     """
     times = len(levels[0].lengths) // len(rows)
     columns, visual, merged = zip(*_on_cpu(levels), strict=True)
-    found = [_gone(report, len(stages), depth) for report in reports]
+    found = [_gone(report, stages, depth) for report in reports]
     for row, (images, counts) in enumerate(zip(rows, sent, strict=True)):
         if not images:
             continue
@@ -61,6 +61,7 @@ def in_layers(
                 reports[image],
                 layer_tokens=tuple(entering[_at(levels, layer)] for layer in range(depth)),
                 stages=tuple(masks),
+                stage_layers=tuple(stages),
             )
     return found
 
@@ -70,15 +71,25 @@ def in_all_layers(
 ) -> list[ImageReport]:
     """The reports of a call of which every token goes through all layers."""
     return [
-        replace(r, layer_tokens=(r.kept_tokens,) * depth, stages=(r.sent,) * len(stages))
+        replace(
+            r,
+            layer_tokens=(r.kept_tokens,) * depth,
+            stages=(r.sent,) * len(stages),
+            stage_layers=tuple(stages),
+        )
         for r in reports
     ]
 
 
-def _gone(report: ImageReport, stages: int, depth: int) -> ImageReport:
+def _gone(report: ImageReport, stages: Sequence[int], depth: int) -> ImageReport:
     """The report of an image that no row has a place for."""
     nothing = torch.zeros_like(report.sent)
-    return replace(report, layer_tokens=(0,) * depth, stages=(nothing,) * stages)
+    return replace(
+        report,
+        layer_tokens=(0,) * depth,
+        stages=(nothing,) * len(stages),
+        stage_layers=tuple(stages),
+    )
 
 
 def _at(levels: Sequence[Level], layer: int) -> int:

@@ -49,6 +49,8 @@ class ImageReport:
     stages : tuple[Tensor, ...]
         (tiles, N) bool after each stage inside the language model, the patches whose tokens go on;
         merged tokens stand at none
+    stage_layers : tuple[int, ...]
+        layers that run before each of these stages
     """
 
     method: str
@@ -64,6 +66,7 @@ class ImageReport:
     reused: bool = False
     layer_tokens: tuple[int, ...] = ()
     stages: tuple[Tensor, ...] = ()
+    stage_layers: tuple[int, ...] = ()
 
     @property
     def average_tokens(self) -> float:
