@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from llava_hvp.methods.language import LanguageMethod
 from llava_hvp.runtime import PruningConfig
 
 MANY = 10_000  # visual tokens, so that rounding them decides nothing
@@ -23,8 +22,8 @@ def check_before_loading(model_path: str, prunings: Iterable[PruningConfig | Non
     chosen = [pruning for pruning in prunings if pruning is not None]
     layers = model.get("num_hidden_layers")
     for pruning in chosen:
-        if pruning.inside is not None and isinstance(layers, int):
-            check_inside(pruning.inside, layers)
+        if isinstance(layers, int):
+            check_inside(pruning, layers)
     tower = _config(str(model.get("mm_vision_tower")))
     vision = tower.get("vision_config", tower)
     if not isinstance(vision, dict):
@@ -40,11 +39,15 @@ def check_before_loading(model_path: str, prunings: Iterable[PruningConfig | Non
         pruning.method.check((side, side))
 
 
-def check_inside(method: LanguageMethod, layers: int) -> None:
-    """Raise LayerError or OptionError where its stages or its budget do not fit so many layers.
+def check_inside(pruning: PruningConfig | None, layers: int) -> None:
+    """Raise LayerError or OptionError for a language model of too few layers for what is inside it.
 
-    A budget in tokens can be told from an image only.
+    Its stages have to fit, and a share of the tokens; a number of them can be told from an image
+    only.
     """
+    method = None if pruning is None else pruning.inside
+    if method is None:
+        return
     method.stages(layers)
     if method.r_max is not None:
         method.counts(MANY, layers)

@@ -19,7 +19,7 @@ from llava_hvp.bench.plot import plot
 from llava_hvp.bench.results import BenchRow, rows_of
 from llava_hvp.bench.tables import render
 from llava_hvp.bench.workload import Workload, make_workload, pattern
-from llava_hvp.checkpoints.before_loading import check_before_loading
+from llava_hvp.checkpoints.before_loading import check_before_loading, check_inside
 from llava_hvp.checkpoints.dtypes import DTYPES
 from llava_hvp.checkpoints.geometry import get_geometry, list_geometries
 from llava_hvp.checkpoints.naming import named_path
@@ -204,6 +204,10 @@ def parse(args: argparse.Namespace) -> BenchSettings:
         out=args.out,
         plots=args.out is not None and can_plot(),
     )
+    if settings.geometry is not None:
+        layers = get_geometry(settings.geometry).language.layers
+        for variant in settings.variants:
+            check_inside(variant.pruning, layers)
     if settings.model_path is not None:
         check_before_loading(settings.model_path, [v.pruning for v in settings.variants])
     return settings
