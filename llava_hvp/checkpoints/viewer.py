@@ -126,6 +126,11 @@ class Viewer:
             report = self.look(Uniform(r_max=1), image, ids)
             everything = Selection.from_roles({UNPRUNED: report.selection.keep})
             return replace(report, method="none", selection=everything)
+        if variant.pruning.inside is not None:
+            # What is left inside is known when the prompt has run there.
+            with self.checkpoint.pruned_by(variant) as pruning:
+                self._generate(image, ids, 1)
+                return pruning.last[0]
         with self.checkpoint.pruned_by(variant) as pruning:
             self.model.prepare_inputs_labels_for_multimodal(
                 ids, None, None, None, None, self.pixels(image), [image.size]
@@ -138,12 +143,15 @@ class Viewer:
     ) -> tuple[str, ImageReport | None]:
         """The greedy answer, pruned by a method or (None) not, and what was kept for it."""
         with self.checkpoint.pruned_by(by) as pruning:
-            out = self.model.generate(
-                ids,
-                images=self.pixels(image),
-                image_sizes=[image.size],
-                do_sample=False,
-                max_new_tokens=new_tokens,
-            )
+            out = self._generate(image, ids, new_tokens)
             text = self.checkpoint.tokenizer.batch_decode(out, skip_special_tokens=True)[0].strip()
             return text, pruning.last[0] if pruning is not None else None
+
+    def _generate(self, image: Any, ids: Tensor, new_tokens: int) -> Any:
+        return self.model.generate(
+            ids,
+            images=self.pixels(image),
+            image_sizes=[image.size],
+            do_sample=False,
+            max_new_tokens=new_tokens,
+        )

@@ -19,6 +19,7 @@ from llava_hvp.show.frame import (
     shape_of,
     states_of,
 )
+from llava_hvp.show.inside import caption, last_of, prunes_tower, stages_of, totals
 from llava_hvp.show.sheet import (
     FAINT,
     GAP,
@@ -58,24 +59,43 @@ def overlay(
     widest : int
         pixels, where no scale is given
     """
-    panels = frame_of(report, image)
-    scale = scale or scale_for(panels, widest)
-    states, colours = states_of(report), list(colours_of(report.selection.roles).values())
-    drawn = [picture(paint(panel, states, colours, scale)) for panel in panels]
-    if len(panels) > 1:
-        named = zip(drawn, panels, strict=True)
-        drawn = [below([d, words(p.name, ink=FAINT)], gap=4) for d, p in named]
-    sheet = beside(drawn)
+    panels, stages = frame_of(report, image), stages_of(report)
+    across = 1 if scale else _across(panels, len(stages), widest)
+    scale = scale or scale_for(list(panels) * across, widest)
+    colours = list(colours_of(report.selection.roles).values())
+
+    def painted(report: Report) -> Image.Image:
+        states = states_of(report)
+        drawn = [picture(paint(panel, states, colours, scale)) for panel in panels]
+        if len(panels) > 1:
+            named = zip(drawn, panels, strict=True)
+            drawn = [below([d, words(p.name, ink=FAINT)], gap=4) for d, p in named]
+        return beside(drawn)
+
+    sheet = painted(report)
+    if stages:
+        before = [("sent", report)] if prunes_tower(report) else []
+        named_stages = [*before, *stages]
+        sheet = in_rows(
+            [below([painted(r), words(caption(n, r))], gap=4) for n, r in named_stages], across
+        )
     width = max(sheet.width, NARROWEST)
-    totals = (
-        f"{title or report.method}: {report.kept_tokens} of {report.stock_tokens} tokens "
-        f"({report.kept_of_stock:.1%}), {report.kept_patches} of {report.sent.numel()} patches "
-        f"({report.kept_of_patches:.1%})"
-    )
+    said = f"{title or report.method}: {totals(report)}"
     seen = report.view.describe(image.size) if report.view is not None else ""
     lines = [words(note, width - GAP, ink=FAINT) for note in (seen, *notes)]
-    texts = [words(totals, width - GAP), roles_legend(report, width - GAP), *lines]
+    texts = [words(said, width - GAP), roles_legend(last_of(report), width - GAP), *lines]
     return below([sheet, with_margin(below(texts, gap=GAP // 2), GAP // 2)], gap=0)
+
+
+def _across(panels: Sequence[Panel], stages: int, widest: int) -> int:
+    """How many pictures of an image fit side by side, of those at the tower and after stages."""
+    return max(1, min(stages + 1, (widest - GAP) // (shape_of(panels)[0] + GAP)))
+
+
+def in_rows(pictures: Sequence[Image.Image], across: int) -> Image.Image:
+    """So many pictures side by side, row below row."""
+    starts = range(0, len(pictures), across)
+    return below([beside(pictures[start : start + across]) for start in starts])
 
 
 def scale_for(panels: Sequence[Panel], widest: int = WIDEST) -> int:
