@@ -182,6 +182,20 @@ class PruningConfig:
         budget = {name: first.pop(name) for name in BUDGET if name in first}
         return budget | _changed(self.runtime) | first | _prefixed(*second)
 
+    @property
+    def budget(self) -> str:
+        """What methods at an equal budget have in common, as `r_max=0.25`; "" for none in words.
+
+        Of two methods it is the average over the language model's layers: shares multiply.
+        """
+        first, *second = self.methods
+        if second and first.r_max is not None and second[0].r_max is not None:
+            return f"r_max={round(first.r_max * second[0].r_max, 4)}"
+        own = _changed((second or [first])[0])
+        return " ".join(
+            f"{n}={own[n]}" for n in BUDGET if n in own and (not second or n != "r_max")
+        )
+
     def __str__(self) -> str:
         """As `hivtp r_max=0.5`."""
         return " ".join([self.name, *(f"{n}={v}" for n, v in self.given.items())])

@@ -195,6 +195,16 @@ def test_two_that_are_joined_share_a_budget():
     ]
 
 
+@pytest.mark.parametrize("budget", [{"r_max": 0.25}, {"r_max": 0.11}, {"num_tokens": 30}])
+def test_methods_alone_and_joined_have_one_budget(budget):
+    ((name, value),) = budget.items()
+    found = variants(["hivtp", "halver", "hivtp+halver"], [budget])[1:]
+    assert {variant.pruning.budget for variant in found} == {f"{name}={value}"}
+    assert PruningConfig(HIVTP(r_max=0.5), inside=Halver(num_tokens=9)).budget == "num_tokens=9"
+    assert PruningConfig(HIVTP(num_tokens=9), inside=Halver(r_max=0.5)).budget == ""
+    assert PruningConfig(HIVTP(k=25, window=2)).budget == ""
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
