@@ -62,7 +62,7 @@ def test_what_enters_each_layer_is_counted_and_told():
     assert counts["mean_average_of_stock"] == pytest.approx((0.4 + 0.275) / 2)
     assert str(totals) == (
         "2 images, kept 33.8% of stock's visual tokens on average over 4 layers, 50 -> 20 after "
-        "layer 2 -> 15 after layer 3, and 50.0% of all patches (means)"
+        "layer 2 -> 15 after layer 3, and sent 50.0% of all patches (means)"
     )
     assert (one.average_tokens, report(60, 100).average_tokens) == (40, 60)
 

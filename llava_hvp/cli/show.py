@@ -320,7 +320,7 @@ class _Drawing:
 
     def _budget(self, variant: Variant, unpruned: str) -> list[Shown]:
         """What stays at a budget: at the tower, and after each stage inside the language model."""
-        from llava_hvp.show.inside import prunes_tower, stages_of
+        from llava_hvp.show.inside import shown_of
         from llava_hvp.show.page import Shown
 
         if not variant.prunes:
@@ -329,10 +329,9 @@ class _Drawing:
         kept, answer = self._look(variant) if not self.settings.prompt else None, ""
         if kept is None:
             answer, kept = self._answer(variant)
-        stages = [Shown(f"{label}, {words}", r, answer) for words, r in stages_of(kept)]
-        if not stages:
+        if not kept.stages:
             return [Shown(label, kept, answer)]
-        return [Shown(f"{label}, sent", kept, answer)] * prunes_tower(kept) + stages
+        return [Shown(f"{label}, {words}", r, answer) for words, r in shown_of(kept)]
 
     def _look(self, variant: Variant) -> ImageReport:
         return self.viewer.look(variant, self.image, self.ids)

@@ -89,20 +89,20 @@ def summary(counts: dict[str, Any]) -> str:
     """As `12 images, kept 48.8% of stock's visual tokens and 48.8% of all patches (means)`.
 
     Of a chat `1 image, sent 3 times, kept …`; with a method inside the language model `kept 29.2%
-    of stock's visual tokens on average over 32 layers, 576 -> 166 after layer 2, and …`.
+    of stock's visual tokens on average over 32 layers, 576 -> 166 after layer 2, and sent …`.
     """
     images = counts["images"]
     if not images:
         return "no image"
-    share, inside = counts["mean_kept_of_stock"], ""
+    share, inside = counts["mean_kept_of_stock"], " and"
     if counts.get("layer_tokens"):
         layers = [total / images for total in counts["layer_tokens"]]
         share = counts["mean_average_of_stock"]
-        inside = f" on average over {len(layers)} layers, {in_stages(layers)},"
+        inside = f" on average over {len(layers)} layers, {in_stages(layers)}, and sent"
     times = f", sent {images + counts['reused']} times" if counts.get("reused") else ""
     return (
         f"{images} image{'s' * (images != 1)}{times}, "
-        f"kept {share:.1%} of stock's visual tokens{inside} and "
+        f"kept {share:.1%} of stock's visual tokens{inside} "
         f"{counts['mean_kept_of_patches']:.1%} of all patches (means)"
     )
 

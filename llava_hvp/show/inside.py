@@ -33,9 +33,11 @@ def last_of(report: Report) -> Report:
     return stages[-1][1] if stages else report
 
 
-def prunes_tower(report: Report) -> bool:
-    """Whether anything was left out before the language model."""
-    return report.kept_tokens < report.stock_tokens
+def shown_of(report: Report) -> list[tuple[str, Report]]:
+    """What pictures show of a report: what was sent, where that is not all, and every stage."""
+    stages = stages_of(report)
+    is_all = report.kept_tokens == report.stock_tokens
+    return stages if stages and is_all else [("sent", report), *stages]
 
 
 def totals(report: Report) -> str:

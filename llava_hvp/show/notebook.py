@@ -13,7 +13,7 @@ import torch
 from llava_hvp.errors import PictureError
 from llava_hvp.show.colours import DIMMED, colours_of
 from llava_hvp.show.frame import Report, counts_of, places_of, states_of
-from llava_hvp.show.inside import last_of, stages_of
+from llava_hvp.show.inside import last_of, shown_of
 
 SIDE = 10  # pixels along a patch
 LIGHT = (190, 190, 190)  # in place of the photo
@@ -28,7 +28,7 @@ def png_of(report: Report) -> bytes | None:
         return None
     colours = list(colours_of(report.selection.roles).values())
     sheets = []
-    for each in (report, *(later for _, later in stages_of(report))):
+    for each in [shown for _, shown in shown_of(report)]:
         drawn = []
         for panel in places_of(each):
             rows, columns = panel.patches.shape

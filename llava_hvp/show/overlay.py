@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from llava_hvp.show.frame import (
     shape_of,
     states_of,
 )
-from llava_hvp.show.inside import caption, last_of, prunes_tower, stages_of, totals
+from llava_hvp.show.inside import caption, last_of, shown_of, totals
 from llava_hvp.show.sheet import (
     FAINT,
     GAP,
@@ -36,6 +37,7 @@ from llava_hvp.show.sheet import (
 
 WIDEST, LARGEST = 1100, 4  # pixels of an overlay, times the size that the model sees
 NARROWEST = 360  # pixels, so that a legend has room
+LEAST = 330  # pixels, the width of one of several pictures of an image
 LIGHT, DARK, SQUARE = 250, 222, 7  # the chequers of what unpad cuts off
 
 
@@ -59,8 +61,8 @@ def overlay(
     widest : int
         pixels, where no scale is given
     """
-    panels, stages = frame_of(report, image), stages_of(report)
-    across = 1 if scale else _across(panels, len(stages), widest)
+    panels, shown = frame_of(report, image), shown_of(report)
+    across = 1 if scale else _across(panels, len(shown), widest)
     scale = scale or scale_for(list(panels) * across, widest)
     colours = list(colours_of(report.selection.roles).values())
 
@@ -73,11 +75,9 @@ def overlay(
         return beside(drawn)
 
     sheet = painted(report)
-    if stages:
-        before = [("sent", report)] if prunes_tower(report) else []
-        named_stages = [*before, *stages]
+    if report.stages:
         sheet = in_rows(
-            [below([painted(r), words(caption(n, r))], gap=4) for n, r in named_stages], across
+            [below([painted(r), words(caption(n, r))], gap=4) for n, r in shown], across
         )
     width = max(sheet.width, NARROWEST)
     said = f"{title or report.method}: {totals(report)}"
@@ -87,9 +87,11 @@ def overlay(
     return below([sheet, with_margin(below(texts, gap=GAP // 2), GAP // 2)], gap=0)
 
 
-def _across(panels: Sequence[Panel], stages: int, widest: int) -> int:
-    """How many pictures of an image fit side by side, of those at the tower and after stages."""
-    return max(1, min(stages + 1, (widest - GAP) // (shape_of(panels)[0] + GAP)))
+def _across(panels: Sequence[Panel], count: int, widest: int) -> int:
+    """How many of the pictures of an image stand side by side, each large enough to be read."""
+    width, _ = shape_of(panels)
+    wide = width * math.ceil(LEAST / width)
+    return max(1, min(count, (widest - GAP) // (wide + GAP)))
 
 
 def in_rows(pictures: Sequence[Image.Image], across: int) -> Image.Image:
