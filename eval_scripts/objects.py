@@ -120,7 +120,7 @@ def by_method(viewer: Viewer, known: list[Known], pruning: PruningConfig) -> dic
         for role, mask in report.selection.roles.items():
             roles[role] += torch.stack([(kinds[mask[0]] == kind).sum() for kind in range(3)])
     return {
-        "method": pruning.method.name,
+        "method": pruning.name,
         "r_max": f"{pruning.method.r_max}",
         "things found, %": f"{np.mean(kept['found']):.1f}",
         "of thing patches, %": f"{np.mean(kept['things']):.1f}",

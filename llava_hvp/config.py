@@ -18,7 +18,6 @@ from llava_hvp.runtime import (
     INSIDE,
     JOINED,
     PruningConfig,
-    inside_methods,
     method_classes,
 )
 
@@ -213,7 +212,7 @@ def check_pair(first: str, second: str) -> None:
     if not issubclass(method_class(second), LanguageMethod):
         raise OptionError(
             f"prune-inside {shown(second)}: that prunes at the vision tower: inside the language "
-            f"model prune {', '.join(inside_methods())}"
+            f"model prune {', '.join(list_methods(LanguageMethod))}"
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
@@ -220,7 +219,7 @@ def method_classes(spec: str) -> tuple[type[Method], ...]:
         why = f"{names[0]} prunes inside the language model: give it second, {names[1]} first"
     else:
         why = f"{names[1]} prunes at the vision tower, not inside the language model: there prune "
-        why += ", ".join(inside_methods())
+        why += ", ".join(list_methods(LanguageMethod))
     raise OptionError(f"{JOINED.join(names)}: {why}")
 
 
@@ -233,16 +232,6 @@ def _split(spec: str) -> tuple[str, ...]:
             if all(part in known or _PATH.fullmatch(part) for part in parts):
                 return parts
     return (spec,)
-
-
-def inside_methods() -> list[str]:
-    """Names of the methods that prune inside the language model."""
-    found = []
-    for name in list_methods():
-        with contextlib.suppress(OptionError):  # of a package that cannot be imported
-            if issubclass(method_class(name), LanguageMethod):
-                found.append(name)
-    return found
 
 
 def options_of(kind: type[Method], inside: type[Method] | None = None) -> list[str]:

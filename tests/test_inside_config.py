@@ -38,7 +38,7 @@ class Halver(LanguageMethod):
     def stages(self, depth):
         return tuple(Stage(layer) for layer in (self.layer, *(self.layers or ())))
 
-    def counts(self, visual, depth, images=1):
+    def keeps(self, visual, depth, images=1):
         return tuple(visual // 2 ** (n + 1) for n in range(len(self.stages(depth))))
 
 

@@ -9,8 +9,6 @@ from typing import Any
 
 from llava_hvp.runtime import PruningConfig
 
-MANY = 10_000  # visual tokens, so that rounding them decides nothing
-
 
 def check_before_loading(model_path: str, prunings: Iterable[PruningConfig | None]) -> None:
     """Raise LayerError or OptionError for a method that the model of a checkpoint cannot have.
@@ -40,17 +38,9 @@ def check_before_loading(model_path: str, prunings: Iterable[PruningConfig | Non
 
 
 def check_inside(pruning: PruningConfig | None, layers: int) -> None:
-    """Raise LayerError or OptionError for a language model of too few layers for what is inside it.
-
-    Its stages have to fit, and a share of the tokens; a number of them can be told from an image
-    only.
-    """
-    method = None if pruning is None else pruning.inside
-    if method is None:
-        return
-    method.stages(layers)
-    if method.r_max is not None:
-        method.counts(MANY, layers)
+    """Raise OptionError where what is inside a language model of so many layers cannot be met."""
+    if pruning is not None and pruning.inside is not None:
+        pruning.inside.check(layers)
 
 
 def _config(name: str) -> dict[str, Any]:

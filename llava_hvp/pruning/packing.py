@@ -77,10 +77,10 @@ def pack(
         tokens_of(place, selection, method, runtime.newline)
         for place, selection in zip(layouts, selections, strict=True)
     ]
-    view = model.view()
+    view, name = model.view(), pruning.config.name
     reports = [
         ImageReport(
-            method.name,
+            name,
             count,
             place.stock_tokens,
             len(tokens),

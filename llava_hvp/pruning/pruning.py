@@ -22,7 +22,7 @@ from llava_hvp.pruning.host import HostModel
 from llava_hvp.pruning.layout import Size
 from llava_hvp.pruning.report import ImageReport
 from llava_hvp.pruning.reuse import RecentlyEncoded, weights_version
-from llava_hvp.runtime import Runtime
+from llava_hvp.runtime import PruningConfig, Runtime
 
 # Held while a model is looked at and changed, so that of two threads one comes first.
 CHANGING = threading.RLock()
@@ -78,6 +78,11 @@ class Pruning:
     def runtime(self) -> Runtime:
         """How the method is run."""
         return self.host_model.encoder.prune_runtime
+
+    @property
+    def config(self) -> PruningConfig:
+        """Methods and running together."""
+        return PruningConfig(self.method, self.runtime, self.inside)
 
     @property
     def last(self) -> list[ImageReport]:

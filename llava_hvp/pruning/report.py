@@ -21,7 +21,7 @@ class ImageReport:
     Parameters
     ----------
     method : str
-        name of the method
+        name of the method, of both as `hivtp+fastv`
     tiles : int
         the encoder saw: 1, or the base tile and the sub-images of AnyRes
     stock_tokens : int
@@ -99,10 +99,14 @@ class ImageReport:
     def __repr__(self) -> str:
         tiles = "1 tile" if self.tiles == 1 else f"{self.tiles} tiles"
         patches = self.grid[0] * self.grid[1] * self.tiles
+        inside = ""
+        if self.layer_tokens:
+            share = self.average_tokens / self.stock_tokens
+            inside = f", {self.average_tokens:.1f} ({share:.1%}) averaged over layers"
         return (
             f"<{self.method}: {tiles}, {self.kept_tokens} of {self.stock_tokens} tokens "
             f"({self.kept_of_stock:.1%}), {self.kept_patches} of {patches} patches "
-            f"({self.kept_of_patches:.1%}){', encoded by an earlier call' * self.reused}>"
+            f"({self.kept_of_patches:.1%}){inside}{', encoded by an earlier call' * self.reused}>"
         )
 
     def overlay(self, image: Any, *, scale: int | None = None) -> Any:
