@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llava_hvp.checkpoints.geometry import Language, LlavaGeometry
-from llava_hvp.methods.language import Stage
+from llava_hvp.methods.language import LanguageMethod
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ def complete(
     tiles: int | None = None,
     layers_run: int | None = None,
     layers_read: int = 0,
-    stages: Sequence[Stage] = (),
+    inside: LanguageMethod | None = None,
+    text_behind: int | None = None,
     new_tokens: int = 1,
 ) -> Flops:
     """Every matrix product that is done, those of attention included.
@@ -66,9 +67,10 @@ def complete(
         of the encoder; up to the selected one by default (stock runs all)
     layers_read : int
         layers whose attention the method reads; each costs its q k^T a second time
-    stages : Sequence[Stage]
-        where visual tokens are dropped inside the language model; a stage that drops none costs
-        nothing, and of "raters" all text is counted
+    inside : LanguageMethod | None
+        what drops visual tokens inside the language model; a stage that drops none costs nothing
+    text_behind : int | None
+        tokens of the prompt behind the images, of which some score; all of it by default
     new_tokens : int
         of the answer
     """
@@ -84,11 +86,8 @@ def complete(
     prompt = [visual + text_tokens for visual in per_layer]
     of_layer, of_logits = 2 * language.layer_weights, 2 * language.hidden * language.vocab
     attention = 4 * language.hidden
-    choice = sum(
-        _choice(language, stage, prompt[stage.layer - 1], text_tokens)
-        for stage in stages
-        if per_layer[stage.layer] < per_layer[stage.layer - 1]
-    )
+    raters = text_tokens if text_behind is None else text_behind
+    choice = 0.0 if inside is None else _choice(language, inside, prompt, raters)
     per_token = language.layers * of_layer + of_logits
     return Flops(
         tower=tiles * (embedding + layers_run * layer),
@@ -108,14 +107,33 @@ def _entering(visual_tokens: int | Sequence[int], layers: int) -> list[int]:
     return list(visual_tokens)
 
 
-def _choice(language: Language, stage: Stage, tokens: int, text_tokens: int) -> float:
-    """What a stage inside the language model costs on `tokens` tokens, before the drop."""
-    rows = 1 if stage.reads == "last" else text_tokens
-    products = 2.0 * rows * tokens * language.hidden
-    if stage.of == "before":
-        return products
-    keys = language.hidden * language.kv_heads // language.heads
-    return products + 2 * language.hidden * (rows * language.hidden + tokens * keys)
+def _choice(
+    language: Language, method: LanguageMethod, prompt: Sequence[int], raters: int
+) -> float:
+    """What scoring at the stages costs; of merging only the means are products.
+
+    Parameters
+    ----------
+    prompt : Sequence[int]
+        tokens that enter each layer
+    raters : int
+        query rows of a stage that reads them
+    """
+    wide, keys = language.hidden, language.hidden * language.kv_heads // language.heads
+    stages = method.stages(language.layers)
+    # Which of them rate is asked once, by the embeddings of all tokens.
+    total = 2.0 * prompt[0] ** 2 * wide * any(stage.reads == "raters" for stage in stages)
+    for stage in stages:
+        before, after = prompt[stage.layer - 1], prompt[stage.layer]
+        if after == before:
+            continue
+        rows = 1 if stage.reads == "last" else raters
+        total += 2 * rows * before * wide
+        if method.reads_rope:
+            total += 2 * rows * before * wide // language.heads
+        if stage.of == "next":
+            total += 2 * wide * (rows * wide + before * keys)
+    return total
 
 
 def as_published(

@@ -129,7 +129,6 @@ def _row(
     if measured.layer_tokens:
         tokens = [round(count / work.batch) for count in measured.layer_tokens]
     pruning = measured.variant.pruning
-    inside = None if pruning is None else pruning.inside
     flops = complete(
         geometry,
         tokens,
@@ -139,7 +138,8 @@ def _row(
         # Stock runs every layer of its tower.
         layers_run=vision.layers if needs is None else vision.select,
         layers_read=0 if needs is None else len({*needs.received_attention, *needs.cls_attention}),
-        stages=() if inside is None else inside.stages(geometry.language.layers),
+        inside=None if pruning is None else pruning.inside,
+        text_behind=work.text_behind,
         new_tokens=work.new_tokens,
     )
     return BenchRow(
