@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llava_hvp import list_methods
+from llava_hvp import VisionMethod, list_methods
 from llava_hvp.accuracy.exam import TEMPLATE
 from llava_hvp.bench.machine import versions
 from llava_hvp.checkpoints.viewer import Viewer
@@ -120,7 +120,7 @@ def by_method(viewer: Viewer, known: list[Known], pruning: PruningConfig) -> dic
         for role, mask in report.selection.roles.items():
             roles[role] += torch.stack([(kinds[mask[0]] == kind).sum() for kind in range(3)])
     return {
-        "method": pruning.method.name,
+        "method": pruning.name,
         "r_max": f"{pruning.method.r_max}",
         "things found, %": f"{np.mean(kept['found']):.1f}",
         "of thing patches, %": f"{np.mean(kept['things']):.1f}",
@@ -144,7 +144,7 @@ def main() -> None:
         layers = by_layer(viewer, known)
         methods = [
             by_method(viewer, known, PruningConfig.of(name, r_max=r_max))
-            for name in list_methods()
+            for name in list_methods(VisionMethod)
             for r_max in BUDGETS
         ]
     command = shlex.join(["python", "eval_scripts/objects.py", *sys.argv[1:]])

@@ -15,16 +15,20 @@ from llava_hvp.methods.base import Method, Mix, Needs, Selection, VisionContext,
 from llava_hvp.methods.cdpruner import CDPruner
 from llava_hvp.methods.divprune import DivPrune
 from llava_hvp.methods.fastervlm import FasterVLM
+from llava_hvp.methods.fastv import FastV
 from llava_hvp.methods.fopru import FoPru
 from llava_hvp.methods.hiprune import HiPrune
 from llava_hvp.methods.hipruneplus import HiPrunePlus
 from llava_hvp.methods.hired import HiRED
 from llava_hvp.methods.hivtp import HIVTP
+from llava_hvp.methods.language import LanguageMethod
 from llava_hvp.methods.mmtok import MMTok
 from llava_hvp.methods.prumerge import PruMerge
 from llava_hvp.methods.prumergeplus import PruMergePlus
+from llava_hvp.methods.pyramiddrop import PyramidDrop
 from llava_hvp.methods.random import Random
 from llava_hvp.methods.scope import SCOPE
+from llava_hvp.methods.sparsevlm import SparseVLM
 from llava_hvp.methods.uniform import Uniform
 from llava_hvp.methods.visionzip import VisionZip
 from llava_hvp.methods.vispruner import VisPruner
@@ -39,11 +43,13 @@ __all__ = [
     "SCOPE",
     "CDPruner",
     "DivPrune",
+    "FastV",
     "FasterVLM",
     "FoPru",
     "HiPrune",
     "HiPrunePlus",
     "HiRED",
+    "LanguageMethod",
     "LlavaHvpError",
     "MMTok",
     "Method",
@@ -51,9 +57,11 @@ __all__ = [
     "Needs",
     "PruMerge",
     "PruMergePlus",
+    "PyramidDrop",
     "Random",
     "Runtime",
     "Selection",
+    "SparseVLM",
     "Uniform",
     "VisPruner",
     "VisionContext",
@@ -70,7 +78,12 @@ __all__ = [
 
 
 def prune(
-    model: Any, method: Method, *, runtime: Runtime | None = None, tokenizer: Any = None
+    model: Any,
+    method: Method,
+    inside: LanguageMethod | None = None,
+    *,
+    runtime: Runtime | None = None,
+    tokenizer: Any = None,
 ) -> Pruning:
     """Prune the visual tokens of a loaded LLaVA model.
 
@@ -84,6 +97,9 @@ def prune(
         what LLaVA's `load_pretrained_model` gives, or a wrapper around it (PEFT, DDP)
     method : Method
         a Method, as `HIVTP(r_max=0.5)` or `get_method("hivtp", r_max=0.5)`
+    inside : LanguageMethod | None
+        a second method, inside the language model, of what the first one sends:
+        `prune(model, HIVTP(r_max=0.5), FastV(r_max=0.5))`
     runtime : Runtime | None
         how the model runs, as `Runtime(patch_merge="spatial")`; the same for every method
     tokenizer : Any
@@ -96,7 +112,7 @@ def prune(
         not a LLaVA model, no vision tower or one that cannot be read, already pruned, layers or a
         budget that this tower cannot meet, no text encoder. The model is as before.
     """
-    return host_of(model).attach(model, method, runtime=runtime, tokenizer=tokenizer)
+    return host_of(model).attach(model, method, inside, runtime=runtime, tokenizer=tokenizer)
 
 
 def unprune(model: Any) -> None:
@@ -106,6 +122,7 @@ def unprune(model: Any) -> None:
 
 def install(
     method: Method,
+    inside: LanguageMethod | None = None,
     *,
     runtime: Runtime | None = None,
     tokenizer: Any = None,
@@ -119,7 +136,7 @@ def install(
 
     Parameters
     ----------
-    method, runtime, tokenizer : Method | Runtime | None | Any
+    method, inside, runtime, tokenizer : Method | LanguageMethod | None | Runtime | None | Any
         as for `prune`
     on_model : Callable[[Pruning], None] | None
         called with the `Pruning` of each model that is built
@@ -132,7 +149,7 @@ def install(
     """
     from llava_hvp.hosts.llava import builder
 
-    builder.install(method, runtime=runtime, tokenizer=tokenizer, on_model=on_model)
+    builder.install(method, inside, runtime=runtime, tokenizer=tokenizer, on_model=on_model)
 
 
 def uninstall() -> None:

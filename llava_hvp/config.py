@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import dataclasses
 import shlex
 from collections.abc import Mapping, Sequence
@@ -12,14 +11,19 @@ from typing import Any, NoReturn
 
 from llava_hvp.errors import OptionError, shown
 from llava_hvp.methods import NONE, list_methods, method_class, method_spec
-from llava_hvp.methods.base import VisionMethod
-from llava_hvp.methods.unpruned import Unpruned
-from llava_hvp.runtime import BUDGET, RUNTIME_OPTIONS, PruningConfig, Runtime, options_of
+from llava_hvp.methods.language import LanguageMethod
+from llava_hvp.options import read_option, unpruned
+from llava_hvp.runtime import (
+    BUDGET,
+    INSIDE,
+    JOINED,
+    PruningConfig,
+    method_classes,
+)
 
 VARIABLE = "LLAVA_HVP"
 DEVICE_VARIABLE = "LLAVA_HVP_DEVICE"
 DISABLE_VARIABLE = "LLAVA_HVP_DISABLE"
-LONGEST_VALUE = 1000  # characters; 60 layers are 200
 
 
 @dataclass(frozen=True)
@@ -51,10 +55,17 @@ class Request:
     part: str | None = None
     unpruned: bool = False
 
+    def __post_init__(self) -> None:
+        if self.train and self.pruning is not None and self.pruning.inside is not None:
+            raise OptionError(
+                f"--prune-train: {self.pruning.inside.name} prunes inside the language model, "
+                "which training does not go with: leave one of them out"
+            )
+
     @property
-    def method(self) -> VisionMethod | None:
-        """The method; None to leave pruning off."""
-        return None if self.pruning is None else self.pruning.method
+    def prunes(self) -> bool:
+        """Whether a method was named."""
+        return self.pruning is not None
 
     @property
     def asked(self) -> bool:
@@ -103,6 +114,28 @@ def add_flags(parser: argparse.ArgumentParser, *, device: bool, train: bool = Fa
         help="an option of the method, repeatable; `llava-hvp methods` lists them",
     )
     group.add_argument(
+        "--prune-inside",
+        metavar="NAME",
+        help="a second method, which prunes inside the language model what the first one sends; "
+        "alone it is the --prune-method",
+    )
+    group.add_argument(
+        "--inside-r-max",
+        type=_number,
+        metavar="R",
+        help="its budget: upper bound on visual tokens, averaged over the layers, of those that it "
+        "gets; 0.5 where none is given",
+    )
+    group.add_argument(
+        "--inside-num-tokens",
+        type=_integer,
+        metavar="N",
+        help="instead: that average as visual tokens of one image",
+    )
+    group.add_argument(
+        "--inside-opt", action="append", metavar="KEY=VALUE", help="an option of it, repeatable"
+    )
+    group.add_argument(
         "--prune-train",
         action="store_true",
         help="prune in training too (llava.train only)" if train else argparse.SUPPRESS,
@@ -128,46 +161,83 @@ def parse(arguments: Sequence[str], *, device: bool) -> tuple[Request, list[str]
 
 def requested(found: argparse.Namespace) -> Request:
     """What the flags of `add_flags` ask for, once parsed; raises OptionError."""
-    given = {n: getattr(found, n) for n in BUDGET if getattr(found, n) is not None}
     device = getattr(found, "device", None)
     reports, part = (getattr(found, f"prune_{n}", None) for n in ("reports", "part"))
     if found.prune_method is None:
-        lonely = [f"--{name.replace('_', '-')}" for name in given]
-        lonely += ["--prune-opt"] * bool(found.prune_opt) + ["--prune-train"] * found.prune_train
-        if lonely:
-            raise OptionError(f"{lonely[0]} without --prune-method: give one of {_names()}")
+        _refuse_lonely(found)
         return Request(device=device, reports=reports, part=part)
+    if found.prune_inside is not None:
+        check_pair(found.prune_method, found.prune_inside)
     if found.prune_method == NONE:
-        options = dict(read_option(NONE, text) for text in found.prune_opt or ())
-        none = unpruned(options | given)
+        none = unpruned(_given(found, NONE))
         return Request(none, found.prune_train, device, reports, part, unpruned=none is None)
-    for text in found.prune_opt or ():
-        key, value = read_option(found.prune_method, text)
+    if found.prune_inside is None and len(method_classes(found.prune_method)) > 1:
+        first, second = map(method_spec, method_classes(found.prune_method))
+        raise OptionError(
+            f"--prune-method {shown(found.prune_method)}: give --prune-method {first} "
+            f"--prune-inside {second}, each with a budget of its own"
+        )
+    spec = JOINED.join(filter(None, (found.prune_method, found.prune_inside)))
+    given = _given(found, spec)
+    return Request(PruningConfig.of(spec, **given), found.prune_train, device, reports, part)
+
+
+def _refuse_lonely(found: argparse.Namespace) -> None:
+    """Raise OptionError for flags that say nothing without a method."""
+    names = [*BUDGET, "prune_opt", "prune_inside", *(INSIDE + n for n in (*BUDGET, "opt"))]
+    lonely = [name for name in names if getattr(found, name) is not None]
+    lonely += ["prune_train"] * found.prune_train
+    if lonely and found.prune_inside is not None:
+        raise OptionError(
+            f"--prune-inside {shown(found.prune_inside)} without --prune-method: give it as "
+            "--prune-method, or one at the vision tower beside it"
+        )
+    if lonely:
+        raise OptionError(f"{_flag(lonely[0])} without --prune-method: give one of {_names()}")
+
+
+def check_pair(first: str, second: str) -> None:
+    """Raise OptionError for two methods of which not the second alone prunes inside."""
+    if NONE in (first, second):
+        raise OptionError(
+            f"prune-inside {shown(second)} beside prune-method {shown(first)}: give a method alone "
+            "as prune-method"
+        )
+    kinds = method_classes(first)
+    if len(kinds) > 1 or issubclass(kinds[0], LanguageMethod):
+        raise OptionError(
+            f"prune-inside {shown(second)}: prune-method {shown(first)} prunes inside the "
+            "language model already: give one of them"
+        )
+    if not issubclass(method_class(second), LanguageMethod):
+        raise OptionError(
+            f"prune-inside {shown(second)}: that prunes at the vision tower: inside the language "
+            f"model prune {', '.join(list_methods(LanguageMethod))}"
+        )
+
+
+def _given(found: argparse.Namespace, spec: str) -> dict[str, Any]:
+    """Options of one method or two by their flags; raises OptionError for one given twice."""
+    budgets = [*BUDGET, *(INSIDE + name for name in BUDGET)]
+    given = {n: getattr(found, n) for n in budgets if getattr(found, n) is not None}
+    second = [INSIDE + text for text in found.inside_opt or ()]
+    if spec == NONE or len(method_classes(spec)) == 1:
+        lonely = [n for n in given if n.startswith(INSIDE)] + [f"{INSIDE}opt"] * bool(second)
+        if lonely:
+            raise OptionError(
+                f"{_flag(lonely[0])} without --prune-inside: an only method takes "
+                f"{_flag(lonely[0].removeprefix(INSIDE)).replace('--opt', '--prune-opt')}"
+            )
+    for text in (*(found.prune_opt or ()), *second):
+        key, value = read_option(spec, text)
         if key in given:
             raise OptionError(f"{key} is given twice: {shown(given[key])} and {shown(value)}")
         given[key] = value
-    pruning = PruningConfig.of(found.prune_method, **given)
-    return Request(pruning, found.prune_train, device, reports, part)
+    return given
 
 
-def unpruned(options: Mapping[str, Any]) -> PruningConfig | None:
-    """What `none` is beside these options: None for LLaVA without us.
-
-    By a tiling or packing of its own LLaVA is unpruned in that protocol, as its pruned neighbours
-    in a loop over methods are. The other options are taken and not used. Raises OptionError for
-    options that no method has, or a wrong value of a budget or a Runtime.
-    """
-    kinds = [method_class(name) for name in list_methods()]
-    known = {option for kind in kinds for option in options_of(kind)}
-    for option in options:
-        if option not in known:
-            raise OptionError(f"{NONE}: unknown option {option!r}: no method has it")
-    Unpruned(**{name: value for name, value in options.items() if name in BUDGET})
-    given = Runtime(**{name: options[name] for name in RUNTIME_OPTIONS if name in options})
-    if given.tiling == "stock" and given.packs_as_stock:
-        return None
-    own = Runtime(tiling=given.tiling, patch_merge=given.patch_merge, newline=given.newline)
-    return PruningConfig(Unpruned(), own)
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _names() -> str:
@@ -203,12 +273,17 @@ def to_flags(request: Request) -> list[str]:
     """Flags that `parse` reads back as an equal request."""
     flags: list[str] = []
     if request.pruning is not None:
-        flags += ["--prune-method", method_spec(type(request.pruning.method))]
+        first, *second = (method_spec(type(method)) for method in request.pruning.methods)
+        flags += ["--prune-method", first]
+        for name in second:
+            flags += ["--prune-inside", name]
         for name, value in request.pruning.given.items():
-            if name in BUDGET:
-                flags += [f"--{name.replace('_', '-')}", str(value)]
+            own = name.removeprefix(INSIDE) if second else name
+            if own in BUDGET:
+                flags += [_flag(name), str(value)]
             else:
-                flags += ["--prune-opt", f"{name}={value}"]
+                kind = "--prune-opt" if own == name else "--inside-opt"
+                flags += [kind, f"{own}={value}"]
     elif request.unpruned:
         flags += ["--prune-method", NONE]
     flags += ["--prune-train"] * request.train
@@ -216,42 +291,6 @@ def to_flags(request: Request) -> list[str]:
     for flag, text in {"--device": request.device, **hidden}.items():
         flags += [flag, text] if text else []
     return flags
-
-
-def read_option(method: str, text: str) -> tuple[str, Any]:
-    """Name and value of KEY=VALUE, of the method or its Runtime; raises OptionError."""
-    key, equals, value = text.partition("=")
-    key = key.strip().replace("-", "_")
-    if not equals or not key:
-        raise OptionError(f"--prune-opt {shown(text)}: give KEY=VALUE, as patch_merge=spatial")
-    if len(value) > LONGEST_VALUE:
-        raise OptionError(
-            f"--prune-opt {shown(text)}: give a value of at most {LONGEST_VALUE} characters"
-        )
-    kind = Unpruned if method == NONE else method_class(method)
-    kinds = {f.name: str(f.type) for each in (kind, Runtime) for f in dataclasses.fields(each)}
-    return key, _value(value.strip(), kinds.get(key, ""))
-
-
-def _value(text: str, kind: str) -> Any:
-    """A Python literal where it is one (numbers, None, `7,8,9`), else the text itself.
-
-    Parameters
-    ----------
-    kind : str
-        the option's annotation, since "none" is a word to some and None to others
-    """
-    if kind == "str":  # one of some words, of which a number may be one
-        return text
-    known = {"true": True, "false": False} | ({"none": None} if "None" in kind else {})
-    if text.lower() in known:
-        return known[text.lower()]
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return text  # the last three of a dict of lists, and of deep nesting
-    is_one = not isinstance(value, (tuple, list))
-    return (value,) if is_one and value is not None and "tuple" in kind else value
 
 
 def _number(text: str) -> float:

@@ -40,6 +40,10 @@ class PrunedStateError(LlavaHvpError, RuntimeError):
     """Pruning what is pruned already, or undoing what is not."""
 
 
+class DecodingError(LlavaHvpError, RuntimeError):
+    """A way of running the language model that pruning inside it cannot follow."""
+
+
 class PictureError(LlavaHvpError, ValueError):
     """A picture that cannot be read or drawn, or another one than a report is of."""
 

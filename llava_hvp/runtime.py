@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
-from llava_hvp.errors import OptionError, shown
-from llava_hvp.methods import NONE, check_known, get_method, method_class
+from llava_hvp.errors import OptionError, UnsupportedModelError, shown
+from llava_hvp.methods import (
+    NONE,
+    check_known,
+    list_methods,
+    method_class,
+    method_spec,
+    source_of,
+)
 from llava_hvp.methods.base import Method, VisionMethod, vision_method
 from llava_hvp.methods.checks import choice
+from llava_hvp.methods.language import LanguageMethod
 from llava_hvp.methods.unpruned import Unpruned
 
 BUDGET = ("r_max", "num_tokens")
+JOINED = "+"  # between the names of two methods, as hivtp+fastv
+INSIDE = "inside_"  # before an option of the second of them
+_PATH = re.compile(r"[^\W\d][\w.]*:[\w.]+")  # module:Class
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,70 +85,204 @@ RUNTIME_OPTIONS = tuple(field.name for field in fields(Runtime))
 
 @dataclass(frozen=True)
 class PruningConfig:
-    """A method and how to run it: all that a command says of pruning.
+    """Methods and how to run them: all that a command says of pruning.
 
     LLaVA without us is none of these; unpruned LLaVA by another tiling or packing is one.
+
+    Parameters
+    ----------
+    method : VisionMethod
+        at the vision tower; `Unpruned` where only `inside` prunes, or nothing
+    inside : LanguageMethod | None
+        inside the language model, of what `method` sends
+
+    Raises OptionError for an option of the run that nothing would come of.
     """
 
     method: VisionMethod
     runtime: Runtime = Runtime()
+    inside: LanguageMethod | None = None
+
+    def __post_init__(self) -> None:
+        if self.methods[0] is self.inside and self.runtime.tower_dtype != "stock":
+            raise OptionError(
+                f"{self.name}: tower_dtype={self.runtime.tower_dtype}: the tower stays stock's "
+                "where only the language model prunes: leave it out"
+            )
 
     @classmethod
-    def checked(cls, method: Any, runtime: Any = None) -> PruningConfig:
+    def checked(cls, method: Any, runtime: Any = None, inside: Any = None) -> PruningConfig:
         """What a user gives to `prune`; no runtime is the default one.
 
         Raises
         ------
         UnsupportedModelError
-            no Method, or one that does not choose at the vision tower
+            no Method, or one at another place than it was given for
         OptionError
-            no Runtime
+            no Runtime, or two methods inside the language model
         """
         if not isinstance(runtime, (Runtime, type(None))):
             raise OptionError(
                 f"runtime={shown(runtime)} is no Runtime: give one, as Runtime(newline='all')"
             )
-        return cls(vision_method(method), runtime or Runtime())
+        runtime = runtime or Runtime()
+        if isinstance(method, LanguageMethod):
+            if inside is not None:
+                raise OptionError(
+                    f"{method.name} and {inside!r} both prune inside the language model: give one"
+                )
+            return cls(Unpruned(), runtime, method)
+        if inside is not None and not isinstance(inside, LanguageMethod):
+            raise UnsupportedModelError(
+                f"{inside!r} does not prune inside the language model: give a LanguageMethod, or "
+                "one method alone"
+            )
+        return cls(vision_method(method), runtime, inside)
 
     @classmethod
     def of(cls, name: str, **options: Any) -> PruningConfig:
-        """By the method's name and the options of both, as flags and results write them.
+        """By name and options, as flags and results write them.
+
+        `of("hivtp+fastv", r_max=0.5, inside_r_max=0.5)` is HIVTP(r_max=0.5) and FastV(r_max=0.5).
 
         `none` is unpruned, whatever its budget. Raises OptionError for an unknown name, option or
         value; the message lists the valid ones.
         """
-        kind = Unpruned if name == NONE else method_class(name)
-        check_known(name, options, options_of(kind))
+        kinds = (Unpruned,) if name == NONE else method_classes(name)
+        check_known(name, options, options_of(*kinds))
         shared = {key: options.pop(key) for key in RUNTIME_OPTIONS if key in options}
-        method = Unpruned() if name == NONE else get_method(name, **options)
-        return cls(vision_method(method), Runtime(**shared))
+        given: list[dict[str, Any]] = [{}, {}]
+        for key, value in options.items():
+            is_second = len(kinds) > 1 and key.startswith(INSIDE)
+            given[is_second][key[len(INSIDE) :] if is_second else key] = value
+        methods = [kind(**own) for kind, own in zip(kinds, given, strict=False)]
+        return cls.checked(methods[0], Runtime(**shared), *methods[1:])
 
     @property
     def prunes(self) -> bool:
         """Whether this leaves out any patch by itself; not so `none`, with options of a Runtime."""
-        return not isinstance(self.method, Unpruned)
+        return self.inside is not None or not isinstance(self.method, Unpruned)
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """The methods that prune, in their order."""
+        if self.inside is None:
+            return (self.method,)
+        alone = isinstance(self.method, Unpruned)
+        return (self.inside,) if alone else (self.method, self.inside)
+
+    @property
+    def name(self) -> str:
+        """As `hivtp`, `fastv` or `hivtp+fastv`."""
+        return JOINED.join(method.name for method in self.methods)
+
+    @property
+    def spec(self) -> str:
+        """The name by which `of` finds the methods again, in another process too."""
+        return JOINED.join(method_spec(type(method)) for method in self.methods)
+
+    @property
+    def source(self) -> dict[str, str]:
+        """What tells two versions of somebody's own methods apart."""
+        sources = [source_of(type(method)) for method in self.methods]
+        return {
+            INSIDE * number + key: value
+            for number, source in enumerate(sources)
+            for key, value in source.items()
+        }
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What to put on a model, by the names that `prune` and `install` have for it."""
+        inside = {} if self.inside is None else {"inside": self.inside}
+        return {"method": self.method, "runtime": self.runtime, **inside}
 
     @property
     def options(self) -> dict[str, Any]:
-        """Every option of both."""
-        return asdict(self.method) | asdict(self.runtime)
+        """Every option of the methods and of their run."""
+        first, *second = map(asdict, self.methods)
+        return first | asdict(self.runtime) | _prefixed(*second)
 
     @property
     def given(self) -> dict[str, Any]:
-        """The budget, and the options of both that differ from their defaults."""
-        own, shared = _changed(self.method), _changed(self.runtime)
-        budget = {name: own.pop(name) for name in BUDGET if name in own}
-        return budget | shared | own
+        """The budgets, and the options that differ from their defaults."""
+        first, *second = map(_given, self.methods)
+        budget = {name: first.pop(name) for name in BUDGET if name in first}
+        return budget | _changed(self.runtime) | first | _prefixed(*second)
+
+    @property
+    def budget(self) -> str:
+        """What methods at an equal budget have in common, as `r_max=0.25`; "" for none in words.
+
+        Of two methods it is the average over the language model's layers: shares multiply.
+        """
+        first, *second = self.methods
+        if second and first.r_max is not None and second[0].r_max is not None:
+            return f"r_max={round(first.r_max * second[0].r_max, 4)}"
+        own = _changed((second or [first])[0])
+        return " ".join(
+            f"{n}={own[n]}" for n in BUDGET if n in own and (not second or n != "r_max")
+        )
 
     def __str__(self) -> str:
         """As `hivtp r_max=0.5`."""
-        return " ".join([self.method.name, *(f"{n}={v}" for n, v in self.given.items())])
+        return " ".join([self.name, *(f"{n}={v}" for n, v in self.given.items())])
 
 
-def options_of(kind: type[Method]) -> list[str]:
-    """Names of the options that a method can be given, those of its run included."""
-    own = (field.name for field in fields(kind))
-    return [*BUDGET, *RUNTIME_OPTIONS, *(name for name in own if name not in BUDGET)]
+def method_classes(spec: str) -> tuple[type[Method], ...]:
+    """The class behind a name, or both behind two that are joined, as `hivtp+fastv`.
+
+    Raises OptionError for an unknown name, or two of which not the second alone prunes inside the
+    language model.
+    """
+    names = _split(spec)
+    kinds = tuple(method_class(name) for name in names)
+    if len(kinds) == 1:
+        return kinds
+    insides = [issubclass(kind, LanguageMethod) for kind in kinds]
+    if insides == [False, True]:
+        return kinds
+    if all(insides):
+        why = "both prune inside the language model: give one of them"
+    elif any(insides):
+        why = f"{names[0]} prunes inside the language model: give it second, {names[1]} first"
+    else:
+        why = f"{names[1]} prunes at the vision tower, not inside the language model: there prune "
+        why += ", ".join(list_methods(LanguageMethod))
+    raise OptionError(f"{JOINED.join(names)}: {why}")
+
+
+def _split(spec: str) -> tuple[str, ...]:
+    """One name or two; a name may have a + of its own, as hiprune++."""
+    known = list_methods()
+    if spec not in known:
+        for at in (at for at, letter in enumerate(spec) if letter == JOINED):
+            parts = spec[:at], spec[at + 1 :]
+            if all(part in known or _PATH.fullmatch(part) for part in parts):
+                return parts
+    return (spec,)
+
+
+def options_of(kind: type[Method], inside: type[Method] | None = None) -> list[str]:
+    """Names of the options that methods can be given, those of their run included."""
+    own = [*BUDGET, *RUNTIME_OPTIONS, *_own_options(kind)]
+    if inside is None:
+        return own
+    return [*own, *(INSIDE + name for name in (*BUDGET, *_own_options(inside)))]
+
+
+def _own_options(kind: type[Method]) -> list[str]:
+    return [field.name for field in fields(kind) if field.name not in BUDGET]
+
+
+def _prefixed(*options: dict[str, Any]) -> dict[str, Any]:
+    return {INSIDE + name: value for given in options for name, value in given.items()}
+
+
+def _given(method: Method) -> dict[str, Any]:
+    """Its budget first."""
+    changed = _changed(method)
+    return {name: changed[name] for name in BUDGET if name in changed} | changed
 
 
 def _changed(options: Any) -> dict[str, Any]:

@@ -14,7 +14,6 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from llava_hvp import prune
 from llava_hvp.accuracy.exam import TEMPLATE, Marks, examine
 from llava_hvp.accuracy.store import Answers
 from llava_hvp.accuracy.tables import VariantScore, no_better, scores_of, wilson_interval
@@ -65,14 +64,14 @@ def test_a_batch_answers_as_one_at_a_time(loaded):
         assert sum(mark.asked.values()) == 18
         right = 0
         for scene, question in asked:
-            if mark.variant.method is None:
+            if not mark.variant.prunes:
                 right += is_right(alone(model, draw(scene), question.text), question)
                 continue
-            with prune(model.model, mark.variant.method, tokenizer=model.tokenizer) as pruned:
+            with model.pruned_by(mark.variant) as pruned:
                 right += is_right(alone(model, draw(scene), question.text), question)
                 assert pruned.last[0].kept_of_patches <= 0.5 + 1e-6
         assert abs(right - sum(mark.right.values())) <= 1  # rounding in a batch may tip one
-        assert (mark.kept == 0) == (mark.variant.method is None)
+        assert (mark.kept == 0) == (not mark.variant.prunes)
     assert "llava_hvp" not in vars(model.model)
 
 

@@ -12,6 +12,7 @@ from llava_hvp.checkpoints.before_loading import check_before_loading
 from llava_hvp.cli import main
 from llava_hvp.errors import LayerError, OptionError
 from llava_hvp.hosts.llava import builder
+from llava_hvp.runtime import PruningConfig
 
 VISION = {"num_hidden_layers": 12, "image_size": 96, "patch_size": 16}
 
@@ -35,26 +36,31 @@ def checkpoint(tmp_path):
 
 def test_the_depth_is_read_from_the_towers_config(checkpoint):
     for path in (checkpoint(), checkpoint(**VISION), checkpoint(select=11)):
-        check_before_loading(path, [None, HIVTP(layers=(1, 11)), HiPrune(object_layer=11)])
+        check_before_loading(
+            path,
+            [None, PruningConfig(HIVTP(layers=(1, 11))), PruningConfig(HiPrune(object_layer=11))],
+        )
         with pytest.raises(LayerError, match="layer 13 of an encoder of 12: give 1 to 11"):
-            check_before_loading(path, [None, HIVTP(layers=(13,))])
+            check_before_loading(path, [None, PruningConfig(HIVTP(layers=(13,)))])
         with pytest.raises(LayerError, match="layer 12 lies past layer 11"):
-            check_before_loading(path, [HiPrune(object_layer=12)])
+            check_before_loading(path, [PruningConfig(HiPrune(object_layer=12))])
 
 
 def test_windows_that_do_not_fit_the_grid_are_refused_too(checkpoint):
     with pytest.raises(OptionError, match="cuts 6 x 6 patches into 36 windows"):
-        check_before_loading(checkpoint(), [HIVTP(r_max=0.5, window=1)])
+        check_before_loading(checkpoint(), [PruningConfig(HIVTP(r_max=0.5, window=1))])
 
 
 def test_a_tower_of_the_hub_is_looked_for_in_the_cache_only(checkpoint, tmp_path, monkeypatch):
     path = checkpoint(tower="someone/clip")
-    check_before_loading(path, [HIVTP(layers=(99,))])  # it is not here: nothing is known
+    check_before_loading(
+        path, [PruningConfig(HIVTP(layers=(99,)))]
+    )  # it is not here: nothing is known
     write(tmp_path / "cached", vision_config=VISION)
     cached = {("someone/clip", "config.json"): str(tmp_path / "cached/config.json")}
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *x: cached.get(x))
     with pytest.raises(LayerError, match="layer 99 of an encoder of 12"):
-        check_before_loading(path, [HIVTP(layers=(99,))])
+        check_before_loading(path, [PruningConfig(HIVTP(layers=(99,)))])
 
 
 @pytest.mark.parametrize(
@@ -68,9 +74,11 @@ def test_a_tower_of_the_hub_is_looked_for_in_the_cache_only(checkpoint, tmp_path
 )
 def test_where_the_files_do_not_tell_nothing_is_refused(vision, checkpoint, tmp_path):
     for path in (checkpoint(**vision), "nowhere at all", str(tmp_path), "../x", ""):
-        assert check_before_loading(path, [HIVTP(layers=(99,))]) is None, path
+        assert check_before_loading(path, [PruningConfig(HIVTP(layers=(99,)))]) is None, path
     (tmp_path / "llava/config.json").write_text("[1, 2")
-    assert check_before_loading(str(tmp_path / "llava"), [HIVTP(layers=(99,))]) is None
+    assert (
+        check_before_loading(str(tmp_path / "llava"), [PruningConfig(HIVTP(layers=(99,)))]) is None
+    )
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 
-from llava_hvp import HIVTP, HiPrune, HiPrunePlus, get_method, list_methods
+from llava_hvp import HIVTP, HiPrune, HiPrunePlus, VisionMethod, get_method, list_methods
 from llava_hvp.cli.evaluate import requested
 from llava_hvp.config import Request, add_flags, from_environment, parse, to_flags
 from llava_hvp.errors import OptionError
@@ -49,7 +49,7 @@ def test_shortened_flags_are_left_to_the_command():
     ],
 )  # fmt: skip
 def test_options_are_read_as_the_method_has_them(line, method):
-    assert parsed(f"--prune-method {line}")[0].method == method
+    assert parsed(f"--prune-method {line}")[0].pruning.method == method
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_an_error_shows_the_beginning_of_what_is_long(arguments):
     assert len(str(raised.value)) <= 500
 
 
-@pytest.mark.parametrize("name", list_methods())
+@pytest.mark.parametrize("name", list_methods(VisionMethod))
 @pytest.mark.parametrize("options", [{}, {"r_max": 0.3}, {"num_tokens": 77, "newline": "none"}])
 def test_the_variable_carries_every_method_unchanged(name, options):
     request = Request(PruningConfig.of(name, **options), True, "cpu", "/tmp/a folder")
@@ -154,7 +154,7 @@ def test_the_variable_carries_every_method_unchanged(name, options):
 def test_the_variable_carries_options_that_are_no_words():
     for method in (HIVTP(layers=(7, 8)), HIVTP(k=25.5, window=None, regions=1)):
         text = shlex.join(to_flags(Request(PruningConfig(method))))
-        assert from_environment({"LLAVA_HVP": text}).method == method
+        assert from_environment({"LLAVA_HVP": text}).pruning.method == method
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_the_variable_carries_options_that_are_no_words():
 )
 def test_none_takes_the_flags_of_a_loop_over_methods(flags):
     request = parsed(f"--prune-method none {flags}")[0]
-    assert (request.method, request.unpruned, request.asked) == (None, True, True)
+    assert (request.pruning, request.unpruned, request.asked) == (None, True, True)
     assert from_environment({"LLAVA_HVP": shlex.join(to_flags(request))}) == request
     assert not Request().asked
 

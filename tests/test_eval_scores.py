@@ -260,6 +260,7 @@ def test_pieces_are_those_of_the_stock_scripts_without_empty_ones(rows, count):
 def test_the_result_has_means_over_images_and_leaves_the_warm_up_out(textvqa):
     benchmark, _, store = textvqa
     call = {"images": 1, "prompts": 1, "stock_tokens": 64, "kept_of_stock": 0.5, "tokens": 4}
+    call |= {"average_tokens": 32, "average_of_stock": 0.5}
     calls = [
         {**call, "first_token": 9, "seconds": 9, "kept_tokens": 30, "warmup": True},
         {**call, "first_token": 0.1, "seconds": 0.5, "kept_tokens": 34},

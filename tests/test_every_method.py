@@ -28,7 +28,9 @@ from llava_hvp.methods.base import Mix
 from llava_hvp.methods.mmtok import content_words
 
 KINDS = ["llava-1.5-llama", "llava-next-llama"]
-OWN = [n for n in list_methods() if type(get_method(n)).__module__.startswith("llava_hvp.")]
+OWN = [
+    n for n in list_methods(VisionMethod) if type(get_method(n)).__module__.startswith("llava_hvp.")
+]
 VARIANTS = {name: get_method(name, r_max=0.25) for name in OWN} | {
     "divprune image": DivPrune(r_max=0.25, scope="image"),
     "fopru logits": get_method("fopru", r_max=0.25, attention="logits"),

@@ -5,7 +5,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from llava_hvp import HIVTP, prune
+from llava_hvp import HIVTP, FastV, PyramidDrop, SparseVLM, prune
 from llava_hvp.bench.flops import as_published, complete
 from llava_hvp.checkpoints.geometry import get_geometry, list_geometries
 from llava_hvp.checkpoints.synthetic import geometry_of
@@ -77,6 +77,59 @@ def test_torch_counts_the_same_on_a_pruned_one(own, kind, photos):
     expected = complete(geometry_of(bundle.model, "tiny", 1), kept, text_tokens=9, layers_read=2)
     assert kept < 64
     assert total == pytest.approx(expected.to_first_token, rel=ROTARY)
+
+
+INSIDE = {
+    "fastv": FastV(ratio=0.25, layer=1),
+    "pyramiddrop": PyramidDrop(ratios=(0.25,), layers=(1,)),
+    "sparsevlm": SparseVLM(tokens=(16,), layers=(1,)),
+    "sparsevlm 2.0": SparseVLM(tokens=(16,), layers=(1,), version="2.0"),
+}
+
+
+@pytest.mark.parametrize("kind", ["llava-1.5-llama", "llava-1.5-mistral"])
+@pytest.mark.parametrize("first", [None, HIVTP(r_max=0.5, layers=(3, 4))], ids=["alone", "behind"])
+@pytest.mark.parametrize("second", INSIDE.values(), ids=INSIDE)
+def test_torch_counts_the_same_where_tokens_are_dropped_inside(own, kind, first, second, photos):
+    bundle = own(kind)
+    methods = (second,) if first is None else (first, second)
+    with prune(bundle.model, *methods) as pruned:
+        total = counted(bundle, photos[0])
+        layers = pruned.last[0].layer_tokens
+    assert layers[0] > layers[1] == layers[-1]
+    expected = complete(
+        geometry_of(bundle.model, "tiny", 1),
+        layers,
+        text_tokens=9,
+        text_behind=8,
+        layers_read=0 if first is None else 2,
+        inside=second,
+    )
+    assert total == pytest.approx(expected.to_first_token, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["llava-1.5-7b", "llava-next-mistral-7b"])
+def test_layers_of_one_length_are_as_one_number(name):
+    geometry = get_geometry(name)
+    tokens = [144] * geometry.language.layers
+    one, many = (complete(geometry, n, text_tokens=50, new_tokens=3) for n in (144, tokens))
+    assert one == many
+    assert as_published(geometry, 144) == as_published(geometry, tokens)
+
+
+def test_fastvs_paper_counts_a_layer_alike():
+    """4nD^2 + 2n^2D + 3nDM a layer without the factor 2, and three matrices of the MLP."""
+    language = get_geometry("llava-1.5-7b").language
+    fastv, layers = FastV(layer=2, ratio=0.5), [576] * 2 + [288] * 30
+    found = complete(get_geometry("llava-1.5-7b"), layers, text_tokens=40, inside=fastv)
+
+    def layer(n):
+        wide = language.hidden
+        return 2 * (4 * n * wide**2 + 2 * n**2 * wide + 3 * n * wide * language.mlp)
+
+    logits = 2 * (288 + 40) * language.hidden * language.vocab
+    assert found.prefill == 2 * layer(616) + 30 * layer(328) + logits
+    assert found.selection == 2 * 616 * language.hidden  # one row of q k^T, all heads
 
 
 def test_each_new_token_is_decoded_once():

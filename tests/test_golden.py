@@ -8,7 +8,14 @@ import pytest
 import reference
 import torch
 
-from llava_hvp import HIVTP, HiPrune, VisionContext, get_method, list_methods
+from llava_hvp import (
+    HIVTP,
+    HiPrune,
+    VisionContext,
+    VisionMethod,
+    get_method,
+    list_methods,
+)
 from llava_hvp.pruning.layout import NEWLINE
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -166,7 +173,7 @@ def test_without_unpad_and_newline_every_patch_is_a_token(tiling, size):
 
 
 @pytest.mark.parametrize("r_max", [0.75, 0.5, 0.4, 0.25, 0.111])
-@pytest.mark.parametrize("name", list_methods())
+@pytest.mark.parametrize("name", list_methods(VisionMethod))
 def test_pruned_images_stay_within_their_budget_and_below_stock(tiling, name, r_max):
     method = get_method(name, r_max=r_max)
     needs = method.needs(24, 23)

@@ -175,6 +175,16 @@ def test_several_processes_are_summed_up(tmp_path, capsys):
     assert summary(added([COUNTS, chat])).startswith("3 images, sent 5 times, kept 50.0%")
 
 
+def test_what_entered_the_layers_is_summed_up_as_well():
+    one = COUNTS | {"layer_tokens": [50, 10], "mean_average_of_stock": 0.3}
+    two = COUNTS | {"images": 6, "layer_tokens": [150, 30], "mean_average_of_stock": 0.1}
+    total = added([one, two])
+    assert total["layer_tokens"] == [200, 40]
+    assert total["mean_average_of_stock"] == pytest.approx(0.15)
+    assert "kept 15.0% of stock's visual tokens on average over 2 layers, 25 -> 5" in summary(total)
+    assert "layer_tokens" not in added([COUNTS, COUNTS])
+
+
 def test_methods_are_listed_with_their_options(capsys):
     assert main(["methods"]) == 0
     listed = capsys.readouterr().out

@@ -131,6 +131,27 @@ def test_two_processes_in_batches_agree_with_one_alone(alone, tasks, tmp_path):
     assert kept == pytest.approx(results["throughput"]["avg_kept_of_patches"], abs=0.02)
 
 
+def test_a_second_method_prunes_inside_and_its_results_are_read_again(tasks, checkpoints, tmp_path):
+    given = "prune_method=hivtp,r_max=0.5,prune_inside=fastv,inside_ratio=0.25,inside_layer=1"
+    arguments = f"pretrained={checkpoints('llava-1.5-llama')},{given}"
+    result, answers, results = lmms_eval(tasks, tmp_path, arguments, "--device", "cpu")
+    assert results is not None, result.stderr
+    assert all(answers)
+    assert "pruning on: hivtp+fastv r_max=0.5 inside_layer=1 inside_ratio=0.25" in result.stderr
+    measured = results["throughput"]
+    sent, average = measured["avg_kept_tokens"], measured["avg_average_tokens"]
+    assert average == pytest.approx((sent + round(sent / 4)) / 2, abs=0.5)  # two layers
+
+    from llava_hvp.evaluation.measured import read_results
+    from llava_hvp.runtime import PruningConfig
+
+    (found,) = read_results(tmp_path)
+    assert found.pruning == PruningConfig.of(
+        "hivtp+fastv", r_max=0.5, inside_ratio=0.25, inside_layer=1
+    )
+    assert found.kept_tokens == average
+
+
 def test_an_error_is_no_empty_answer(tasks, checkpoints, tmp_path):
     path = checkpoints("llava-1.5-llama")
     for options, words in (

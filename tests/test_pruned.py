@@ -17,6 +17,7 @@ from llava_hvp import (
     Selection,
     Uniform,
     VisionContext,
+    VisionMethod,
     get_method,
     list_methods,
     prune,
@@ -284,7 +285,7 @@ def test_real_counts(size, loaded, photos):
     pixels, ids = bundle.pixels(picture), bundle.ids("Where is it?")
     without = bundle.embeds(ids, pixels, [size])[0].shape[1] - ids.shape[1] + 1
     assert without == known
-    for name in list_methods():
+    for name in list_methods(VisionMethod):
         method = get_method(name, r_max=0.25)
         with prune(bundle.model, method) as pruned:
             length = bundle.embeds(ids, pixels, [size])[0].shape[1] - ids.shape[1] + 1

@@ -52,6 +52,21 @@ def test_an_image_that_is_sent_again_counts_once():
     assert str(totals).startswith("2 images, sent 4 times, kept 40.0% of stock's")
 
 
+def test_what_enters_each_layer_is_counted_and_told():
+    totals = Totals()
+    one = replace(report(60, 100), layer_tokens=(60, 60, 20, 20))
+    two = replace(report(40, 100), layer_tokens=(40, 40, 20, 10))
+    totals.add([one, two])
+    counts = totals.as_dict()
+    assert counts["layer_tokens"] == [100, 100, 40, 30]
+    assert counts["mean_average_of_stock"] == pytest.approx((0.4 + 0.275) / 2)
+    assert str(totals) == (
+        "2 images, kept 33.8% of stock's visual tokens on average over 4 layers, 50 -> 20 after "
+        "layer 2 -> 15 after layer 3, and sent 50.0% of all patches (means)"
+    )
+    assert (one.average_tokens, report(60, 100).average_tokens) == (40, 60)
+
+
 def test_no_image_has_no_ratio():
     assert Totals().as_dict()["mean_kept_of_stock"] is None
     assert str(Totals()) == "no image"

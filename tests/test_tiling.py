@@ -116,7 +116,7 @@ def test_another_tiling_is_refused(value):
     assert Runtime(tiling=672) == TILED
 
 
-@pytest.mark.parametrize("image", PICTURES[1:4], ids=str)
+@pytest.mark.parametrize("image", PICTURES[1:4], ids=lambda image: str(image.size))
 def test_pictures_cut_by_another_grid_are_refused(image, loaded):
     bundle = loaded("llava-next-llama")
     before = inputs(bundle, image)

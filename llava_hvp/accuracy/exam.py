@@ -32,8 +32,8 @@ class Marks:
     ----------
     right, asked : dict[str, int]
         task -> number of answers
-    kept : int
-        visual tokens of all images
+    kept : float
+        visual tokens of all images that enter a layer of the language model, averaged over all
     kept_of_patches : float
         sum over images of kept patches / (N x tiles)
     seconds : float
@@ -43,7 +43,7 @@ class Marks:
     variant: Variant
     right: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     asked: dict[str, int] = field(default_factory=lambda: defaultdict(int))
-    kept: int = 0
+    kept: float = 0.0
     kept_of_patches: float = 0.0
     seconds: float = 0.0
 
@@ -114,7 +114,7 @@ def examine(
 
 
 def _answer(opened: Checkpoint, sheet: _Sheet, images: Any, variant: Variant) -> Answered:
-    kept, kept_of_patches = 0, 0.0
+    kept, kept_of_patches = 0.0, 0.0
     with opened.pruned_by(variant) as pruning, torch.inference_mode():
         started = time.perf_counter()
         output = opened.model.generate(
@@ -127,8 +127,11 @@ def _answer(opened: Checkpoint, sheet: _Sheet, images: Any, variant: Variant) ->
         )
         seconds = time.perf_counter() - started
         if pruning is not None:
-            kept = sum(report.kept_tokens for report in pruning.last)
-            kept_of_patches = sum(report.kept_of_patches for report in pruning.last)
+            kept = sum(report.average_tokens for report in pruning.last)
+            kept_of_patches = sum(
+                report.kept_of_patches * report.average_tokens / report.kept_tokens
+                for report in pruning.last
+            )
     said = opened.tokenizer.batch_decode(output, skip_special_tokens=True)
     return Answered([text.strip() for text in said], kept, kept_of_patches, seconds)
 

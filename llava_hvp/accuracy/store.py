@@ -34,8 +34,8 @@ class Answered:
     ----------
     said : list[str]
         an answer for each question
-    kept : int
-        visual tokens of all images
+    kept : float
+        visual tokens of all images that enter a layer of the language model, averaged over all
     kept_of_patches : float
         sum over images of kept patches / (N x tiles)
     seconds : float
@@ -43,7 +43,7 @@ class Answered:
     """
 
     said: list[str]
-    kept: int
+    kept: float
     kept_of_patches: float
     seconds: float
 

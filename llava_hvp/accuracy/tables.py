@@ -13,7 +13,8 @@ from llava_hvp.tables import MARKDOWN, text_table
 EXPLAINED = (
     "Percent of questions answered right, asked in the template {template}, greedily; `all` with "
     "the half width of its 95 % interval. `kept`: mean visual tokens of an image, `of patches`: "
-    "kept patches / all patches, `time`: of all questions, from image to answer, as ratio to "
+    "kept patches / all patches (of a method inside the language model both are means over its "
+    "layers), `time`: of all questions, from image to answer, as ratio to "
     "unpruned, taken in turns."
 )
 Z_95 = 1.959964  # 95 % of a normal distribution are within so many standard deviations
@@ -56,7 +57,7 @@ def _score(mark: Marks, none: Marks) -> VariantScore:
     asked = mark.images
     right = sum(mark.right.values())
     low, high = wilson_interval(right, asked)
-    is_none = mark.variant.method is None
+    is_none = not mark.variant.prunes
     return VariantScore(
         method=mark.variant.name,
         options=mark.variant.options,

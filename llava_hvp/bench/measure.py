@@ -6,13 +6,16 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from llava_hvp.bench.phases import Bench
 from llava_hvp.checkpoints.geometry import Vision
 from llava_hvp.checkpoints.variants import Floor, Variant
+from llava_hvp.pruning.report import ImageReport
+from llava_hvp.runtime import PruningConfig
 
 WARM_UP = 1  # rounds that are not counted
 FEWEST = 2  # rounds, of which quartiles can be had
@@ -50,6 +53,9 @@ class Measurements:
         the same of the floor below it, empty where it captures nothing
     peaks : dict[str, int]
         phase -> bytes
+    layer_tokens : tuple[int, ...]
+        visual tokens of all images that enter each layer of the language model; empty where none
+        are dropped inside
     """
 
     variant: Variant
@@ -60,6 +66,7 @@ class Measurements:
     seconds: Samples = field(default_factory=lambda: defaultdict(list))
     floor: Samples = field(default_factory=lambda: defaultdict(list))
     peaks: dict[str, int] = field(default_factory=dict)
+    layer_tokens: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -97,7 +104,9 @@ def measure(
         measured, floor = _look(bench, variant)
         groups.append([])
         if floor is not None:
-            below = None if variant.pruning is None else replace(variant.pruning, method=floor)
+            below = (
+                None if variant.pruning is None else PruningConfig(floor, variant.pruning.runtime)
+            )
             groups[-1].append(_Turn(Variant(below), measured, True))
         groups[-1].append(_Turn(variant, measured, False))
         tick(f"memory of {variant}")
@@ -115,7 +124,7 @@ def measure(
 
 def turns(variants: Sequence[Variant], rounds: int, vision: Vision) -> int:
     """How often `measure` ticks."""
-    turns_a_round = sum(1 + variant.captures(vision) for variant in variants)
+    turns_a_round = sum(1 + variant.has_floor(vision) for variant in variants)
     return len(variants) + (rounds + WARM_UP) * turns_a_round
 
 
@@ -123,6 +132,7 @@ def _look(bench: Bench, variant: Variant) -> tuple[Measurements, Floor | None]:
     """What a variant keeps and how much memory it takes; this warms up as well."""
     with bench.checkpoint.pruned_by(variant) as pruning:
         prepared = bench.prepare()
+        peaks = bench.peaks(pruning)
         floor = None
         if pruning is None:
             work = bench.work
@@ -130,7 +140,7 @@ def _look(bench: Bench, variant: Variant) -> tuple[Measurements, Floor | None]:
             patches = work.tiles * bench.model.get_vision_tower().num_patches
             measured = Measurements(variant, *(work.batch * tokens,) * 2, *(patches,) * 2)
         else:
-            reports = list(pruning.last)
+            reports = list(pruning.last)  # of the peaks' answer: its prompt has run
             measured = Measurements(
                 variant,
                 sum(report.kept_tokens for report in reports),
@@ -138,11 +148,32 @@ def _look(bench: Bench, variant: Variant) -> tuple[Measurements, Floor | None]:
                 sum(report.kept_patches for report in reports),
                 sum(report.sent.numel() for report in reports),
             )
-            if variant.captures(bench.vision):
-                keep = torch.cat([report.selection.keep for report in reports])
-                floor = Floor.below(pruning.method, keep)
-        measured.peaks = bench.peaks(pruning)
+            layers = zip(*(report.layer_tokens for report in reports), strict=True)
+            measured.layer_tokens = tuple(map(sum, layers))
+            if variant.has_floor(bench.vision):
+                floor = _floor(pruning, reports)
+        measured.peaks = peaks
     return measured, floor
+
+
+def _floor(pruning: Any, reports: Sequence[ImageReport]) -> Floor:
+    """What takes as long as the kept tokens alone do.
+
+    Where a method prunes inside the language model: `random` at the tower, which sends as many
+    patches as enter a layer on average.
+    """
+    if not reports[0].layer_tokens:
+        return Floor.below(pruning.method, torch.cat([r.selection.keep for r in reports]))
+    drawn = torch.Generator().manual_seed(0)
+    keeps = []
+    for report in reports:
+        share = report.average_tokens / report.kept_tokens
+        places = report.sent.flatten().nonzero()[:, 0]
+        chosen = torch.randperm(len(places), generator=drawn)
+        keep = torch.zeros(report.sent.numel(), dtype=torch.bool)
+        keep[places[chosen[: max(1, round(share * len(places)))]]] = True
+        keeps.append(keep.view_as(report.sent))
+    return Floor(keep=torch.cat(keeps), r_max=0.5)
 
 
 def _take(bench: Bench, turn: _Turn, *, counted: bool) -> None:

@@ -25,11 +25,11 @@ def plot(title: str, rows: Sequence[BenchRow], file: BinaryIO) -> None:
             axis.axhline(1, color="grey", linewidth=1, label="unpruned LLaVA")
             for name in dict.fromkeys(row.method for row in pruned):
                 found = sorted(
-                    (row for row in pruned if row.method == name), key=lambda r: r.kept_tokens
+                    (row for row in pruned if row.method == name), key=lambda r: r.average_tokens
                 )
                 middle = [row.to_none[phase].median for row in found]
                 axis.errorbar(
-                    [row.kept_tokens for row in found],
+                    [row.average_tokens for row in found],
                     middle,
                     yerr=[
                         [row.to_none[phase].median - row.to_none[phase].low for row in found],

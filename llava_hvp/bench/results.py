@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -32,12 +33,17 @@ class BenchRow:
         of the whole batch
     kept_tokens, stock_tokens : float
         of one image, mean
+    layer_tokens : list[int]
+        those that enter each layer of the language model; empty where none are dropped inside
+    average_tokens : float
+        of one image, averaged over the layers
     kept_of_patches : float
         kept patches / (N x tiles), what r_max bounds
     seconds : dict[str, Spread]
         encode (selection included), prefill, ttft
     selection : Spread | None
-        seconds that the encode takes longer than the floor's; None where nothing is read
+        seconds that the encode takes longer than the floor's; None where nothing is read, or where
+        a method prunes inside the language model
     tokens_per_second : dict[str, Spread]
         decode (after the first token), answer (the whole of it)
     launch_share : float
@@ -59,6 +65,8 @@ class BenchRow:
     rounds: int
     kept_tokens: float
     stock_tokens: float
+    layer_tokens: list[int]
+    average_tokens: float
     kept_of_patches: float
     seconds: dict[str, Spread]
     selection: Spread | None
@@ -108,24 +116,30 @@ def _row(
 ) -> BenchRow:
     seconds, floor = measured.seconds, measured.floor
     vision = geometry.vision
-    needs = None
-    if measured.variant.method is not None:
-        needs = measured.variant.method.needs(vision.layers, vision.select)
-    selection = _each(lambda a, b: a - b, seconds["encode"], floor["encode"]) if floor else []
-    shares = _each(lambda s, ttft: s / ttft, selection, floor["ttft"]) if floor else []
+    needs = measured.variant.needs(vision) if measured.variant.prunes else None
+    # The floor of a method inside the language model sends other patches than it does.
+    reads_tower = floor and not measured.layer_tokens
+    selection = _each(lambda a, b: a - b, seconds["encode"], floor["encode"]) if reads_tower else []
+    shares = _each(lambda s, ttft: s / ttft, selection, floor["ttft"]) if reads_tower else []
     to_none = {name: _each(_ratio, seconds[name], none.seconds[name]) for name in TIMES}
     to_none |= {name: _each(_ratio, rates[name], none_rates[name]) for name in SPEEDS}
     to_floor = {name: _each(_ratio, seconds[name], floor[name]) for name in TIMES if floor}
     kept = measured.kept / work.batch
+    tokens: int | list[int] = round(kept)
+    if measured.layer_tokens:
+        tokens = [round(count / work.batch) for count in measured.layer_tokens]
+    pruning = measured.variant.pruning
     flops = complete(
         geometry,
-        round(kept),
+        tokens,
         text_tokens=work.text_tokens,
         projected=measured.projected // work.batch,
         tiles=work.tiles // work.batch,
         # Stock runs every layer of its tower.
         layers_run=vision.layers if needs is None else vision.select,
         layers_read=0 if needs is None else len({*needs.received_attention, *needs.cls_attention}),
+        inside=None if pruning is None else pruning.inside,
+        text_behind=work.text_behind,
         new_tokens=work.new_tokens,
     )
     return BenchRow(
@@ -136,6 +150,8 @@ def _row(
         rounds=len(seconds["ttft"]),
         kept_tokens=kept,
         stock_tokens=measured.stock / work.batch,
+        layer_tokens=tokens if isinstance(tokens, list) else [],
+        average_tokens=statistics.mean(measured.layer_tokens or [measured.kept]) / work.batch,
         kept_of_patches=measured.projected / measured.patches,
         seconds={name: Spread.of(seconds[name]) for name in TIMES},
         selection=Spread.of(selection) if selection else None,
@@ -149,7 +165,7 @@ def _row(
         flops=flops,
         flops_published=None
         if geometry.is_next
-        else as_published(geometry, round(kept), text_tokens=work.text_tokens),
+        else as_published(geometry, tokens, text_tokens=work.text_tokens),
     )
 
 
@@ -179,4 +195,18 @@ def losses(rows: Sequence[BenchRow]) -> list[str]:
         ]
         if worse:
             lines.append(f"{row.label}, batch {row.batch}: {', '.join(worse)}")
+    return lines
+
+
+def losses_to_floor(rows: Sequence[BenchRow]) -> list[str]:
+    """Where pruning inside the language model takes longer than `random` at the same average."""
+    lines = []
+    for row in rows:
+        slower = [
+            f"{WORDS[name]} {row.to_floor[name].median:.3f}"
+            for name in ("prefill", "ttft")
+            if row.layer_tokens and row.to_floor[name].median > 1
+        ]
+        if slower:
+            lines.append(f"{row.label}, batch {row.batch}: {', '.join(slower)}")
     return lines

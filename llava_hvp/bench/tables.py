@@ -6,14 +6,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from llava_hvp.bench.measure import Spread
-from llava_hvp.bench.results import BenchRow, losses
+from llava_hvp.bench.results import BenchRow, losses, losses_to_floor
 from llava_hvp.tables import MARKDOWN, aligned
 
 Cell = tuple[str, str]  # heading, text; "x none" stands right of what it is the ratio of
 
 EXPLAINED = (
+    "`kept`: visual tokens of an image, inside the language model averaged over its layers. "
     "`x none`: ratio to unpruned LLaVA, `x floor`: to the same patches kept without capture or "
-    "choice, each in the same round (medians, TTFT with quartiles). Times below 1 and speeds "
+    "choice (for a method inside the language model as many as its average, drawn at random at the "
+    "tower), each in the same round (medians, TTFT with quartiles). Times below 1 and speeds "
     "above 1 are a gain. Encode includes the selection; launch is the share of the prefill during "
     "which the host was still launching."
 )
@@ -35,6 +37,9 @@ def render(about: dict[str, Any], rows: Sequence[BenchRow], style: str) -> str:
     lost = losses(rows)
     listed = "".join(f"\n- {line}" for line in lost)
     parts.append(f"Where pruning loses, x none:\n{listed}" if lost else "Pruning loses nowhere.")
+    slower = "".join(f"\n- {line}" for line in losses_to_floor(rows))
+    if slower:
+        parts.append(f"Slower than `random` at the tower with the same average:\n{slower}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -96,7 +101,7 @@ def _tabulate(
         [
             ("method", row.method),
             ("options", row.options),
-            ("kept", f"{row.kept_tokens:.0f}"),
+            ("kept", f"{row.average_tokens:.0f}"),
             *columns(row),
         ]
         for row in rows

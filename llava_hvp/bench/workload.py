@@ -47,6 +47,11 @@ class Workload:
         return self.ids.shape[1] - 1
 
     @property
+    def text_behind(self) -> int:
+        """Those of them behind the image."""
+        return int((self.ids[0] == IMAGE).flip(0).int().argmax())
+
+    @property
     def tiles(self) -> int:
         """That the encoder sees, of all pictures."""
         stacks = self.images if isinstance(self.images, list) else list(self.images)

@@ -33,18 +33,16 @@ def applied(
     from llava_hvp.hosts.llava import grid
     from llava_hvp.hosts.llava.host import attach
 
-    if variant.pruning is None or (variant.method is None and variant.runtime.packs_as_stock):
+    if variant.pruning is None or (not variant.prunes and variant.runtime.packs_as_stock):
         # LLaVA's own code alone, for who measures it.
         with grid.fixed(model, variant.runtime.tiling):
             yield None
         return
 
-    method, runtime = variant.pruning.method, variant.pruning.runtime
-    with attach(
-        model, method, runtime=runtime, tokenizer=tokenizer, clip_text=clip_text
-    ) as pruning:
+    given = variant.pruning.arguments
+    with attach(model, **given, tokenizer=tokenizer, clip_text=clip_text) as pruning:
         tower = model.get_vision_tower()
-        if runtime.tower_dtype == "model":
+        if variant.pruning.runtime.tower_dtype == "model":
             tower.take_dtype(dtype)  # once a model, so not a part of any phase
         with all_attentions(tower) if variant.all_attentions else contextlib.nullcontext():
             yield pruning

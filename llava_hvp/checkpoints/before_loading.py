@@ -7,16 +7,21 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from llava_hvp.methods.base import VisionMethod
+from llava_hvp.runtime import PruningConfig
 
 
-def check_before_loading(model_path: str, methods: Iterable[VisionMethod | None]) -> None:
-    """Raise LayerError or OptionError for a method that the tower of a checkpoint cannot have.
+def check_before_loading(model_path: str, prunings: Iterable[PruningConfig | None]) -> None:
+    """Raise LayerError or OptionError for a method that the model of a checkpoint cannot have.
 
-    Only files of this machine are read, Hugging Face's cache included. Where they do not tell the
-    tower's depth, the check after loading is the first.
+    Only files of this machine are read, Hugging Face's cache included. Where they do not tell a
+    depth, the check after loading is the first.
     """
     model = _config(model_path)
+    chosen = [pruning for pruning in prunings if pruning is not None]
+    layers = model.get("num_hidden_layers")
+    for pruning in chosen:
+        if isinstance(layers, int):
+            check_inside(pruning, layers)
     tower = _config(str(model.get("mm_vision_tower")))
     vision = tower.get("vision_config", tower)
     if not isinstance(vision, dict):
@@ -27,10 +32,15 @@ def check_before_loading(model_path: str, methods: Iterable[VisionMethod | None]
         return
     depth, image, patch, select = found
     side = image // patch
-    for method in methods:
-        if method is not None:
-            method.needs(depth, select if select >= 0 else depth + 1 + select)
-            method.check((side, side))
+    for pruning in chosen:
+        pruning.method.needs(depth, select if select >= 0 else depth + 1 + select)
+        pruning.method.check((side, side))
+
+
+def check_inside(pruning: PruningConfig | None, layers: int) -> None:
+    """Raise OptionError where what is inside a language model of so many layers cannot be met."""
+    if pruning is not None and pruning.inside is not None:
+        pruning.inside.check(layers)
 
 
 def _config(name: str) -> dict[str, Any]:

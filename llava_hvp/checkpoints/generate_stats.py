@@ -33,8 +33,10 @@ class Call:
         of the batch
     kept_tokens, stock_tokens : int
         visual tokens sent, and those that unpruned LLaVA would send
-    kept_of_stock, kept_of_patches : float
-        the two ratios of each image, added up
+    average_tokens : float
+        visual tokens that enter a layer of the language model, averaged over all
+    kept_of_stock, average_of_stock, kept_of_patches : float
+        the ratios of each image, added up
     vision_tower_dtype, vision_tower_attention : str
         in which the tower runs
     model_dtype : str
@@ -48,7 +50,9 @@ class Call:
     images: int
     kept_tokens: int
     stock_tokens: int
+    average_tokens: float
     kept_of_stock: float
+    average_of_stock: float
     kept_of_patches: float
     vision_tower_dtype: str
     vision_tower_attention: str
@@ -154,7 +158,9 @@ def _counts(
             "images": count,
             "kept_tokens": kept,
             "stock_tokens": kept,
+            "average_tokens": float(kept),
             "kept_of_stock": float(count),
+            "average_of_stock": float(count),
             "kept_of_patches": float(count),
         }
     reports = pruning.last
@@ -162,7 +168,9 @@ def _counts(
         "images": count,
         "kept_tokens": sum(r.kept_tokens for r in reports),
         "stock_tokens": sum(r.stock_tokens for r in reports),
+        "average_tokens": float(sum(r.average_tokens for r in reports)),
         "kept_of_stock": sum(r.kept_of_stock for r in reports),
+        "average_of_stock": sum(r.average_tokens / r.stock_tokens for r in reports),
         "kept_of_patches": sum(r.kept_of_patches for r in reports),
     }
 

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from llava_hvp.checkpoints.geometry import Vision
-from llava_hvp.config import read_option, unpruned
 from llava_hvp.errors import OptionError, shown
-from llava_hvp.methods import NONE, list_methods, method_class
+from llava_hvp.methods import NONE, list_methods
 from llava_hvp.methods.base import Method, Needs, Selection, VisionContext, VisionMethod
-from llava_hvp.runtime import RUNTIME_OPTIONS, PruningConfig, Runtime, options_of
+from llava_hvp.options import read_option, unpruned
+from llava_hvp.runtime import (
+    BUDGET,
+    INSIDE,
+    JOINED,
+    RUNTIME_OPTIONS,
+    PruningConfig,
+    Runtime,
+    method_classes,
+    options_of,
+)
 
 
 @dataclass(frozen=True)
@@ -41,9 +51,9 @@ class Variant:
         return cls(PruningConfig.checked(by))
 
     @property
-    def method(self) -> VisionMethod | None:
-        """The method; None for unpruned LLaVA."""
-        return None if self.pruning is None or not self.pruning.prunes else self.pruning.method
+    def prunes(self) -> bool:
+        """False for unpruned LLaVA."""
+        return self.pruning is not None and self.pruning.prunes
 
     @property
     def runtime(self) -> Runtime:
@@ -52,8 +62,8 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """The method's name, or none."""
-        name = NONE if self.method is None else self.method.name
+        """The method's name, that of both as `hivtp+fastv`, or none."""
+        name = NONE if self.pruning is None else self.pruning.name
         return name + ", all attentions" * self.all_attentions
 
     @property
@@ -61,17 +71,33 @@ class Variant:
         """The method's options in words, as `r_max=0.5`."""
         return "" if self.pruning is None else str(self.pruning).partition(" ")[2]
 
+    @property
+    def summary(self) -> str:
+        """What its methods do, in words."""
+        if self.pruning is None:
+            return "LLaVA without pruning"
+        return "; then ".join(type(method).summary for method in self.pruning.methods)
+
+    def needs(self, vision: Vision) -> Needs:
+        """What it reads of the encoder or the prompt."""
+        if self.pruning is None:
+            return Needs()
+        return self.pruning.method.needs(vision.layers, vision.select)
+
     def __str__(self) -> str:
         return f"{self.name} {self.options}".strip()
 
     def captures(self, vision: Vision) -> bool:
-        """Whether it reads anything of the encoder or the prompt, and so has a floor below it."""
-        if self.method is None:
-            return False
-        return self.method.needs(vision.layers, vision.select) != Needs()
+        """Whether it reads anything of the encoder or the prompt."""
+        return self.needs(vision) != Needs()
+
+    def has_floor(self, vision: Vision) -> bool:
+        """Whether it pays for its choice, and so has a floor below it."""
+        inside = self.pruning is not None and self.pruning.inside is not None
+        return inside or self.captures(vision)
 
 
-PrunedBy = Variant | PruningConfig | VisionMethod | None
+PrunedBy = Variant | PruningConfig | Method | None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -79,7 +105,8 @@ class Floor(VisionMethod):
     """Keeps what another method kept, known beforehand: captures nothing, chooses nothing.
 
     `random` at the same count on every tile, less its draw: what the model would take had the
-    image only the kept tokens to begin with.
+    image only the kept tokens to begin with. Where a method prunes inside the language model, as
+    many as enter a layer on average.
 
     Parameters
     ----------
@@ -104,15 +131,17 @@ class Floor(VisionMethod):
         return Selection.from_roles({"floor": self.keep})
 
 
-def name_of(method: str) -> str:
-    """The name of a method that is named by it, or as `module:Class`; `none` is one as well.
+def name_of(spec: str) -> str:
+    """The name of a method, or of two that are joined, named by it or as `module:Class`, or `none`.
 
     Raises OptionError where there is none.
     """
-    valid = (NONE, *list_methods())
-    if method not in valid and ":" not in method:
-        raise OptionError(f"unknown method {shown(method)}: give some of {', '.join(valid)}")
-    return NONE if method == NONE else method_class(method).name
+    if spec == NONE:
+        return NONE
+    valid = list_methods()
+    if spec not in valid and ":" not in spec and JOINED not in spec:
+        raise OptionError(f"unknown method {shown(spec)}: give some of {', '.join((NONE, *valid))}")
+    return JOINED.join(kind.name for kind in method_classes(spec))
 
 
 def variants(
@@ -122,7 +151,8 @@ def variants(
 ) -> list[Variant]:
     """`none` first, whether or not it is named, then every method at every budget.
 
-    All are run alike: options of a Runtime are `none`'s too, as far as they change what is sent.
+    Two methods that are joined, as `hivtp+fastv`, share a budget: see `shared`. All are run alike:
+    options of a Runtime are `none`'s too, as far as they change what is sent.
 
     Parameters
     ----------
@@ -141,19 +171,47 @@ def variants(
             f"--prune-opt {others[0]}: {NONE} is unpruned, it has {', '.join(RUNTIME_OPTIONS)} only"
         )
     read = {name: dict(read_option(name, text) for text in options) for name in chosen}
-    known = {name: set(options_of(method_class(name))) for name in chosen}
+    known = {name: set(options_of(*method_classes(name))) for name in chosen}
     for key in {key for given in read.values() for key in given}:
         if not any(key in known[name] for name in chosen):
             raise OptionError(f"--prune-opt {key}: none of {', '.join(chosen)} has it")
+    own = {name: {k: v for k, v in read[name].items() if k in known[name]} for name in chosen}
     return [
         Variant(unpruned({k: of_none[k] for k in of_none if k in RUNTIME_OPTIONS})),
         *(
-            Variant(
-                PruningConfig.of(
-                    name, **budget, **{k: read[name][k] for k in read[name] if k in known[name]}
-                )
-            )
+            Variant(PruningConfig.of(name, **shared(name, budget, own[name])))
             for name in chosen
             for budget in budgets
         ),
     ]
+
+
+def shared(spec: str, budget: dict[str, float | int], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Budget and options for one method, or for both that are joined: together they meet it.
+
+    The budget of two is the average over the language model's layers. Of r_max each gets the square
+    root, so that they prune alike: 0.25 is 0.5 at the tower and 0.5 of that inside. An option
+    inside_r_max says otherwise; the tower gets the rest. Of num_tokens the tower keeps twice as
+    many, and the language model that number on average.
+
+    Raises OptionError for a budget that is given twice, or cannot be shared so.
+    """
+    twice = [name for name in BUDGET if budget and name in options]
+    if twice:
+        raise OptionError(f"--prune-opt {twice[0]}: the budget is given twice: leave it out")
+    if len(method_classes(spec)) == 1 or not budget:
+        return {**budget, **options}
+    if "num_tokens" in budget:
+        number = int(budget["num_tokens"])
+        return {"num_tokens": 2 * number, f"{INSIDE}num_tokens": number, **options}
+    total, inner = budget["r_max"], f"{INSIDE}r_max"
+    if not 0 < total <= 1:
+        return {"r_max": total, **options}  # which says what is wrong with it
+    root = round(math.sqrt(total), 6)
+    share = options.get(inner, root)
+    if inner in options and not (isinstance(share, (int, float)) and total <= share <= 1):
+        raise OptionError(
+            f"--prune-opt {inner}={share}: of r_max={total} in all, give one from that to 1"
+        )
+    rest = total / share if inner in options else root
+    return {"r_max": rest, inner: share, **options}

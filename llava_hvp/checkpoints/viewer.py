@@ -17,7 +17,7 @@ from llava_hvp.hosts.llava import grid
 from llava_hvp.hosts.llava.tiling import TilingConfig
 from llava_hvp.hosts.llava.tower import check_tower
 from llava_hvp.hosts.llava.view import LlavaView
-from llava_hvp.methods.base import Needs, Selection, VisionMethod
+from llava_hvp.methods.base import Needs, Selection
 from llava_hvp.methods.uniform import Uniform
 from llava_hvp.pruning.report import ImageReport
 from llava_hvp.runtime import PruningConfig
@@ -75,12 +75,13 @@ class Viewer:
         tower = self.model.get_vision_tower()
         return read_geometry(tower.vision_tower).normalised(tower.select_layer)
 
-    def reads(self, method: VisionMethod | None) -> Needs:
-        """What a method goes by, whatever its budget; raises LayerError for layers not there."""
-        if method is None:
+    def reads(self, by: PrunedBy) -> Needs:
+        """What is read of the tower, whatever the budget; raises LayerError for others' layers."""
+        pruning = Variant.of(by).pruning
+        if pruning is None:
             return Needs()
         depth = read_geometry(self.model.get_vision_tower().vision_tower).depth
-        return method.reads(depth, self.select)
+        return pruning.method.reads(depth, self.select)
 
     def prompt(self, question: str) -> Tensor:
         """(1, L) token ids of a question about one image, in the conversation template."""
@@ -126,16 +127,21 @@ class Viewer:
         For None all that unpruned LLaVA sends, in the one role `unpruned`.
         """
         variant = Variant.of(by)
-        if variant.method is None:
+        pruning = variant.pruning
+        if pruning is None or not pruning.prunes:
             # With every patch kept a pruned model sends what stock LLaVA does.
             report = self.look(PruningConfig(Uniform(r_max=1), variant.runtime), image, ids)
             everything = Selection.from_roles({UNPRUNED: report.selection.keep})
             return replace(report, method="none", selection=everything)
-        with self.checkpoint.pruned_by(variant) as pruning:
+        with self.checkpoint.pruned_by(variant) as pruned:
+            if pruning.inside is not None:
+                # What is left inside is known when the prompt has run there.
+                self._generate(image, ids, 1)
+                return pruned.last[0]
             self.model.prepare_inputs_labels_for_multimodal(
                 ids, None, None, None, None, self.pixels(image), [image.size]
             )
-            return pruning.last[0]
+            return pruned.last[0]
 
     @torch.inference_mode()
     def answer(
@@ -143,12 +149,15 @@ class Viewer:
     ) -> tuple[str, ImageReport | None]:
         """The greedy answer, pruned by a method or (None) not, and what was kept for it."""
         with self.checkpoint.pruned_by(by) as pruning:
-            out = self.model.generate(
-                ids,
-                images=self.pixels(image),
-                image_sizes=[image.size],
-                do_sample=False,
-                max_new_tokens=new_tokens,
-            )
+            out = self._generate(image, ids, new_tokens)
             text = self.checkpoint.tokenizer.batch_decode(out, skip_special_tokens=True)[0].strip()
             return text, pruning.last[0] if pruning is not None else None
+
+    def _generate(self, image: Any, ids: Tensor, new_tokens: int) -> Any:
+        return self.model.generate(
+            ids,
+            images=self.pixels(image),
+            image_sizes=[image.size],
+            do_sample=False,
+            max_new_tokens=new_tokens,
+        )

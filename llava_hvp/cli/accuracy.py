@@ -17,6 +17,7 @@ from llava_hvp.accuracy.exam import TEMPLATE, Marks, examine
 from llava_hvp.accuracy.store import Answers, digest, keeping
 from llava_hvp.accuracy.tables import plot, render, scores_of
 from llava_hvp.bench.machine import about
+from llava_hvp.checkpoints.before_loading import check_before_loading, check_inside
 from llava_hvp.checkpoints.naming import model_name
 from llava_hvp.checkpoints.variants import Variant, variants
 from llava_hvp.cli.arguments import (
@@ -31,9 +32,9 @@ from llava_hvp.cli.arguments import (
 from llava_hvp.cli.evaluate import INTERRUPTED
 from llava_hvp.cli.extras import can_plot, need
 from llava_hvp.console import say
-from llava_hvp.errors import OptionError
+from llava_hvp.errors import LlavaHvpError, OptionError
 from llava_hvp.evaluation.files import read_json
-from llava_hvp.methods import list_methods, source_of
+from llava_hvp.methods import list_methods
 from llava_hvp.shapes import checkpoint, list_checkpoints
 from llava_hvp.shapes.exams import EXAMS, exam, exam_for
 from llava_hvp.shapes.questions import Question
@@ -55,7 +56,6 @@ def add(commands: Any) -> None:
     parser.add_argument("--model-path", type=Path, help="instead: one that you have trained")
     parser.add_argument(
         "--methods",
-        default=",".join(list_methods()),
         help="separated by commas, all by default; unpruned is always measured",
     )
     parser.add_argument(
@@ -134,9 +134,7 @@ def parse(args: argparse.Namespace) -> AccuracySettings:
         model=model,
         model_path=args.model_path,
         device=device_of(args.device),
-        variants=tuple(
-            variants(args.methods.split(","), budgets(args, BUDGETS), args.prune_opt or ())
-        ),
+        variants=_variants(args),
         pictures=args.pictures or exam_for(model),
         questions=args.questions,
         batch=args.batch,
@@ -144,6 +142,28 @@ def parse(args: argparse.Namespace) -> AccuracySettings:
         restart=args.restart,
         plots=plots,
     )
+
+
+def _variants(args: argparse.Namespace) -> tuple[Variant, ...]:
+    """What is compared; of all methods by default, those budgets that can be had."""
+    given, options = budgets(args, BUDGETS), args.prune_opt or ()
+    folder = args.model_path or SHIPPED / args.model
+    if args.methods is not None:
+        chosen = variants(args.methods.split(","), given, options)
+        check_before_loading(str(folder.resolve()), [variant.pruning for variant in chosen])
+        return tuple(chosen)
+    layers = read_json(folder / "config.json").get("num_hidden_layers")
+    found, refused = [], []
+    for variant in variants(list_methods(), given, options):
+        try:
+            check_inside(variant.pruning, layers)
+        except LlavaHvpError as error:
+            refused.append(f"{variant} is left out: {error}")
+        else:
+            found.append(variant)
+    for line in refused:
+        say(line)
+    return tuple(found)
 
 
 def run(settings: AccuracySettings) -> int:
@@ -204,8 +224,8 @@ def _depends(settings: AccuracySettings, facts: dict[str, str]) -> dict[str, Any
         **{
             f"{variant.name}: {name}": value
             for variant in settings.variants
-            if variant.method is not None
-            for name, value in source_of(type(variant.method)).items()
+            if variant.pruning is not None
+            for name, value in variant.pruning.source.items()
         },
     }
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from llava_hvp import config
 from llava_hvp.bench import subject
 from llava_hvp.bench.clock import Clock
 from llava_hvp.bench.machine import about
@@ -20,7 +19,7 @@ from llava_hvp.bench.plot import plot
 from llava_hvp.bench.results import BenchRow, rows_of
 from llava_hvp.bench.tables import render
 from llava_hvp.bench.workload import Workload, make_workload, pattern
-from llava_hvp.checkpoints.before_loading import check_before_loading
+from llava_hvp.checkpoints.before_loading import check_before_loading, check_inside
 from llava_hvp.checkpoints.dtypes import DTYPES
 from llava_hvp.checkpoints.geometry import get_geometry, list_geometries
 from llava_hvp.checkpoints.naming import named_path
@@ -41,6 +40,7 @@ from llava_hvp.cli.arguments import (
 from llava_hvp.cli.extras import can_plot, need
 from llava_hvp.errors import OptionError
 from llava_hvp.methods import list_methods
+from llava_hvp.options import unpruned
 from llava_hvp.tables import MARKDOWN, TERMINAL
 
 BUDGETS = "0.75,0.5,0.4,0.25"  # of r_max
@@ -203,8 +203,12 @@ def parse(args: argparse.Namespace) -> BenchSettings:
         out=args.out,
         plots=args.out is not None and can_plot(),
     )
+    if settings.geometry is not None:
+        layers = get_geometry(settings.geometry).language.layers
+        for variant in settings.variants:
+            check_inside(variant.pruning, layers)
     if settings.model_path is not None:
-        check_before_loading(settings.model_path, [v.method for v in settings.variants])
+        check_before_loading(settings.model_path, [v.pruning for v in settings.variants])
     return settings
 
 
@@ -224,7 +228,7 @@ def _check_subject(args: argparse.Namespace) -> None:
 def _variants(args: argparse.Namespace) -> tuple[Variant, ...]:
     """What is compared; the first is LLaVA's own code alone, whose packing is the checkpoint's."""
     chosen = variants(args.methods.split(","), budgets(args, BUDGETS), args.prune_opt or ())
-    alone = config.unpruned({"tiling": chosen[0].runtime.tiling})
+    alone = unpruned({"tiling": chosen[0].runtime.tiling})
     return (Variant(alone), *chosen[1:])
 
 

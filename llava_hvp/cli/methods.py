@@ -11,7 +11,13 @@ from typing import Any
 
 from llava_hvp.methods import NONE, list_methods, method_class
 from llava_hvp.methods.base import Method
+from llava_hvp.methods.language import LanguageMethod
 from llava_hvp.runtime import Runtime
+
+PLACES = {
+    LanguageMethod.where: "inside the language model; alone, or behind another by --prune-inside, "
+    "--inside-r-max R or\n    --inside-num-tokens N, and --inside-opt for --prune-opt:",
+}
 
 
 def add(commands: Any) -> None:
@@ -28,10 +34,13 @@ def main(args: argparse.Namespace) -> int:
 def run() -> int:
     """Print the list; the exit code."""
     common = [f.name for f in dataclasses.fields(Method)]
-    for name in list_methods():
-        kind = method_class(name)
-        print(f"{name}: {kind.summary}")
-        _list(kind, [o for o in dataclasses.fields(kind) if o.name not in common])
+    kinds = {name: method_class(name) for name in list_methods()}
+    for place in dict.fromkeys(kind.where for kind in sorted(kinds.values(), key=_inside)):
+        print(PLACES.get(place, f"at the {place}:"))
+        for name, kind in kinds.items():
+            if kind.where == place:
+                print(f"{name}: {kind.summary}")
+                _list(kind, [o for o in dataclasses.fields(kind) if o.name not in common])
     print("every method: --r-max R or --num-tokens N, and")
     _list(Runtime, list(dataclasses.fields(Runtime)))
     print(
@@ -39,6 +48,10 @@ def run() -> int:
     )
     print("    of any method and uses none of them, for loops over methods")
     return 0
+
+
+def _inside(kind: type[Method]) -> bool:
+    return issubclass(kind, LanguageMethod)
 
 
 def _list(kind: type[Any], options: list[dataclasses.Field[Any]]) -> None:

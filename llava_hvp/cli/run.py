@@ -28,6 +28,7 @@ from llava_hvp.console import say
 from llava_hvp.errors import OptionError, RecordError
 from llava_hvp.methods import folder_of
 from llava_hvp.pruning.record import UNWRITTEN, Totals, summary
+from llava_hvp.runtime import PruningConfig
 
 FORWARDED = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
 NOT_FOUND, NOT_EXECUTABLE, FAILED = 127, 126, 1
@@ -39,7 +40,7 @@ def add(commands: Any) -> None:
         "run",
         help="run any command with pruning on, shell scripts included",
         usage="llava-hvp run --prune-method NAME [--r-max R | --num-tokens N] "
-        "[--prune-opt KEY=VALUE]... -- COMMAND...",
+        "[--prune-opt KEY=VALUE]... [--prune-inside NAME ...] -- COMMAND...",
         allow_abbrev=False,
     )
     config.add_flags(parser, device=True, train=True)
@@ -79,19 +80,21 @@ def run(settings: RunSettings) -> int:
     with _folder() as reports:
         request = dataclasses.replace(settings.request, reports=reports)
         environ = {**os.environ, config.VARIABLE: shlex.join(config.to_flags(request))}
-        if request.method is not None:
-            environ |= _search_path(type(request.method))
+        if request.pruning is not None:
+            environ |= _search_path(request.pruning)
         code = execute(settings.command, environ)
-        failed = tell(read_reports(Path(reports)), code, pruned=request.method is not None)
+        failed = tell(read_reports(Path(reports)), code, pruned=request.prunes)
     if code < 0:
         _die_of(-code)
     return code or (FAILED if failed else 0)
 
 
-def _search_path(method: type[Any]) -> dict[str, str]:
-    """So that children find a method of this folder's, wherever they go."""
-    here, before = folder_of(method), os.environ.get("PYTHONPATH")
-    return {} if here is None else {"PYTHONPATH": os.pathsep.join(filter(None, (before, here)))}
+def _search_path(pruning: PruningConfig) -> dict[str, str]:
+    """So that children find methods of this folder's, wherever they go."""
+    folders = {folder_of(type(method)) for method in pruning.methods} - {None}
+    before = os.environ.get("PYTHONPATH")
+    path = os.pathsep.join(filter(None, (before, *folders)))
+    return {"PYTHONPATH": path} if folders else {}
 
 
 def main(args: argparse.Namespace) -> int:
@@ -225,6 +228,11 @@ def added(counts: list[dict[str, Any]]) -> dict[str, Any]:
         name: sum(c.get(name, 0) for c in counts)
         for name in ("images", "reused", "kept_tokens", "stock_tokens")
     }
-    for name in ("mean_kept_of_stock", "mean_kept_of_patches"):
+    means = ["mean_kept_of_stock", "mean_kept_of_patches"]
+    if counts and all(c.get("layer_tokens") for c in counts):  # one method for all processes
+        means.append("mean_average_of_stock")
+        layers = [c["layer_tokens"] for c in counts]
+        total["layer_tokens"] = [sum(each) for each in zip(*layers, strict=True)]
+    for name in means:
         total[name] = sum(c[name] * c["images"] for c in counts) / images if images else None
     return total

@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llava_hvp import config
 from llava_hvp.checkpoints.before_loading import check_before_loading
 from llava_hvp.checkpoints.variants import NONE, Variant, name_of, variants
 from llava_hvp.cli.arguments import at_least, bits_of, budgets, device_of, exclude, listed
 from llava_hvp.console import say
 from llava_hvp.errors import OptionError
 from llava_hvp.files import write_whole
-from llava_hvp.methods import list_methods, method_class
+from llava_hvp.methods import list_methods
+from llava_hvp.runtime import BUDGET, INSIDE
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -50,6 +52,12 @@ def add(commands: Any) -> None:
         metavar="KEY=VALUE",
         help="an option of the methods that have it, repeatable",
     )
+    what.add_argument(
+        "--prune-inside", metavar="NAME", help="with --prune-method: inside the language model"
+    )
+    what.add_argument("--inside-r-max", metavar="R", type=float, help="its budget")
+    what.add_argument("--inside-num-tokens", metavar="N", type=int, help="instead of that")
+    what.add_argument("--inside-opt", action="append", metavar="KEY=VALUE")
     what.add_argument(
         "--layers", metavar="all|N,N", help="heat maps of the attention that patches receive"
     )
@@ -154,7 +162,7 @@ def parse(args: argparse.Namespace) -> ShowSettings:
         prompt=args.prompt or None,
         new_tokens=args.new_tokens,
     )
-    check_before_loading(settings.model_path, [v.method for v in settings.variants])
+    check_before_loading(settings.model_path, [v.pruning for v in settings.variants])
     return settings
 
 
@@ -175,6 +183,8 @@ def _columns(args: argparse.Namespace) -> tuple[tuple[Variant, ...], ...]:
     if not any(names):
         names = ["hivtp", "hiprune", *(["hiprune++"] if args.prompt else [])]
     options = args.prune_opt or ()
+    if args.prune_inside or any(getattr(args, INSIDE + name) for name in (*BUDGET, "opt")):
+        return (_pairs(args),)
     try:
         chosen = variants(names, budgets(args, BUDGETS if args.html else None), options)
     except OptionError:
@@ -184,6 +194,15 @@ def _columns(args: argparse.Namespace) -> tuple[tuple[Variant, ...], ...]:
         chosen = variants(names, [{}], options)
     columns = dict.fromkeys(name_of(name) for name in names)
     return tuple(tuple(v for v in chosen if v.name == name) for name in columns)
+
+
+def _pairs(args: argparse.Namespace) -> tuple[Variant, ...]:
+    """The --prune-method at each of its budgets, with the --prune-inside behind it."""
+    found, unset = [], {"r_max": None, "num_tokens": None, "prune_train": False}
+    for budget in budgets(args, None):
+        given = argparse.Namespace(**{**vars(args), **unset} | budget)
+        found.append(Variant(config.requested(given).pruning))
+    return tuple(found)
 
 
 def run(settings: ShowSettings) -> int:
@@ -203,7 +222,7 @@ def run(settings: ShowSettings) -> int:
         tiling=settings.tiling,
     )
     for variant in settings.variants:
-        if viewer.reads(variant.method).relevance and not settings.prompt:
+        if viewer.reads(variant).relevance and not settings.prompt:
             raise OptionError(f"{variant.name} reads the prompt: give --prompt")
     drawing = _Drawing(settings, viewer, image, notes)
     files: dict[Path, bytes] = {}
@@ -297,24 +316,28 @@ class _Drawing:
     def _method(self, budgets: Sequence[Variant], unpruned: str) -> MethodShown:
         from llava_hvp.show.page import MethodShown
 
-        name, method = budgets[0].name, budgets[0].method
+        first = budgets[0]
         return MethodShown(
-            name,
-            "LLaVA without pruning" if method is None else method_class(name).summary,
-            self.viewer.reads(method).received_attention,
-            [self._budget(variant, unpruned) for variant in budgets],
+            first.name,
+            first.summary,
+            self.viewer.reads(first).received_attention,
+            [shown for variant in budgets for shown in self._budget(variant, unpruned)],
         )
 
-    def _budget(self, variant: Variant, unpruned: str) -> Shown:
+    def _budget(self, variant: Variant, unpruned: str) -> list[Shown]:
+        """What stays at a budget: at the tower, and after each stage inside the language model."""
+        from llava_hvp.show.inside import shown_of
         from llava_hvp.show.page import Shown
 
-        if variant.method is None:
-            return Shown("everything kept", self._look(variant), unpruned)
+        if not variant.prunes:
+            return [Shown("everything kept", self._look(variant), unpruned)]
         label = variant.options.replace("=", " ") or "no budget"
-        if not self.settings.prompt:
-            return Shown(label, self._look(variant))
-        answer, kept = self._answer(variant)
-        return Shown(label, kept, answer)
+        kept, answer = self._look(variant) if not self.settings.prompt else None, ""
+        if kept is None:
+            answer, kept = self._answer(variant)
+        if not kept.stages:
+            return [Shown(label, kept, answer)]
+        return [Shown(f"{label}, {words}", r, answer) for words, r in shown_of(kept)]
 
     def _look(self, variant: Variant) -> ImageReport:
         return self.viewer.look(variant, self.image, self.ids)

@@ -58,6 +58,8 @@ class Measured:
         how it came about; what is not known is not stated there
     metrics : dict[str, float]
         as the harness gives them
+    kept_tokens, kept_of_stock : float | None
+        that enter a layer of the language model, averaged over all
     """
 
     benchmark: str
@@ -160,8 +162,9 @@ def _ours(content: dict[str, Any], path: Path) -> Measured:
         content["metric"],
         content["metrics"],
         path,
-        content["kept_tokens"],
-        content["kept_of_stock"],
+        # Results of before pruning inside the language model have no averages.
+        content.get("average_tokens", content["kept_tokens"]),
+        content.get("average_of_stock", content["kept_of_stock"]),
         content["kept_of_patches"],
         content["ttft_ms"],
         content["tokens_per_second"],
@@ -202,8 +205,8 @@ def _lmms(content: dict[str, Any], path: Path) -> list[Measured]:
                 next(iter(metrics), ""),
                 metrics,
                 path,
-                measured.get(f"{prefix}kept_tokens"),
-                measured.get(f"{prefix}kept_of_stock"),
+                measured.get(f"{prefix}average_tokens", measured.get(f"{prefix}kept_tokens")),
+                measured.get(f"{prefix}average_of_stock", measured.get(f"{prefix}kept_of_stock")),
                 measured.get(f"{prefix}kept_of_patches"),
                 measured.get(f"{prefix}ttft_ms"),
                 measured.get(f"{prefix}tokens_per_second"),

@@ -9,17 +9,21 @@ from llava_hvp import config
 from llava_hvp.config import Request
 from llava_hvp.errors import OptionError
 from llava_hvp.methods import NONE, list_methods
-from llava_hvp.runtime import BUDGET, PruningConfig
+from llava_hvp.options import read_option, unpruned
+from llava_hvp.runtime import BUDGET, INSIDE, JOINED, PruningConfig
 
 # Arguments of the model that are no options of a method.
 OTHERS = (
     *("pretrained", "model_base", "conv_template", "device", "device_map", "dtype"),
     *("batch_size", "max_batch_size", "load_4bit", "load_8bit"),
 )
+SECOND = "prune_inside"
 
 
 def pruning_of(name: str | None, options: Mapping[str, Any]) -> PruningConfig | None:
     """The pruning of `prune_method=NAME,r_max=0.5,layers=7+8+9`, None for LLaVA without us.
+
+    With `prune_inside=fastv,inside_r_max=0.5,inside_layer=3` of two methods.
 
     Raises OptionError.
     """
@@ -31,13 +35,20 @@ def pruning_of(name: str | None, options: Mapping[str, Any]) -> PruningConfig | 
                 + ", ".join(OTHERS)
             )
         return None
+    second = options.get(SECOND)
+    if second is not None:
+        config.check_pair(name, second)
+    spec = JOINED.join(filter(None, (name, second)))
     given = {}
     for key, value in options.items():
+        if key == SECOND:
+            continue
         text = value.replace("+", ",") if isinstance(value, str) else str(value)
-        given[key] = value if key in BUDGET else config.read_option(name, f"{key}={text}")[1]
+        is_budget = key.removeprefix(INSIDE) in BUDGET
+        given[key] = value if is_budget else read_option(spec, f"{key}={text}")[1]
     if name == NONE:
-        return config.unpruned(given)
-    return PruningConfig.of(name, **given)
+        return unpruned(given)
+    return PruningConfig.of(spec, **given)
 
 
 def model_args(pretrained: str, pruning: PruningConfig | None) -> str:
@@ -47,7 +58,8 @@ def model_args(pretrained: str, pruning: PruningConfig | None) -> str:
         flags = config.to_flags(Request(pruning))
         pairs.append(("prune_method", flags[1]))
         for flag, value in zip(flags[2::2], flags[3::2], strict=True):
-            key, _, text = value.partition("=") if flag == "--prune-opt" else (flag[2:], "", value)
+            key, _, text = value.partition("=") if flag.endswith("-opt") else (flag[2:], "", value)
+            key = INSIDE * (flag == "--inside-opt") + key
             text = text.strip("()").rstrip(",").replace(", ", "+")
             pairs.append((key.replace("-", "_"), text))
     return ",".join(f"{key}={value}" for key, value in pairs)

@@ -130,8 +130,9 @@ class Table:
             if beside or not is_own:
                 rows.append(row)
             if row.pruning is not None and is_own:
-                name = row.pruning.method.name
-                pruning = PruningConfig.of(name, **row.pruning.options | self.as_released)
+                pruning = PruningConfig.of(
+                    row.pruning.spec, **row.pruning.options | self.as_released
+                )
                 rows.append(replace(row, label=f"{row.label}, as released", pruning=pruning))
         given = ", ".join(f"{name}={value}" for name, value in self.as_released.items())
         return replace(self, rows=tuple(rows), notes=(*self.notes, f"as released: {given}"))

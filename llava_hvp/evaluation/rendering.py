@@ -37,7 +37,7 @@ def one_line(result: dict[str, Any]) -> str:
     given = " ".join(result["given"]).removeprefix("--prune-method ") or result["method"]
     facts = [given]
     if result["kept_tokens"] is not None:
-        facts.append(f"{result['kept_tokens']:.0f} of {result['stock_tokens']:.0f} tokens kept")
+        facts.append(f"{_tokens(result)} of {result['stock_tokens']:.0f} tokens kept")
     if result["ttft_ms"] is not None:
         facts.append(f"first token after {result['ttft_ms']:.0f} ms")
     if result["tokens_per_second"] is not None:
@@ -46,6 +46,12 @@ def one_line(result: dict[str, Any]) -> str:
         dtype, attention = result["vision_tower_dtype"], result["vision_tower_attention"]
         facts.append(f"vision tower in {dtype} with {attention} attention")
     return f"{title} {result['metric']}: {shown} ({', '.join(facts)})"
+
+
+def _tokens(result: dict[str, Any]) -> str:
+    """Those that are sent, and what of them enters a layer where some are dropped inside."""
+    sent, average = result["kept_tokens"], result["average_tokens"]
+    return f"{sent:.0f}" if sent == average else f"on average over layers {average:.1f}"
 
 
 def listing(results: Sequence[Measured], form: str) -> str:

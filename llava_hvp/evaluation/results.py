@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 KIND = "llava-hvp result"
 STOCK_HARNESS = "llava.eval"
+VISUAL = (
+    *("kept_tokens", "stock_tokens", "average_tokens"),
+    *("kept_of_stock", "average_of_stock", "kept_of_patches"),
+)
 TOWER_METRIC = "vision tower "
 MODEL_METRIC = "model "
 MODEL = "model_dtype"
@@ -70,10 +74,7 @@ def visual_tokens(calls: Sequence[dict[str, Any]]) -> dict[str, Any]:
     images = sum(call["images"] for call in calls)
     return {
         "images": images,
-        **{
-            name: sum(call[name] for call in calls) / images if images else None
-            for name in ("kept_tokens", "stock_tokens", "kept_of_stock", "kept_of_patches")
-        },
+        **{name: sum(call[name] for call in calls) / images if images else None for name in VISUAL},
     }
 
 

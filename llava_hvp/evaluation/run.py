@@ -29,7 +29,7 @@ def evaluate(job: Job) -> dict[str, Any]:
     Raises LlavaHvpError. Nothing is loaded and nothing written before the data is complete.
     """
     flags = job.flags
-    check_before_loading(job.model_path, [job.request.method])
+    check_before_loading(job.model_path, [job.request.pruning])
     data = find_data(
         job.benchmark,
         job.data,

@@ -27,7 +27,7 @@ from llava_hvp.console import say
 from llava_hvp.errors import LlavaHvpError, OptionError, RecordError, UnsupportedModelError
 from llava_hvp.files import write_json
 from llava_hvp.hook.answers import AnswersFile
-from llava_hvp.methods import NONE, method_spec
+from llava_hvp.methods import NONE
 from llava_hvp.pruning.record import UNWRITTEN, Totals, record_path
 from llava_hvp.pruning.report import ImageReport
 from llava_hvp.runtime import PruningConfig, Runtime
@@ -304,7 +304,7 @@ class PruningAudit:
     def _record(self, answers: dict[str, Any]) -> dict[str, Any]:
         pruning = self.pruning
         return {
-            "method": NONE if pruning is None else method_spec(type(pruning.method)),
+            "method": NONE if pruning is None else pruning.spec,
             "options": None if pruning is None else pruning.options,
             "tiling": (Runtime() if pruning is None else pruning.runtime).tiling,
             "given": config.to_flags(Request(pruning, unpruned=pruning is None)),

@@ -181,7 +181,7 @@ class PrunedProcess:
             return
         from llava_hvp.hosts.llava import builder
 
-        builder.install(pruning.method, runtime=pruning.runtime, on_model=account.watch)
+        builder.install(**pruning.arguments, on_model=account.watch)
         clip = importlib.import_module("llava.model.multimodal_encoder.clip_encoder")
         arch = importlib.import_module("llava.model.llava_arch")
         tower = clip.CLIPVisionTower

@@ -61,6 +61,7 @@ class LlavaHvp(lmms):
         float16, bfloat16 or float32; float16 as LLaVA loads it by default, on a CPU float32
     prune_method, r_max, num_tokens, the options of the method and of Runtime : as `r_max=0.5`;
         items of a tuple are joined by +, as `layers=7+8+9`
+    prune_inside : a second method, inside the language model; its options as `inside_r_max=0.5`
     """
 
     is_simple = True
@@ -94,7 +95,7 @@ class LlavaHvp(lmms):
         self._rank = self.accelerator.process_index
         self._world_size = self.accelerator.num_processes
         self._device = self._choose_device(device)
-        check_before_loading(pretrained, [None if pruning is None else pruning.method])
+        check_before_loading(pretrained, [pruning])
         # LLaVA comes only now: whatever was typed wrong has been said.
         from llava_hvp.checkpoints.checkpoint import open_checkpoint
         from llava_hvp.hosts.llava.host import attach
@@ -110,7 +111,7 @@ class LlavaHvp(lmms):
             device_map=device_map or str(self._device),
         )
         if pruning is not None:
-            attach(self.model, pruning.method, runtime=pruning.runtime, tokenizer=self.tokenizer)
+            attach(self.model, **pruning.arguments, tokenizer=self.tokenizer)
         elif "llava_hvp" in vars(self.model):
             raise PrunedStateError(
                 "the model was loaded pruned, as LLAVA_HVP asks, where unpruned LLaVA was wanted: "

@@ -52,9 +52,10 @@ def _plugins() -> dict[str, importlib.metadata.EntryPoint]:
     return {point.name: point for point in importlib.metadata.entry_points(group=ENTRY_POINTS)}
 
 
-def list_methods() -> list[str]:
-    """Names of all methods, sorted; a subclass of VisionMethod defined elsewhere is listed too."""
-    return sorted({*_registry(), *_plugins()})
+def list_methods(kind: type[Method] = Method) -> list[str]:
+    """Names of all methods of a kind, sorted; a subclass defined elsewhere is listed too."""
+    names = sorted({*_registry(), *_plugins()})
+    return names if kind is Method else [n for n in names if issubclass(method_class(n), kind)]
 
 
 def method_class(name: str) -> type[Method]:
@@ -161,7 +162,7 @@ def _own(path: str, called: str) -> type[Method]:
         missing = ", ".join(sorted(vars(kind)["__abstractmethods__"]))
         raise OptionError(f"the method {called} is abstract: it lacks {missing}")
     own = vars(kind)
-    if not all(own.get(option) for option in ("name", "summary", "roles")):
+    if not all((own.get("name"), own.get("summary"), getattr(kind, "roles", None))):
         raise OptionError(f"the method {called} lacks a name, a summary or roles of its own")
     if not _NAME.fullmatch(str(kind.name)) or kind.name == NONE:
         raise OptionError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable
 from typing import ClassVar, Protocol
@@ -102,3 +103,47 @@ def choice(options: Named, option: str, valid: Iterable[object]) -> None:
         raise OptionError(
             f"{options.name}: {option}={shown(value)}: give one of {', '.join(map(str, valid))}"
         )
+
+
+REFERENCE_DECODER_DEPTH = 32  # the papers number the layers of a 7B Llama
+
+
+def scaled_decoder_layers(layers: Iterable[int], depth: int) -> tuple[int, ...]:
+    """Default layers of a 32-layer language model on one of `depth`: strictly rising, below it.
+
+    Raises LayerError where it has too few.
+    """
+    layers, found = tuple(layers), list[int]()
+    for place, layer in enumerate(layers):
+        scaled = max(
+            round(layer * depth / REFERENCE_DECODER_DEPTH), 1 + (found[-1] if found else 0)
+        )
+        found.append(min(scaled, depth - len(layers) + place))
+    if found[0] < 1:
+        raise LayerError(
+            f"a language model of {depth} layers has no room for {len(layers)} drops between them"
+        )
+    return tuple(found)
+
+
+def layer_numbers(options: Named, option: str) -> tuple[int, ...]:
+    """An option that is a tuple of numbers from 1; raises OptionError."""
+    value = getattr(options, option)
+    ok = isinstance(value, (tuple, list)) and all(type(n) is int and n >= 1 for n in value)
+    if not ok or not value:
+        raise OptionError(f"{options.name}: {option}={shown(value)}: give a tuple of integers")
+    return tuple(value)
+
+
+def decoder_layers(layers: Iterable[int], depth: int, option: str) -> tuple[int, ...]:
+    """Layers given by hand, strictly rising, each in 1 .. depth - 1; raises LayerError."""
+    layers = tuple(layers)
+    for layer in layers:
+        if not 1 <= layer < depth:
+            raise LayerError(
+                f"{option}: layer {shown(layer)} of a language model of {depth}: give 1 to "
+                f"{depth - 1}"
+            )
+    if any(b <= a for a, b in itertools.pairwise(layers)):
+        raise LayerError(f"{option}: {shown(layers)}: give rising layer numbers")
+    return layers

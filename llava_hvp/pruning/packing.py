@@ -28,10 +28,16 @@ class PackedImages:
         (tokens, D) of each image, ready for the language model
     pruned : bool
         whether any image has other tokens than stock would send
+    reports : list[ImageReport]
+        of each image
+    tokens : list[Tensor]
+        (tokens,) int64 of each image, what each of its features is, as in `pruning.layout`
     """
 
     features: list[Tensor]
     pruned: bool
+    reports: list[ImageReport]
+    tokens: list[Tensor]
     ndim: int = 4  # LLaVA takes the features of 4-D images as they are
 
 
@@ -71,10 +77,10 @@ def pack(
         tokens_of(place, selection, method, runtime.newline)
         for place, selection in zip(layouts, selections, strict=True)
     ]
-    view = model.view()
-    pruning.record(
+    view, name = model.view(), pruning.config.name
+    reports = [
         ImageReport(
-            method.name,
+            name,
             count,
             place.stock_tokens,
             len(tokens),
@@ -89,12 +95,12 @@ def pack(
         for count, place, tokens, size, selection in zip(
             tiles, layouts, kept, sizes, selections, strict=True
         )
-    )
+    ]
     features = _project(model, encoded, tiles, kept)
     pruned = encoded.selection.mix is not None or any(
         len(tokens) < place.stock_tokens for tokens, place in zip(kept, layouts, strict=True)
     )
-    return PackedImages(features, pruned)
+    return PackedImages(features, pruned, reports, kept)
 
 
 def features_by_tile(encoded: EncodedTiles, method: VisionMethod, grid: Grid) -> list[Tensor]:

@@ -12,15 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llava_hvp.decoder.hooks import DecoderHooks
 from llava_hvp.encoder.text import ClipText, cosine_relevance
 from llava_hvp.methods.base import VisionMethod
+from llava_hvp.methods.language import LanguageMethod
 from llava_hvp.methods.mmtok import content_words
 from llava_hvp.pruning.encoding import EncodedTiles, HostInputs, OfFeatures
 from llava_hvp.pruning.host import HostModel
 from llava_hvp.pruning.layout import Size
 from llava_hvp.pruning.report import ImageReport
 from llava_hvp.pruning.reuse import RecentlyEncoded, weights_version
-from llava_hvp.runtime import Runtime
+from llava_hvp.runtime import PruningConfig, Runtime
 
 # Held while a model is looked at and changed, so that of two threads one comes first.
 CHANGING = threading.RLock()
@@ -39,7 +41,10 @@ class Pruning:
         do not change through `.data`. Without effect where gradients are wanted, where the method
         reads the prompt, and where the weights are partitioned (ZeRO-3, FSDP).
     on_record : Callable[[list[ImageReport]], None] | None
-        called with the reports of each call, from the thread that made it
+        called with the reports of each call, from the thread that made it; where a method prunes
+        inside the language model, once the prompt has run there
+    hooks : DecoderHooks | None
+        of the method inside the language model
     """
 
     def __init__(
@@ -51,6 +56,7 @@ class Pruning:
         self.on_record: Callable[[list[ImageReport]], None] | None = None
         self._recently = RecentlyEncoded()
         self.clip_text = clip_text
+        self.hooks: DecoderHooks | None = None
         self._newest: list[ImageReport] = []
 
     @property
@@ -64,9 +70,19 @@ class Pruning:
         return self.host_model.encoder.prune_method
 
     @property
+    def inside(self) -> LanguageMethod | None:
+        """The method inside the language model, if there is one."""
+        return None if self.hooks is None else self.hooks.method
+
+    @property
     def runtime(self) -> Runtime:
         """How the method is run."""
         return self.host_model.encoder.prune_runtime
+
+    @property
+    def config(self) -> PruningConfig:
+        """Methods and running together."""
+        return PruningConfig(self.method, self.runtime, self.inside)
 
     @property
     def last(self) -> list[ImageReport]:

@@ -21,7 +21,7 @@ class ImageReport:
     Parameters
     ----------
     method : str
-        name of the method
+        name of the method, of both as `hivtp+fastv`
     tiles : int
         the encoder saw: 1, or the base tile and the sub-images of AnyRes
     stock_tokens : int
@@ -43,6 +43,14 @@ class ImageReport:
         how the model sees pictures, to draw on one; None where unknown
     reused : bool
         whether this is what an earlier call made of the same image, as in a chat
+    layer_tokens : tuple[int, ...]
+        visual tokens of the image that enter each layer of the language model, merged ones
+        included; empty where no method prunes inside it
+    stages : tuple[Tensor, ...]
+        (tiles, N) bool after each stage inside the language model, the patches whose tokens go on;
+        merged tokens stand at none
+    stage_layers : tuple[int, ...]
+        layers that run before each of these stages
     """
 
     method: str
@@ -56,6 +64,16 @@ class ImageReport:
     stock: Tensor | None = None
     view: View | None = None
     reused: bool = False
+    layer_tokens: tuple[int, ...] = ()
+    stages: tuple[Tensor, ...] = ()
+    stage_layers: tuple[int, ...] = ()
+
+    @property
+    def average_tokens(self) -> float:
+        """Visual tokens that enter a layer of the language model, averaged over all layers."""
+        if not self.layer_tokens:
+            return self.kept_tokens
+        return sum(self.layer_tokens) / len(self.layer_tokens)
 
     @property
     def kept_patches(self) -> int:
@@ -81,10 +99,14 @@ class ImageReport:
     def __repr__(self) -> str:
         tiles = "1 tile" if self.tiles == 1 else f"{self.tiles} tiles"
         patches = self.grid[0] * self.grid[1] * self.tiles
+        inside = ""
+        if self.layer_tokens:
+            share = self.average_tokens / self.stock_tokens
+            inside = f", {self.average_tokens:.1f} ({share:.1%}) averaged over layers"
         return (
             f"<{self.method}: {tiles}, {self.kept_tokens} of {self.stock_tokens} tokens "
             f"({self.kept_of_stock:.1%}), {self.kept_patches} of {patches} patches "
-            f"({self.kept_of_patches:.1%}){', encoded by an earlier call' * self.reused}>"
+            f"({self.kept_of_patches:.1%}){inside}{', encoded by an earlier call' * self.reused}>"
         )
 
     def overlay(self, image: Any, *, scale: int | None = None) -> Any:

@@ -13,6 +13,7 @@ import torch
 from llava_hvp.errors import PictureError
 from llava_hvp.show.colours import DIMMED, colours_of
 from llava_hvp.show.frame import Report, counts_of, places_of, states_of
+from llava_hvp.show.inside import last_of, shown_of
 from llava_hvp.show.merging import merging_of
 
 SIDE = 10  # pixels along a patch
@@ -23,18 +24,21 @@ def png_of(report: Report) -> bytes | None:
     """The map of a report's masks as PNG; None without PIL."""
     try:
         from llava_hvp.show.overlay import paint
-        from llava_hvp.show.sheet import beside, picture
+        from llava_hvp.show.sheet import below, beside, picture
     except PictureError:
         return None
     colours = list(colours_of(report.selection.roles).values())
-    drawn = []
-    for panel in places_of(report):
-        rows, columns = panel.patches.shape
-        photo = torch.tensor(LIGHT, dtype=torch.uint8).expand(rows * SIDE, columns * SIDE, 3)
-        plain = replace(panel, side=SIDE, photo=photo)
-        drawn.append(picture(paint(plain, states_of(report), colours, 1)))
+    sheets = []
+    for each in [shown for _, shown in shown_of(report)]:
+        drawn = []
+        for panel in places_of(each):
+            rows, columns = panel.patches.shape
+            photo = torch.tensor(LIGHT, dtype=torch.uint8).expand(rows * SIDE, columns * SIDE, 3)
+            plain = replace(panel, side=SIDE, photo=photo)
+            drawn.append(picture(paint(plain, states_of(each), colours, 1)))
+        sheets.append(beside(drawn))
     file = io.BytesIO()
-    beside(drawn).save(file, "PNG")
+    below(sheets).save(file, "PNG")
     return file.getvalue()
 
 
@@ -44,7 +48,7 @@ def html_of(report: Report) -> str:
     counts = [
         f'<span style="background:rgb{colours.get(name, DIMMED) or LIGHT};display:inline-block;'
         f'width:.8em;height:.8em"></span> {html.escape(name)} {count}'
-        for name, count in counts_of(report).items()
+        for name, count in counts_of(last_of(report)).items()
     ]
     line = html.escape(repr(report).strip("<>"))
     png = png_of(report)

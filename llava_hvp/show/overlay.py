@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from llava_hvp.show.frame import (
     shape_of,
     states_of,
 )
+from llava_hvp.show.inside import caption, last_of, shown_of, totals
 from llava_hvp.show.merging import merging_of
 from llava_hvp.show.regions import HOW, paint_regions, region_colours, regions_legend
 from llava_hvp.show.sheet import (
@@ -38,6 +40,7 @@ from llava_hvp.show.sheet import (
 WIDEST, LARGEST = 1100, 4  # pixels of an overlay, times the size that the model sees
 WIDEST_PAIR = 1500  # pixels, where two pictures of one tile stand side by side
 NARROWEST = 360  # pixels, so that a legend has room
+LEAST = 330  # pixels, the width of one of several pictures of an image
 LIGHT, DARK, SQUARE = 250, 222, 7  # the chequers of what unpad cuts off
 
 
@@ -61,31 +64,39 @@ def overlay(
     widest : int
         pixels, where no scale is given
     """
-    panels, merging = frame_of(report, image), merging_of(report)
+    panels, shown, merging = frame_of(report, image), shown_of(report), merging_of(report)
     draws_regions = merging is not None and bool(merging.flows)
-    is_pair = draws_regions and len(panels) == 1 and widest == WIDEST
+    is_pair = draws_regions and len(panels) == 1 and not report.stages and widest == WIDEST
+    across = 1 if scale else _across(panels, len(shown), widest)
     scale = scale or (
-        scale_for((*panels, *panels), WIDEST_PAIR) if is_pair else scale_for(panels, widest)
+        scale_for((*panels, *panels), WIDEST_PAIR)
+        if is_pair
+        else scale_for(list(panels) * across, widest)
     )
-    states, colours = states_of(report), list(colours_of(report.selection.roles).values())
-    sheet = _row([picture(paint(panel, states, colours, scale)) for panel in panels], panels)
+    colours = list(colours_of(report.selection.roles).values())
+
+    def painted(report: Report) -> Image.Image:
+        states = states_of(report)
+        return _row([picture(paint(panel, states, colours, scale)) for panel in panels], panels)
+
+    sheet = painted(report)
+    if report.stages:
+        sheet = in_rows(
+            [below([painted(r), words(caption(n, r))], gap=4) for n, r in shown], across
+        )
     if merging is not None and draws_regions:
         regions = region_colours(merging, panels, report.sent.shape[1])
-        plain = [None] * len(colours)
+        states, plain = states_of(report), [None] * len(colours)
         drawn = [
             picture(paint_regions(paint(p, states, plain, scale), p, merging, regions, scale))
             for p in panels
         ]
         sheet = (beside if is_pair else below)([sheet, _row(drawn, panels)])
     width = max(sheet.width, NARROWEST)
-    totals = (
-        f"{title or report.method}: {report.kept_tokens} of {report.stock_tokens} tokens "
-        f"({report.kept_of_stock:.1%}), {report.kept_patches} of {report.sent.numel()} patches "
-        f"({report.kept_of_patches:.1%})"
-    )
+    said = f"{title or report.method}: {totals(report)}"
     seen = report.view.describe(image.size) if report.view is not None else ""
     lines = [words(note, width - GAP, ink=FAINT) for note in (seen, *notes)]
-    texts = [words(totals, width - GAP), roles_legend(report, width - GAP)]
+    texts = [words(said, width - GAP), roles_legend(last_of(report), width - GAP)]
     if merging is not None:
         how = f" {'Right' if is_pair else 'Below'}: {HOW}" if draws_regions else ""
         texts.append(words(f"{merging}.{how}", width - GAP))
@@ -100,6 +111,19 @@ def _row(drawn: Sequence[Image.Image], panels: Sequence[Panel]) -> Image.Image:
         return drawn[0]
     named = zip(drawn, panels, strict=True)
     return beside([below([d, words(p.name, ink=FAINT)], gap=4) for d, p in named])
+
+
+def _across(panels: Sequence[Panel], count: int, widest: int) -> int:
+    """How many of the pictures of an image stand side by side, each large enough to be read."""
+    width, _ = shape_of(panels)
+    wide = width * math.ceil(LEAST / width)
+    return max(1, min(count, (widest - GAP) // (wide + GAP)))
+
+
+def in_rows(pictures: Sequence[Image.Image], across: int) -> Image.Image:
+    """So many pictures side by side, row below row."""
+    starts = range(0, len(pictures), across)
+    return below([beside(pictures[start : start + across]) for start in starts])
 
 
 def scale_for(panels: Sequence[Panel], widest: int = WIDEST) -> int:

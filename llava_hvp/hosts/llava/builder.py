@@ -13,6 +13,7 @@ from llava_hvp.hosts.llava import compat
 from llava_hvp.hosts.llava.host import bind
 from llava_hvp.hosts.llava.tower import PrunedCLIPVisionTower
 from llava_hvp.methods.base import Method
+from llava_hvp.methods.language import LanguageMethod
 from llava_hvp.pruning.monkeypatch import MonkeyPatcher
 from llava_hvp.pruning.pruning import Pruning
 from llava_hvp.runtime import PruningConfig, Runtime
@@ -23,6 +24,7 @@ _CHANGING = threading.Lock()  # of two threads one comes first
 
 def install(
     method: Method,
+    inside: LanguageMethod | None = None,
     *,
     runtime: Runtime | None = None,
     tokenizer: Any = None,
@@ -37,6 +39,8 @@ def install(
     ----------
     method : Method
         what to prune by
+    inside : LanguageMethod | None
+        a second method, inside the language model
     runtime : Runtime | None
         how to run it, by default `Runtime()`
     tokenizer : Any
@@ -52,7 +56,7 @@ def install(
         this LLaVA or transformers is not supported
     """
     compat.check_versions()
-    chosen = PruningConfig.checked(method, runtime)
+    chosen = PruningConfig.checked(method, runtime, inside)
     with _CHANGING:
         if _INSTALLED:
             raise PrunedStateError("a method is installed already: call uninstall() first")
@@ -65,7 +69,7 @@ def install(
         for kind in compat.llava_models():
             stock = vars(kind).get("__init__")
             if stock is not None:
-                init = _binding(stock, chosen.runtime, tokenizer, on_model)
+                init = _binding(stock, chosen, tokenizer, on_model)
                 _INSTALLED.replace(kind, "__init__", init)
 
 
@@ -86,7 +90,7 @@ def _refuse_s2(*args: Any, **kwargs: Any) -> None:
 
 def _binding(
     stock: Callable[..., None],
-    runtime: Runtime,
+    chosen: PruningConfig,
     tokenizer: Any,
     on_model: Callable[[Pruning], None] | None,
 ) -> Callable[..., None]:
@@ -94,7 +98,7 @@ def _binding(
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         stock(self, *args, **kwargs)
         if "llava_hvp" not in vars(self):
-            pruning = bind(self, runtime, tokenizer)
+            pruning = bind(self, chosen, tokenizer)
             if on_model is not None:
                 on_model(pruning)
 

@@ -10,6 +10,7 @@ from typing import Any
 from llava.model.llava_arch import LlavaMetaForCausalLM
 from torch import Tensor, nn
 
+from llava_hvp.decoder import hooks as decoder_hooks
 from llava_hvp.encoder.text import ClipText
 from llava_hvp.errors import PrunedStateError, TextEncoderError, UnsupportedModelError
 from llava_hvp.hosts import unknown
@@ -19,6 +20,7 @@ from llava_hvp.hosts.llava.tiling import TilingConfig
 from llava_hvp.hosts.llava.tower import PrunedCLIPVisionTower
 from llava_hvp.hosts.llava.view import LlavaView
 from llava_hvp.methods.base import Method
+from llava_hvp.methods.language import LanguageMethod
 from llava_hvp.methods.masks import Grid
 from llava_hvp.pruning.layout import Layout, Size
 from llava_hvp.pruning.pruning import CHANGING, Pruning
@@ -124,6 +126,7 @@ class LlavaModel:
 def attach(
     model: Any,
     method: Method,
+    inside: LanguageMethod | None = None,
     *,
     runtime: Runtime | None = None,
     tokenizer: Any = None,
@@ -136,13 +139,17 @@ def attach(
     clip_text : ClipText | None
         instead of the one in the tower's own checkpoint
     """
-    chosen = PruningConfig.checked(method, runtime)
+    chosen = PruningConfig.checked(method, runtime, inside)
     model = find_llava(model)
     with CHANGING:
         tower = _unpruned_tower(model)
         grid.check_anyres(model.config, chosen.runtime.tiling)
         PrunedCLIPVisionTower.adopt(tower, chosen)
-        pruning = bind(model, chosen.runtime, tokenizer, clip_text)
+        try:
+            pruning = bind(model, chosen, tokenizer, clip_text)
+        except BaseException:
+            tower.release()
+            raise
     try:
         pruning.load_text()
     except BaseException:
@@ -171,12 +178,17 @@ def _unpruned_tower(model: Any) -> Any:
 
 
 def bind(
-    model: Any, runtime: Runtime, tokenizer: Any = None, clip_text: ClipText | None = None
+    model: Any, chosen: PruningConfig, tokenizer: Any = None, clip_text: ClipText | None = None
 ) -> Pruning:
-    """Give one model the overrides, and the config of its tiling; its tower decides the rest."""
-    if model.get_vision_tower() is not None:  # else LLaVA's training makes one later
-        grid.fix(model, runtime.tiling)
+    """Give one model the overrides, the config of its tiling and the hooks of a method inside.
+
+    Its tower decides the rest.
+    """
     pruning = Pruning(LlavaModel(model), tokenizer, clip_text)
+    if chosen.inside is not None:
+        pruning.hooks = decoder_hooks.attach(model.get_model(), chosen.inside, compat.new_cache)
+    if model.get_vision_tower() is not None:  # else LLaVA's training makes one later
+        grid.fix(model, chosen.runtime.tiling)
     model.llava_hvp = pruning
     for override in (*OVERRIDES, *compat.instance_bridges()):
         # No MethodType: one of those is pickled by its name, and loaded as the stock method.
@@ -212,6 +224,8 @@ def detach(model: Any) -> None:
             raise PrunedStateError("this model is not pruned: nothing to undo")
         for override in (*OVERRIDES, *compat.instance_bridges()):
             model.__dict__.pop(override.__name__, None)
+        if model.llava_hvp.hooks is not None:
+            model.llava_hvp.hooks.remove()
         del model.__dict__["llava_hvp"]
         grid.release(model)
         tower = model.get_vision_tower()

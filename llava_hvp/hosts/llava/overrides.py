@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llava_hvp.hosts.llava import inside
 from llava_hvp.hosts.llava.grid import check_tiles
 from llava_hvp.hosts.llava.tiling import sizes_of
 from llava_hvp.pruning.packing import PackedImages, pack
@@ -23,7 +24,10 @@ def encode_images(self: Any, images: Any) -> list[Tensor]:
     """As stock, but a (kept, D) tensor for each image; for the stand-in, its features."""
     if isinstance(images, PackedImages):
         return images.features
-    return _pack(self, images, None, None).features
+    packed = _pack(self, images, None, None)
+    if self.llava_hvp.inside is None:  # else no prompt says what becomes of them
+        self.llava_hvp.record(packed.reports)
+    return packed.features
 
 
 def prepare_inputs_labels_for_multimodal(
@@ -41,36 +45,40 @@ def prepare_inputs_labels_for_multimodal(
     Where nothing was pruned, what stock gives is given, bit for bit.
     """
 
-    def stock(images: Any, mask: Tensor | None) -> tuple[Any, ...]:
+    def stock(images: Any, mask: Tensor | None, labels: Tensor | None) -> tuple[Any, ...]:
         return type(self).prepare_inputs_labels_for_multimodal(
             self, input_ids, position_ids, mask, past_key_values, labels, images, image_sizes
         )
 
     if images is None or input_ids.shape[1] == 1 or self.get_vision_tower() is None:
-        return stock(images, attention_mask)
+        return stock(images, attention_mask, labels)
     prompts = _without_padding(input_ids, attention_mask)
     packed = _pack(self, images, image_sizes, prompts)
-    if not packed.pruned or labels is not None or len(prompts) == 1:
-        return stock(packed, attention_mask)
+    rows = inside.rows_inside(self.llava_hvp, packed, prompts)
+    if rows is None:
+        inside.record_all(self.llava_hvp, packed)
+        if not packed.pruned or labels is not None or len(prompts) == 1:
+            return stock(packed, attention_mask, labels)
+    elif labels is not None:
+        raise inside.no_labels(self.llava_hvp)
     # Stock returns no mask where it got none, and pads on the right: generation from a ragged
     # batch would attend to the padding and go on after it.
     mask = (
         torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask
     )
-    nothing, positions, mask, cache, embeds, no_labels = stock(packed, mask)
-    if bool(mask.all()):
-        return (
-            nothing,
-            positions,
-            None if attention_mask is None else mask,
-            cache,
-            embeds,
-            no_labels,
-        )
-    source = _left_padded(mask.bool())
-    embeds = embeds.gather(1, source[..., None].expand_as(embeds))
-    positions = None if positions is None else positions.gather(1, source)
-    return nothing, positions, mask.gather(1, source), cache, embeds, no_labels
+    marks = None if rows is None else torch.zeros_like(input_ids)
+    nothing, positions, mask, cache, embeds, marks = stock(packed, mask, marks)
+    is_full = bool(mask.all())
+    if not is_full:
+        source = _left_padded(mask.bool())
+        embeds = embeds.gather(1, source[..., None].expand_as(embeds))
+        positions = None if positions is None else positions.gather(1, source)
+        mask = mask.gather(1, source)
+        marks = None if marks is None else marks.gather(1, source)
+    if rows is not None and marks is not None:
+        inside.expect(self.llava_hvp, packed, rows, embeds, marks, mask.bool())
+    is_none = is_full and attention_mask is None
+    return nothing, positions, None if is_none else mask, cache, embeds, None
 
 
 def _pack(

@@ -112,6 +112,21 @@ def read_prompt(ids: Tensor, tokenizer: Any) -> str:
 
 def rows_of_images(rows: list[Tensor], images: int) -> list[Tensor]:
     """The row that each image stands in; one without an image token holds an image, unused."""
-    marks = torch.stack([(row == IMAGE_TOKEN_INDEX).sum() for row in rows]).tolist()
+    marks = _image_marks(rows)
     found = [row for row, count in zip(rows, marks, strict=True) for _ in range(max(1, count))]
     return (found + rows[-1:] * images)[:images]
+
+
+def images_of_rows(rows: list[Tensor], images: int) -> tuple[tuple[int, ...], ...]:
+    """The images, numbered, whose tokens stand in each row; one without an image token uses one."""
+    found, first = [], 0
+    for count in _image_marks(rows):
+        found.append(tuple(range(first, min(first + count, images))))
+        first += max(1, count)
+    return tuple(found)
+
+
+def _image_marks(rows: list[Tensor]) -> list[int]:
+    """Image tokens of each row."""
+    marks: list[int] = torch.stack([(row == IMAGE_TOKEN_INDEX).sum() for row in rows]).tolist()
+    return marks

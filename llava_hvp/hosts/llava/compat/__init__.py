@@ -1,6 +1,12 @@
 """LLaVA on transformers releases that it was not written for: every gap, and its bridge."""
 
-from llava_hvp.hosts.llava.compat.generation import bridge, bridged, instance_bridges, unbridge
+from llava_hvp.hosts.llava.compat.generation import (
+    bridge,
+    bridged,
+    instance_bridges,
+    new_cache,
+    unbridge,
+)
 from llava_hvp.hosts.llava.compat.loading import bridge_loading
 from llava_hvp.hosts.llava.compat.versions import (
     check_versions,
@@ -17,6 +23,7 @@ __all__ = [
     "found_versions",
     "instance_bridges",
     "llava_models",
+    "new_cache",
     "transformers_version",
     "unbridge",
 ]

@@ -54,6 +54,14 @@ def instance_bridges() -> tuple[Callable[..., Any], ...]:
     return (prepare_inputs_for_generation,) if transformers_version() >= (4, 38) else ()
 
 
+def new_cache(config: Any) -> Any:
+    """An empty cache as `generate` makes one; the oldest releases know nothing of a config."""
+    from transformers.cache_utils import DynamicCache
+
+    takes_config = "config" in inspect.signature(DynamicCache.__init__).parameters
+    return DynamicCache(config=config) if takes_config else DynamicCache()
+
+
 _BRIDGED = MonkeyPatcher()
 
 

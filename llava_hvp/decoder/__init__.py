@@ -1,0 +1,1 @@
+"""Inside a language model: what a method drops between decoder layers. Knows torch and no host."""

@@ -1,0 +1,97 @@
+"""Where the tokens of images stand in LLaVA's prompts, for a method inside the language model."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from llava.constants import IGNORE_INDEX
+from torch import Tensor
+
+from llava_hvp.decoder.prompt import Prompt
+from llava_hvp.decoder.sequence import Level
+from llava_hvp.errors import DecodingError
+from llava_hvp.hosts.llava.prompt import images_of_rows
+from llava_hvp.pruning.inside import in_all_layers, in_layers
+from llava_hvp.pruning.packing import PackedImages
+from llava_hvp.pruning.pruning import Pruning
+
+Rows = tuple[tuple[int, ...], ...]  # the images of each row
+
+
+def rows_inside(pruning: Pruning, packed: PackedImages, prompts: list[Tensor]) -> Rows | None:
+    """The images of each row, where the language model drops some of their tokens.
+
+    None where it drops nothing, so that what stock gives can be given.
+    """
+    if pruning.hooks is None:
+        return None
+    rows = images_of_rows(prompts, len(packed.features))
+    counts = tuple(tuple(len(packed.features[image]) for image in row) for row in rows)
+    return rows if pruning.hooks.drops(counts) else None
+
+
+def record_all(pruning: Pruning, packed: PackedImages) -> None:
+    """Record a call of which the language model drops nothing."""
+    hooks, reports = pruning.hooks, packed.reports
+    if hooks is not None:
+        reports = in_all_layers(reports, [stage.layer for stage in hooks.stages], hooks.depth)
+    pruning.record(reports)
+
+
+def no_labels(pruning: Pruning) -> DecodingError:
+    """The error for labels, which fit no logits of a prompt that lost tokens on its way."""
+    name = "" if pruning.inside is None else pruning.inside.name
+    return DecodingError(
+        f"{name} drops tokens inside the language model, and labels came with the images: train "
+        "and measure losses without it, or prune the vision tower alone"
+    )
+
+
+def expect(
+    pruning: Pruning,
+    packed: PackedImages,
+    rows: Rows,
+    embeds: Tensor,
+    marks: Tensor,
+    valid: Tensor,
+) -> None:
+    """Let the language model drop tokens of these embeddings, and record it when it has.
+
+    Parameters
+    ----------
+    rows : Rows
+        the images of each row
+    embeds : Tensor
+        (B, n, D), padded on the left
+    marks : Tensor
+        (B, n) int64, IGNORE_INDEX where stock put in tokens of an image
+    valid : Tensor
+        (B, n) bool, all but padding
+    """
+    hooks = pruning.hooks
+    assert hooks is not None
+    visual = (marks == IGNORE_INDEX) & valid
+    behind = torch.where(visual.any(1), visual.flip(1).int().argmax(1), valid.sum(1))
+    counted = torch.stack((valid.sum(1), visual.sum(1), behind)).tolist()
+    lengths, counts, tails = (tuple(values) for values in counted)
+    # Stock cuts what is too long for the model at its end.
+    sent = tuple(
+        _shared([len(packed.features[image]) for image in row], count)
+        for row, count in zip(rows, counts, strict=True)
+    )
+
+    def record(levels: list[Level]) -> None:
+        stages = [stage.layer for stage in hooks.stages]
+        pruning.record(
+            in_layers(packed.reports, packed.tokens, rows, sent, levels, stages, hooks.depth)
+        )
+
+    hooks.expect(embeds, Prompt(visual, valid, lengths, sent, tails, record))
+
+
+def _shared(tokens: Sequence[int], room: int) -> tuple[int, ...]:
+    """How many tokens of each image fit, the first first."""
+    ends = [min(end, room) for end in itertools.accumulate(tokens)]
+    return tuple(end - start for start, end in itertools.pairwise([0, *ends]))
