@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -45,6 +46,28 @@ class Panel:
         if self.photo is None:
             raise PictureError("these panels have no photo: take them from a view's frame(image)")
         return self.photo
+
+    def with_photo(self, shown: Tensor) -> Panel:
+        """The panel with what `photo_of` gives laid where its patches lie."""
+        chosen = shown.flatten(0, 2)[self.patches]  # rows, columns, side, side, 3
+        photo = chosen.transpose(1, 2).flatten(0, 1).flatten(1, 2).contiguous()
+        return dataclasses.replace(self, photo=photo)
+
+
+def photo_of(pixels: Tensor, mean: Sequence[float], std: Sequence[float], side: int) -> Tensor:
+    """(tiles, rows, columns, side, side, 3) uint8 patches of normalised pixels.
+
+    Parameters
+    ----------
+    pixels : Tensor
+        (tiles, 3, H, W), normalised by mean and std
+    side : int
+        pixels along a patch; those past the last whole patch are in none, and a tower does not see
+        them
+    """
+    means, stds = (torch.tensor(values)[:, None, None] for values in (mean, std))
+    photo = ((pixels.float() * stds + means) * 255).round().clamp(0, 255).to(torch.uint8)
+    return photo.unfold(2, side, side).unfold(3, side, side).permute(0, 2, 3, 4, 5, 1)
 
 
 class View(Protocol):

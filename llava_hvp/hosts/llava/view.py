@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llava_hvp.errors import LlavaHvpError, PictureError
 from llava_hvp.hosts.llava.tiling import TilingConfig, mosaic
-from llava_hvp.show.frame import Panel
+from llava_hvp.show.frame import Panel, photo_of
 
 Size = tuple[int, int]
 # Of pixels that LLaVA would hold at once; about where PIL, and so LLaVA, refuses a file.
@@ -121,26 +121,6 @@ class LlavaView:
 
     def frame(self, image: Any) -> tuple[Panel, ...]:
         """The panels of a PIL image with its photo; raises PictureError as `pixels` does."""
-        shown = self._shown(self.pixels(image))
-        return tuple(
-            Panel(p.name, p.patches, p.side, _assembled(shown, p.patches))
-            for p in self.panels(len(shown), image.size)
-        )
-
-    def _shown(self, pixels: Tensor) -> Tensor:
-        """(tiles, rows, columns, side, side, 3) uint8 patches of normalised pixels."""
-        mean, std = (
-            torch.tensor(values)[:, None, None]
-            for values in (self.processor.image_mean, self.processor.image_std)
-        )
-        photo = ((pixels.float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
-        # Pixels past the last whole patch are in no patch: the tower does not see them.
-        side = self.patch_side
-        patches = photo.unfold(2, side, side).unfold(3, side, side)
-        return patches.permute(0, 2, 3, 4, 5, 1)
-
-
-def _assembled(shown: Tensor, patches: Tensor) -> Tensor:
-    """(rows * side, columns * side, 3) uint8, the patches laid where a panel has them."""
-    chosen = shown.flatten(0, 2)[patches]  # rows, columns, side, side, 3
-    return chosen.transpose(1, 2).flatten(0, 1).flatten(1, 2).contiguous()
+        pixels, processor = self.pixels(image), self.processor
+        shown = photo_of(pixels, processor.image_mean, processor.image_std, self.patch_side)
+        return tuple(p.with_photo(shown) for p in self.panels(len(pixels), image.size))
