@@ -36,6 +36,9 @@ from llava_hvp.runtime import Runtime
 from llava_hvp.version import __version__
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from llava_hvp.encoder.text import ClipText
     from llava_hvp.pruning.pruning import Pruning
 
 __all__ = [
@@ -84,6 +87,7 @@ def prune(
     *,
     runtime: Runtime | None = None,
     tokenizer: Any = None,
+    clip_text: str | Path | ClipText | None = None,
 ) -> Pruning:
     """Prune the visual tokens of a loaded LLaVA model.
 
@@ -94,7 +98,9 @@ def prune(
     Parameters
     ----------
     model : Any
-        what LLaVA's `load_pretrained_model` gives, or a wrapper around it (PEFT, DDP)
+        what LLaVA's `load_pretrained_model` gives, transformers' own
+        LlavaForConditionalGeneration or LlavaNextForConditionalGeneration, or a wrapper around one
+        of them (PEFT, DDP)
     method : Method
         a Method, as `HIVTP(r_max=0.5)` or `get_method("hivtp", r_max=0.5)`
     inside : LanguageMethod | None
@@ -103,8 +109,12 @@ def prune(
     runtime : Runtime | None
         how the model runs, as `Runtime(patch_merge="spatial")`; the same for every method
     tokenizer : Any
-        the language model's; only prompt-aware methods use it, and by default load it from the
-        model's own checkpoint
+        the language model's, or transformers' processor; only prompt-aware methods use it, and by
+        default load it from the model's own checkpoint
+    clip_text : str | Path | ClipText | None
+        name or folder of the CLIP that the vision tower came from, for methods that read the prompt
+        with its text encoder. By default the one that LLaVA's config names, or that the shape of a
+        transformers model's tower is known of
 
     Raises
     ------
@@ -112,7 +122,9 @@ def prune(
         not a LLaVA model, no vision tower or one that cannot be read, already pruned, layers or a
         budget that this tower cannot meet, no text encoder. The model is as before.
     """
-    return host_of(model).attach(model, method, inside, runtime=runtime, tokenizer=tokenizer)
+    return host_of(model).attach(
+        model, method, inside, runtime=runtime, tokenizer=tokenizer, clip_text=clip_text
+    )
 
 
 def unprune(model: Any) -> None:

@@ -111,7 +111,8 @@ class Viewer:
         pixels = self.pixels(image).flatten(0, -4).to(tower.device, tower.dtype)
         hooks = QKHooks(layers_of(tower.vision_tower), needs)
         try:
-            with recording(needs, geometry.heads, geometry.patches) as scores:
+            recorded = recording(needs, geometry.heads, geometry.patches)
+            with torch.no_grad(), recorded as scores:
                 hidden_states(tower.vision_tower, pixels, max(wanted))
         finally:
             hooks.remove()

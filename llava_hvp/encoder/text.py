@@ -51,6 +51,18 @@ class ClipText:
         parts = tuple(part.eval().requires_grad_(False).float() for part in parts)
         return cls(tokenizer, *parts, clip.config.text_config.max_position_embeddings)
 
+    def check(self, tower: nn.Module) -> None:
+        """Raise TextEncoderError where a tower's features are not as wide as this CLIP's."""
+        width = len(transformer(tower).post_layernorm.weight)
+        weight: Any = self.visual_projection.weight
+        own = weight.shape[1]
+        if width != own:
+            raise TextEncoderError(
+                f"the CLIP of this text encoder has a vision tower {own} wide, and the model's is "
+                f"{width}: name the one that the model's tower came from, as prune(model, method, "
+                "clip_text='name or folder')"
+            )
+
     def to(self, device: torch.device) -> ClipText:
         """On another device, in place."""
         for module in (self.encoder, self.text_projection, self.visual_projection):

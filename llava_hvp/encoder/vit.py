@@ -97,7 +97,6 @@ def refuse_sharded(name: str, width: int, hidden: int) -> None:
         )
 
 
-@torch.no_grad()
 def hidden_states(model: nn.Module, images: Tensor, layer: int, *, fused: bool = False) -> Tensor:
     """(T, 1 + N, D) output of `layer`; layers past it are not run.
 

@@ -217,7 +217,11 @@ class PrunedEncoder:
             project_next(self.vit, hidden, plan.feature_layer, plan.needs)
         return hidden, scores
 
-    @torch.no_grad()
+    @property
+    def is_trained(self) -> bool:
+        """Whether features are to carry gradients; LLaVA's own tower runs without them."""
+        return False
+
     def encode(
         self, images: Tensor, tiles: tuple[int, ...], inputs: HostInputs | None = None
     ) -> EncodedTiles:
@@ -242,19 +246,21 @@ class PrunedEncoder:
         plan, method = self.plan(), self.prune_method
         if self.prune_runtime.tower_dtype == "model" and not method.keeps_all:
             self.take_dtype(images.dtype)
-        hidden, scores = self.run_to_layer(images.to(device=self.device, dtype=self.dtype))
-        features = hidden[:, hidden.shape[1] - plan.geometry.patches :].to(images.dtype)
         inputs = inputs or HostInputs(mosaics=(None,) * len(tiles))
-        context = self._context(plan, features, scores, tiles, inputs)
-        selection = method.select_unchecked(context)
-        (names, finite), extra = context.finite(), None
-        if selection.mix is not None:
-            features, extra = selection.mix.apply(hidden)
-            features = features.to(images.dtype)
-            extra = None if extra is None else extra.to(images.dtype)
-            merged = [tokens for tokens in (features, extra) if tokens is not None]
-            whole = torch.stack([tokens.isfinite().all() for tokens in merged]).all()
-            names, finite = [*names, "merged features"], torch.cat((finite, whole[None]))
+        with torch.set_grad_enabled(self.is_trained):
+            hidden, scores = self.run_to_layer(images.to(device=self.device, dtype=self.dtype))
+            features = hidden[:, hidden.shape[1] - plan.geometry.patches :].to(images.dtype)
+            with torch.no_grad():  # what is chosen has no gradient
+                context = self._context(plan, features.detach(), scores, tiles, inputs)
+                selection = method.select_unchecked(context)
+            (names, finite), extra = context.finite(), None
+            if selection.mix is not None:
+                features, extra = selection.mix.apply(hidden)
+                features = features.to(images.dtype)
+                extra = None if extra is None else extra.to(images.dtype)
+                merged = [tokens for tokens in (features, extra) if tokens is not None]
+                whole = torch.stack([tokens.isfinite().all() for tokens in merged]).all()
+                names, finite = [*names, "merged features"], torch.cat((finite, whole[None]))
         return EncodedTiles(features, _on_cpu(selection, names, finite), extra)
 
     def _context(
@@ -295,6 +301,15 @@ class PrunedEncoder:
             padding=inputs.padding.to(device) if inputs.padding is not None else None,
             mosaics=inputs.mosaics,
         )
+
+
+def check_method(method: VisionMethod, geometry: Geometry, hidden_state_index: int) -> None:
+    """Raise a LlavaHvpError unless a method can run on an encoder of this geometry."""
+    needs = method.needs(geometry.depth, geometry.normalised(hidden_state_index))
+    asks_cls = needs.cls_attention or (method.needs_cls and not method.keeps_all)
+    if asks_cls and not geometry.has_cls:
+        raise method.without_cls()
+    method.check(geometry.grid)
 
 
 def _on_cpu(selection: Selection, names: list[str], finite: Tensor) -> Selection:

@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,7 +49,10 @@ class Pruning:
     """
 
     def __init__(
-        self, host_model: HostModel, tokenizer: Any = None, clip_text: ClipText | None = None
+        self,
+        host_model: HostModel,
+        tokenizer: Any = None,
+        clip_text: str | Path | ClipText | None = None,
     ) -> None:
         self.host_model = host_model
         self.tokenizer = tokenizer
@@ -191,8 +195,10 @@ class Pruning:
         needs = encoder.plan().needs
         if (needs.relevance is not None or needs.words) and self.tokenizer is None:
             self.tokenizer = self.host_model.load_tokenizer()
-        if needs.relevance == "clip" and self.clip_text is None:
-            self.clip_text = ClipText.load(self.host_model.clip_checkpoint)
+        if needs.relevance == "clip" and not isinstance(self.clip_text, ClipText):
+            clip = ClipText.load(str(self.clip_text or self.host_model.clip_checkpoint))
+            clip.check(encoder.vit)
+            self.clip_text = clip
 
     def relevance(self, tiles: tuple[int, ...], rows: list[Tensor] | None) -> OfFeatures | None:
         """The function of patch features that a prompt-aware method needs; None for others.
@@ -214,7 +220,7 @@ class Pruning:
 
         def of_features(features: Tensor) -> Tensor:
             # An encoder may be there that another method of this model has read with.
-            if text == "clip" and self.clip_text is not None:
+            if text == "clip" and isinstance(self.clip_text, ClipText):
                 clip = self.clip_text.to(features.device)
                 patches = clip.patches(encoder.vit, features)
                 texts = torch.stack([clip.embed(prompt) for prompt in prompts])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from llava.model.llava_arch import LlavaMetaForCausalLM
@@ -130,14 +131,14 @@ def attach(
     *,
     runtime: Runtime | None = None,
     tokenizer: Any = None,
-    clip_text: ClipText | None = None,
+    clip_text: str | Path | ClipText | None = None,
 ) -> Pruning:
     """Prune a LLaVA model; see `llava_hvp.prune`.
 
     Parameters
     ----------
-    clip_text : ClipText | None
-        instead of the one in the tower's own checkpoint
+    clip_text : str | Path | ClipText | None
+        instead of the one in the tower's own checkpoint; its name, its folder, or loaded
     """
     chosen = PruningConfig.checked(method, runtime, inside)
     model = find_llava(model)
@@ -178,7 +179,10 @@ def _unpruned_tower(model: Any) -> Any:
 
 
 def bind(
-    model: Any, chosen: PruningConfig, tokenizer: Any = None, clip_text: ClipText | None = None
+    model: Any,
+    chosen: PruningConfig,
+    tokenizer: Any = None,
+    clip_text: str | Path | ClipText | None = None,
 ) -> Pruning:
     """Give one model the overrides, the config of its tiling and the hooks of a method inside.
 

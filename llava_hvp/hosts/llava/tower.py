@@ -8,10 +8,10 @@ import torch
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from torch import Tensor, nn
 
-from llava_hvp.encoder.vit import Geometry, attention_of, geometry_of, read_geometry
+from llava_hvp.encoder.vit import attention_of, geometry_of, read_geometry
 from llava_hvp.errors import UnsupportedModelError
 from llava_hvp.methods.base import VisionMethod
-from llava_hvp.pruning.encoding import PrunedEncoder
+from llava_hvp.pruning.encoding import PrunedEncoder, check_method
 from llava_hvp.pruning.packing import features_by_tile
 from llava_hvp.runtime import PruningConfig
 
@@ -29,7 +29,7 @@ class PrunedCLIPVisionTower(PrunedEncoder, CLIPVisionTower):
         self.prune_method, self.prune_runtime = pruning.method, pruning.runtime
         super().__init__(vision_tower, args, delay_load)
         if not self.is_loaded:  # now, and not when the language model is there
-            _check_layers(pruning.method, geometry_of(self.cfg_only), self.select_layer)
+            check_method(pruning.method, geometry_of(self.cfg_only), self.select_layer)
 
     @classmethod
     def adopt(cls, tower: CLIPVisionTower, pruning: PruningConfig) -> None:
@@ -107,12 +107,4 @@ def check_tower(tower: Any, method: VisionMethod) -> None:
             f"mm_vision_select_feature={tower.select_feature!r}: pruning supports 'patch', which "
             "all released LLaVA-1.5 and LLaVA-NeXT checkpoints have"
         )
-    _check_layers(method, read_geometry(tower.vision_tower), tower.select_layer)
-
-
-def _check_layers(method: VisionMethod, geometry: Geometry, select_layer: int) -> None:
-    needs = method.needs(geometry.depth, geometry.normalised(select_layer))
-    asks_cls = needs.cls_attention or (method.needs_cls and not method.keeps_all)
-    if asks_cls and not geometry.has_cls:
-        raise method.without_cls()
-    method.check(geometry.grid)
+    check_method(method, read_geometry(tower.vision_tower), tower.select_layer)
