@@ -1,0 +1,340 @@
+"""A LLaVA checkpoint as transformers' own classes load it, and back: the same weights, renamed.
+
+Both forms hold the same tensors. transformers' has the vision tower within, a vocabulary with one
+more token, which stands for an image, and a processor beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from llava_hvp.errors import OptionError
+from llava_hvp.files import write_json
+
+IMAGE = "<image>"
+TOWER = "vision-tower"  # folder inside a checkpoint of LLaVA's form
+TOKENIZER = ("tokenizer.model", "tokenizer.json", "vocab.json", "merges.txt")
+LANGUAGES = {
+    "llava_llama": ("llama", "LlavaLlamaForCausalLM"),
+    "llava": ("llama", "LlavaLlamaForCausalLM"),
+    "llava_mistral": ("mistral", "LlavaMistralForCausalLM"),
+}
+# LLaVA's form -> transformers', as the published checkpoints have them, which all releases load.
+PREFIXES = (
+    ("model.vision_tower.vision_tower.", "vision_tower."),
+    ("model.mm_projector.0.", "multi_modal_projector.linear_1."),
+    ("model.mm_projector.2.", "multi_modal_projector.linear_2."),
+    ("model.image_newline", "image_newline"),
+    ("model.", "language_model.model."),
+    ("lm_head.", "language_model.lm_head."),
+)
+# Since transformers 4.52 models are saved so.
+NEWER = (
+    ("model.vision_tower.", "vision_tower."),
+    ("model.multi_modal_projector.", "multi_modal_projector."),
+    ("model.image_newline", "image_newline"),
+    ("model.language_model.", "language_model.model."),
+    ("lm_head.", "language_model.lm_head."),
+)
+VOCABULARY = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] != 'system' %}"
+    "{{ message['role'].upper() + ': ' }}{% endif %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ '<image>\n' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ content['text'] + ' ' }}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+
+def to_transformers(source: str | Path, target: str | Path) -> Path:
+    """Write a LLaVA checkpoint as one for `AutoModelForImageTextToText`; return its folder.
+
+    Parameters
+    ----------
+    source : str | Path
+        folder of a LLaVA-1.5 or LLaVA-NeXT checkpoint; its config names the vision tower's folder
+    target : str | Path
+        a folder that is empty or not there; a processor with a chat template in the form
+        `USER: … ASSISTANT:` is written too
+
+    Raises
+    ------
+    OptionError
+        no such checkpoint, one of another shape, or a target with something in it
+    """
+    source, target = Path(source), _empty(target)
+    config = _config(source)
+    tower = Path(config.get("mm_vision_tower") or "")
+    vision = _vision_config(tower)
+    family = _family(config, source)
+    language, _ = LANGUAGES[config["model_type"]]
+    weights = _weights(source)
+    if not any(name.startswith("model.vision_tower.") for name in weights):
+        own = {n: w for n, w in _weights(tower).items() if n.startswith("vision_model.")}
+        kind = weights["lm_head.weight"].dtype
+        weights |= {f"model.vision_tower.vision_tower.{n}": w.to(kind) for n, w in own.items()}
+    renamed = {_renamed(name, PREFIXES): weight for name, weight in weights.items()}
+    image = len(renamed[VOCABULARY[0]])
+    for name in VOCABULARY:
+        # As transformers enlarges a vocabulary: what no one trained is the mean of the others.
+        mean = renamed[name].float().mean(0, keepdim=True).to(renamed[name].dtype)
+        renamed[name] = torch.cat((renamed[name], mean))
+    _save(target, renamed)
+    text = {k: v for k, v in config.items() if not _is_llavas_own(k)}
+    written = {
+        "architectures": [f"{family}ForConditionalGeneration"],
+        "model_type": "llava_next" if family == "LlavaNext" else "llava",
+        "image_token_index": image,
+        "projector_hidden_act": "gelu",
+        "vision_feature_layer": config["mm_vision_select_layer"],
+        "vision_feature_select_strategy": "default",
+        "tie_word_embeddings": False,
+        "torch_dtype": config.get("torch_dtype", "float16"),
+        "text_config": {**text, "model_type": language, "vocab_size": image + 1},
+        "vision_config": vision,
+    }
+    if family == "LlavaNext":
+        written["image_grid_pinpoints"] = _pinpoints(config)
+    write_json(target / "config.json", written)
+    if (source / "generation_config.json").is_file():
+        shutil.copyfile(source / "generation_config.json", target / "generation_config.json")
+    _write_tokenizer(source, target, image)
+    _write_processor(target, tower, config, vision, family)
+    return target
+
+
+def from_transformers(source: str | Path, target: str | Path) -> Path:
+    """Write a transformers LLaVA as a checkpoint for LLaVA's own loader; return its folder.
+
+    The loader goes by the name: put `llava` into it, and `mistral` where the language model is one.
+    The vision tower goes into a folder inside, by its absolute path, so do not move the result. It
+    has no text encoder: transformers' form has none to give.
+
+    Parameters
+    ----------
+    source, target : str | Path
+        as in `to_transformers`
+
+    Raises
+    ------
+    OptionError
+        no such checkpoint, one of another shape, or a target with something in it
+    """
+    source, target = Path(source), _empty(target)
+    config = json.loads((source / "config.json").read_text()) if source.is_dir() else {}
+    kind, text = config.get("model_type"), config.get("text_config") or {}
+    back = {language: (k, arch) for k, (language, arch) in LANGUAGES.items() if k != "llava"}
+    if kind not in ("llava", "llava_next") or text.get("model_type", "llama") not in back:
+        raise OptionError(
+            f"{source}: model type {kind!r} with a {text.get('model_type')!r} language model is no "
+            "LLaVA-1.5 or LLaVA-NeXT of transformers with Llama or Mistral"
+        )
+    model_type, architecture = back[text.get("model_type", "llama")]
+    names = {_renamed(n, NEWER): w for n, w in _weights(source).items()}
+    image = config.get("image_token_index", config.get("image_token_id"))
+    for name in VOCABULARY:
+        names[name] = names[name][:image].clone()
+    side = config["vision_config"]["image_size"]
+    # Since transformers 5 the tower is saved without the level that CLIP's own files have.
+    tower = {
+        "vision_model." + n.removeprefix("vision_tower.").removeprefix("vision_model."): w
+        for n, w in names.items()
+        if n.startswith("vision_tower.")
+    }
+    folder = target.resolve() / TOWER
+    folder.mkdir()
+    _save(folder, tower)
+    vision = {"architectures": ["CLIPVisionModel"], **config["vision_config"]}
+    write_json(folder / "config.json", {**vision, "model_type": "clip_vision_model"})
+    write_json(folder / "preprocessor_config.json", _clip_processor(source, side))
+    rest = {n: w for n, w in names.items() if not n.startswith("vision_tower.")}
+    _save(target, {_renamed(n, [(b, a) for a, b in PREFIXES]): w for n, w in rest.items()})
+    is_next = kind == "llava_next"
+    written = {
+        **text,
+        "architectures": [architecture],
+        "model_type": model_type,
+        "vocab_size": image,
+        "torch_dtype": config.get("torch_dtype") or config.get("dtype") or "float16",
+        "mm_hidden_size": config["vision_config"]["hidden_size"],
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_layer": config.get("vision_feature_layer", -2),
+        "mm_vision_select_feature": "patch",
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "mm_vision_tower": str(folder),
+        "use_mm_proj": True,
+        "image_aspect_ratio": "anyres" if is_next else "pad",
+        "mm_patch_merge_type": "spatial_unpad" if is_next else "flat",
+    }
+    if is_next:
+        pairs = config["image_grid_pinpoints"]
+        written["image_grid_pinpoints"] = [[width, height] for height, width in pairs]
+    write_json(target / "config.json", written)
+    if (source / "generation_config.json").is_file():
+        shutil.copyfile(source / "generation_config.json", target / "generation_config.json")
+    _write_tokenizer(source, target, None)
+    return target
+
+
+def _empty(target: str | Path) -> Path:
+    target = Path(target)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise OptionError(f"{target} is there already: name a new folder")
+    target.mkdir(parents=True, exist_ok=True)
+    return target
+
+
+def _config(source: Path) -> dict[str, Any]:
+    path = source / "config.json"
+    config: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    if config.get("model_type") not in LANGUAGES or "mm_vision_tower" not in config:
+        raise OptionError(
+            f"{source}: model type {config.get('model_type')!r} is no LLaVA checkpoint with Llama "
+            f"or Mistral ({', '.join(LANGUAGES)})"
+        )
+    return config
+
+
+def _family(config: dict[str, Any], source: Path) -> str:
+    merge, aspect = config.get("mm_patch_merge_type", "flat"), config.get("image_aspect_ratio")
+    if config.get("mm_projector_type") != "mlp2x_gelu" or config.get("mm_use_im_start_end"):
+        raise OptionError(
+            f"{source}: mm_projector_type={config.get('mm_projector_type')!r} and "
+            f"mm_use_im_start_end={config.get('mm_use_im_start_end')!r}: transformers' classes "
+            "have 'mlp2x_gelu' and no start and end tokens"
+        )
+    if (merge, aspect) == ("spatial_unpad", "anyres"):
+        return "LlavaNext"
+    if merge == "flat" and aspect != "anyres":
+        return "Llava"
+    raise OptionError(
+        f"{source}: mm_patch_merge_type={merge!r} with image_aspect_ratio={aspect!r}: "
+        "transformers' classes have 'flat' of one tile, and 'spatial_unpad' with 'anyres'"
+    )
+
+
+def _is_llavas_own(key: str) -> bool:
+    own = ("architectures", "image_aspect_ratio", "image_grid_pinpoints", "use_mm_proj")
+    return key.startswith(("mm_", "tune_mm", "freeze_mm", "unfreeze_mm")) or key in own
+
+
+def _vision_config(tower: Path) -> dict[str, Any]:
+    path = tower / "config.json"
+    if not path.is_file():
+        raise OptionError(
+            f"the checkpoint's mm_vision_tower is {str(tower)!r}, which is no folder here: "
+            "download that CLIP, and name its folder there"
+        )
+    config = json.loads(path.read_text())
+    return {**config.get("vision_config", config), "model_type": "clip_vision_model"}
+
+
+def _pinpoints(config: dict[str, Any]) -> list[list[int]]:
+    """LLaVA's are (width, height), transformers' (height, width); which comes first can matter."""
+    return [[height, width] for width, height in config["image_grid_pinpoints"]]
+
+
+def _weights(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a folder of safetensors, or of the older files of torch."""
+    found: dict[str, Tensor] = {}
+    files = sorted(folder.glob("*.safetensors"))
+    load: Callable[[Path], Any] = load_file
+    if not files:
+        files = sorted(folder.glob("pytorch_model*.bin"))
+        load = _load_torch
+    for file in files:
+        found |= load(file)
+    if not found:
+        raise OptionError(f"no weights in {folder}: neither *.safetensors nor pytorch_model*.bin")
+    return {n: w for n, w in found.items() if not n.endswith(("position_ids", "inv_freq"))}
+
+
+def _load_torch(file: Path) -> Any:
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _renamed(name: str, prefixes: Sequence[tuple[str, str]]) -> str:
+    for old, new in prefixes:
+        if name.startswith(old):
+            return new + name[len(old) :]
+    return name
+
+
+def _save(folder: Path, weights: dict[str, Tensor]) -> None:
+    whole = {name: weight.contiguous() for name, weight in weights.items()}
+    save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _write_tokenizer(source: Path, target: Path, image: int | None) -> None:
+    """Copy a tokenizer; with a number, its vocabulary gets the image token there."""
+    for name in TOKENIZER:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    path = source / "tokenizer_config.json"
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    added = config.get("added_tokens_decoder", {})
+    if image is None:
+        added = {n: token for n, token in added.items() if token["content"] != IMAGE}
+    else:
+        plain = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False)
+        added = {**added, str(image): {"content": IMAGE, "special": True, **plain}}
+        config |= {"padding_side": "left", "processor_class": "LlavaProcessor"}
+    if added:
+        config["added_tokens_decoder"] = added
+    elif "added_tokens_decoder" in config:
+        del config["added_tokens_decoder"]
+    write_json(target / "tokenizer_config.json", config)
+    if (source / "special_tokens_map.json").is_file():
+        shutil.copyfile(source / "special_tokens_map.json", target / "special_tokens_map.json")
+
+
+def _write_processor(
+    target: Path, tower: Path, config: dict[str, Any], vision: dict[str, Any], family: str
+) -> None:
+    pictures = json.loads((tower / "preprocessor_config.json").read_text())
+    pictures |= {"image_processor_type": f"{family}ImageProcessor"}
+    pictures |= {"processor_class": f"{family}Processor"}
+    if family == "LlavaNext":
+        pictures["image_grid_pinpoints"] = _pinpoints(config)
+    else:
+        pictures["do_pad"] = config.get("image_aspect_ratio") == "pad"
+    write_json(target / "preprocessor_config.json", pictures)
+    write_json(
+        target / "processor_config.json",
+        {
+            "processor_class": f"{family}Processor",
+            "image_token": IMAGE,
+            "num_additional_image_tokens": 1,  # CLS, which the strategy takes off again
+            "patch_size": vision["patch_size"],
+            "vision_feature_select_strategy": "default",
+        },
+    )
+    (target / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+
+
+def _clip_processor(source: Path, side: int) -> dict[str, Any]:
+    """A CLIPImageProcessor of the same normalisation."""
+    path = source / "preprocessor_config.json"
+    given = json.loads(path.read_text()) if path.is_file() else {}
+    path = source / "processor_config.json"
+    if path.is_file():
+        given = json.loads(path.read_text()).get("image_processor") or given
+    for name in ("image_grid_pinpoints", "do_pad", "processor_class", "data_format", "device"):
+        given.pop(name, None)
+    return {
+        **given,
+        "image_processor_type": "CLIPImageProcessor",
+        "crop_size": {"height": side, "width": side},
+        "size": {"shortest_edge": side},
+    }
