@@ -8,8 +8,11 @@ from typing import Any
 
 from llava_hvp.errors import UnsupportedModelError
 
-# Host -> a class that all of its models have among their bases.
-MARKS = {"llava": "LlavaMetaForCausalLM"}
+# Host -> classes of which each of its models has one among its bases.
+MARKS = {
+    "llava": ("LlavaMetaForCausalLM",),
+    "hf": ("LlavaForConditionalGeneration", "LlavaNextForConditionalGeneration"),
+}
 
 
 def host_of(model: Any) -> Any:
@@ -19,8 +22,8 @@ def host_of(model: Any) -> Any:
     """
     for part in _parts(model):  # the model itself comes first, and mostly is it
         names = {kind.__name__ for kind in type(part).__mro__}
-        for host, mark in MARKS.items():
-            if mark in names:
+        for host, marks in MARKS.items():
+            if not names.isdisjoint(marks):
                 return importlib.import_module(f"{__name__}.{host}.host")
     raise unknown(model)
 
@@ -29,8 +32,8 @@ def unknown(model: Any) -> UnsupportedModelError:
     """The error for a model of no framework that is known here."""
     return UnsupportedModelError(
         f"{type(model).__name__} is not a LLaVA model: give what llava.model.builder."
-        "load_pretrained_model returns (transformers' own LlavaForConditionalGeneration is another "
-        "implementation)"
+        "load_pretrained_model returns, or transformers' own LlavaForConditionalGeneration or "
+        "LlavaNextForConditionalGeneration"
     )
 
 

@@ -1,0 +1,1 @@
+"""Where pruning plugs into transformers' own LLaVA classes. `llava` is never imported here."""

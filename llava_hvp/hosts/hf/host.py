@@ -1,0 +1,230 @@
+"""transformers' own LLaVA classes: putting a method on a model of theirs, and taking it off."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llava_hvp.encoder.text import ClipText
+from llava_hvp.errors import PrunedStateError, TextEncoderError
+from llava_hvp.hosts import unknown
+from llava_hvp.hosts.hf.families import family_of
+from llava_hvp.hosts.hf.forward import ForwardHook
+from llava_hvp.hosts.hf.generate import Generate
+from llava_hvp.hosts.hf.images import Images
+from llava_hvp.hosts.hf.prompt import KNOWN, Marks, marks_of, read_prompt
+from llava_hvp.hosts.hf.tower import PrunedVisionTower
+from llava_hvp.hosts.hf.versions import check_release, release
+from llava_hvp.hosts.hf.view import HFView
+from llava_hvp.methods.base import Method
+from llava_hvp.methods.masks import Grid
+from llava_hvp.pruning.layout import Layout, Size
+from llava_hvp.pruning.packing import pack
+from llava_hvp.pruning.pruning import CHANGING, Pruning
+from llava_hvp.runtime import PruningConfig, Runtime
+
+# Hugging Face checkpoints do not name the CLIP that their tower came from, which holds the text
+# encoder. (layers, hidden size, grid) -> the one that LLaVA was trained with.
+CLIPS = {(24, 1024, (24, 24)): "openai/clip-vit-large-patch14-336"}
+
+
+class HFModel:
+    """A transformers LLaVA as the core sees it: `llava_hvp.pruning.host.HostModel`."""
+
+    def __init__(self, model: Any, pruning: PruningConfig, processor: Any = None) -> None:
+        self.model = model
+        self.family = family_of(model)
+        self.encoder = PrunedVisionTower(model.model, pruning)
+        self.processor = processor
+        self.handles: list[Any] = []
+        self._marks: tuple[Marks, ...] | None = None
+
+    def layout(self, tiles: int, size: Size | None, merge: str) -> Layout:
+        """The tokens that stock sends of an image of `tiles` tiles."""
+        grid = self.encoder.plan().geometry.grid
+        placed: Layout = self.family.layout(self.model.model, grid, tiles, size, merge)
+        return placed
+
+    def mosaic(self, tiles: int, size: Size | None) -> Grid | None:
+        """(down, across) of the tiles behind an image's first; None where tiles stand alone."""
+        grid: Grid | None = self.family.mosaic(self.model.model, tiles, size)
+        return grid
+
+    def padding(self, size: Size | None) -> Tensor:
+        """(N,) bool, no patch: processors of these checkpoints crop or squeeze a picture."""
+        return torch.zeros(self.encoder.plan().geometry.patches, dtype=torch.bool)
+
+    @property
+    def projector(self) -> nn.Module:
+        """What `project` runs."""
+        projector: nn.Module = self.model.model.multi_modal_projector
+        return projector
+
+    def project(self, features: Tensor) -> Tensor:
+        """(…, D) features of patches as the language model takes them."""
+        projected: Tensor = self.projector(features)
+        return projected
+
+    def newline(self) -> Tensor:
+        """(D,) the embedding that ends a row of the mosaic."""
+        newline: Tensor = self.model.model.image_newline
+        return newline
+
+    def view(self) -> HFView:
+        """How the model sees pictures, to draw on one."""
+        return HFView(self)
+
+    def prompts(self, rows: Sequence[Tensor], images: int, tokenizer: Any) -> list[str]:
+        """What each image is asked: the last user turn of the row that it stands in.
+
+        Parameters
+        ----------
+        rows : Sequence[Tensor]
+            the row of each image
+        """
+        if self._marks is None:
+            template = getattr(self.processor, "chat_template", None)
+            self._marks = (*KNOWN, *marks_of(tokenizer, template))
+        token = self.model.config.image_token_id
+        return [read_prompt(row, tokenizer, token, self._marks) for row in rows]
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """(tokens, D) input embeddings of the language model."""
+        embed = self.model.get_input_embeddings()
+        embedded: Tensor = embed(ids.to(embed.weight.device))
+        return embedded
+
+    @property
+    def clip_checkpoint(self) -> str:
+        """The CLIP that the tower came from, by its shape; raises TextEncoderError if unknown."""
+        config: Any = self.encoder.vit.config
+        grid = self.encoder.plan().geometry.grid
+        shape = config.num_hidden_layers, config.hidden_size, grid
+        if shape not in CLIPS:
+            raise TextEncoderError(
+                f"no CLIP is known whose vision tower has {shape[0]} layers of {shape[1]} and a "
+                f"grid of {grid[0]} x {grid[1]} patches: name the one that this checkpoint's came "
+                "from, as prune(model, method, clip_text='name or folder')"
+            )
+        return CLIPS[shape]
+
+    def load_tokenizer(self) -> Any:
+        """The model's own tokenizer; raises TextEncoderError where there is none."""
+        from transformers import AutoTokenizer
+
+        checkpoint = self.model.config._name_or_path
+        try:
+            return AutoTokenizer.from_pretrained(checkpoint)
+        except Exception as error:  # hub, file format, missing library: there is no tokenizer
+            raise TextEncoderError(
+                f"no tokenizer to read the prompt with in {checkpoint!r} ({error}): pass it or the "
+                "processor, as prune(model, method, tokenizer=processor)"
+            ) from error
+
+    def detach(self) -> None:
+        """Give the model back as it was."""
+        detach(self.model)
+
+
+class GetImageFeatures:
+    """Stands in for the `get_image_features` of the model inside: features that are pruned."""
+
+    def __init__(self, pruning: Pruning) -> None:
+        self.pruning = pruning
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        inner = self.pruning.host_model.model.model
+        return inspect.signature(type(inner).get_image_features.__get__(inner))
+
+    @torch.compiler.disable
+    def __call__(
+        self, pixel_values: Tensor, image_sizes: Any = None, *, return_dict: bool = True, **_: Any
+    ) -> Any:
+        images = Images(self.pruning, pixel_values, image_sizes)
+        embed = self.pruning.host_model.model.get_input_embeddings()
+        counts = tuple(len(stack) for stack in images.stacks)
+        pixels = torch.cat(images.stacks).to(embed.weight.dtype)
+        features = pack(self.pruning, pixels, counts, images.sizes, None, laid_out=True).features
+        if release() < (5, 0):
+            return features
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        output = BaseModelOutputWithPooling(pooler_output=features)
+        return output if return_dict else output.to_tuple()
+
+
+def attach(
+    model: Any,
+    method: Method,
+    *,
+    runtime: Runtime | None = None,
+    tokenizer: Any = None,
+    clip_text: str | Path | ClipText | None = None,
+) -> Pruning:
+    """Prune a transformers LLaVA; see `llava_hvp.prune`."""
+    check_release()
+    chosen = PruningConfig.checked(method, runtime)
+    model = find(model)
+    with CHANGING:
+        if "llava_hvp" in model.__dict__:
+            raise PrunedStateError(
+                "this model is pruned already: unprune(model) first, or leave its `with` block"
+            )
+        if "get_image_features" in model.model.__dict__:
+            raise PrunedStateError(
+                "get_image_features of this model is patched by something else: undo that first"
+            )
+        processor = tokenizer if hasattr(tokenizer, "tokenizer") else None
+        host = HFModel(model, chosen, processor)
+        pruning = Pruning(host, getattr(tokenizer, "tokenizer", tokenizer), clip_text)
+        hook = ForwardHook(pruning)
+        host.handles += [
+            part.register_forward_pre_hook(hook, with_kwargs=True) for part in (model, model.model)
+        ]
+        model.llava_hvp = pruning
+        model.model.get_image_features = GetImageFeatures(pruning)
+        model.generate = Generate(pruning, model.__dict__.get("generate"))
+    try:
+        pruning.load_text()
+    except BaseException:
+        pruning.take_back()
+        raise
+    return pruning
+
+
+def detach(model: Any) -> None:
+    """Give a transformers LLaVA back as it was; see `llava_hvp.unprune`."""
+    model = find(model)
+    with CHANGING:
+        pruning = model.__dict__.pop("llava_hvp", None)
+        if pruning is None:
+            raise PrunedStateError("this model is not pruned: nothing to undo")
+        host = pruning.host_model
+        for handle in host.handles:
+            handle.remove()
+        host.encoder.release()
+        model.model.__dict__.pop("get_image_features", None)
+        ours = model.__dict__.pop("generate", None)
+        earlier = getattr(ours, "earlier", None)
+        if earlier is not None:
+            model.generate = earlier
+
+
+def find(model: Any) -> Any:
+    """The model in what the user holds: itself, or inside a wrapper (PEFT, DDP).
+
+    Raises UnsupportedModelError where there is none.
+    """
+    if family_of(model) is not None:
+        return model
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    for module in modules:
+        if family_of(module) is not None:
+            return module
+    raise unknown(model)

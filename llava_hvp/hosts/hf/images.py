@@ -1,0 +1,85 @@
+"""The images of a call, pruned: features ready for the language model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llava_hvp.errors import UnsupportedModelError
+from llava_hvp.pruning.layout import Size
+from llava_hvp.pruning.packing import pack
+from llava_hvp.pruning.pruning import Pruning
+
+
+class Images:
+    """The images of one call, cut into tiles and not yet encoded.
+
+    Parameters
+    ----------
+    pruning : Pruning
+        of the model
+    pixel_values, image_sizes : Tensor | None | Any
+        as the processor gives them; sizes are (height, width)
+    """
+
+    def __init__(self, pruning: Pruning, pixel_values: Tensor | None, image_sizes: Any) -> None:
+        self.pruning, host = pruning, pruning.host_model
+        self.sizes: list[Size | None] = []
+        self.stacks: list[Tensor] = []
+        self.stock: list[int] = []
+        if pixel_values is None or len(pixel_values) == 0:
+            return
+        family: Any = getattr(host, "family")  # noqa: B009
+        if isinstance(pixel_values, (list, tuple)):
+            raise UnsupportedModelError(
+                "pixel_values as a list: give the tensor that the processor makes with "
+                "return_tensors='pt'"
+            )
+        if family.newline and image_sizes is None:
+            raise UnsupportedModelError(
+                "pixel_values without image_sizes: LLaVA-NeXT lays out an image's tiles by its "
+                "size; pass on all that the processor gives"
+            )
+        self.sizes = _sizes(image_sizes if family.newline else None, len(pixel_values))
+        tiles, counts = family.tiles(host.model.model, pixel_values, self.sizes)
+        self.stacks = list(tiles.split(counts))
+        self.stock = [
+            host.layout(count, size, "stock").stock_tokens
+            for count, size in zip(counts, self.sizes, strict=True)
+        ]
+
+    def encoded(self, which: Sequence[int], rows: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        """(tokens, D) of these images, pruned, as the language model takes them.
+
+        Parameters
+        ----------
+        which : Sequence[int]
+            numbers of the images
+        rows : list[Tensor]
+            for each of them, the ids of the row that it stands in, without padding
+        dtype : torch.dtype
+            the language model's
+        """
+        if not which:
+            return []
+        stacks = [self.stacks[n] for n in which]
+        packed = pack(
+            self.pruning,
+            torch.cat(stacks).to(dtype),
+            tuple(len(stack) for stack in stacks),
+            [self.sizes[n] for n in which],
+            rows,
+            laid_out=True,
+        )
+        return packed.features
+
+
+def _sizes(image_sizes: Any, images: int) -> list[Size | None]:
+    """(width, height) of each image, None where unknown."""
+    if image_sizes is None:
+        return [None] * images
+    pairs = image_sizes.tolist() if hasattr(image_sizes, "tolist") else image_sizes
+    return [(int(width), int(height)) for height, width in pairs]
