@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hf_models
 import pytest
 import skimage
 import torch
@@ -145,6 +146,23 @@ def load(path: Path) -> Bundle:
         str(path), None, path.name, device="cpu", device_map="cpu"
     )
     return Bundle(path, tokenizer, model.float(), processor)
+
+
+@pytest.fixture(scope="session")
+def hf(checkpoints):
+    """A function from a name of KINDS to its HFBundle; every test leaves the model unpruned."""
+    bundles: dict[str, Any] = {}
+
+    def get(name: str) -> Any:
+        if name not in bundles:
+            source = checkpoints(name)
+            bundles[name] = hf_models.load(
+                hf_models.convert(source, source.with_name(f"{name}-hf"))
+            )
+        assert "llava_hvp" not in bundles[name].model.__dict__, "a test left its pruning on"
+        return bundles[name]
+
+    return get
 
 
 @pytest.fixture(scope="session")

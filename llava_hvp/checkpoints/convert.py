@@ -21,7 +21,7 @@ from llava_hvp.files import write_json
 
 IMAGE = "<image>"
 TOWER = "vision-tower"  # folder inside a checkpoint of LLaVA's form
-TOKENIZER = ("tokenizer.model", "tokenizer.json", "vocab.json", "merges.txt")
+SENTENCEPIECE = "tokenizer.model"
 LANGUAGES = {
     "llava_llama": ("llama", "LlavaLlamaForCausalLM"),
     "llava": ("llama", "LlavaLlamaForCausalLM"),
@@ -72,7 +72,7 @@ def to_transformers(source: str | Path, target: str | Path) -> Path:
     OptionError
         no such checkpoint, one of another shape, or a target with something in it
     """
-    source, target = Path(source), _empty(target)
+    source, target = Path(source), _free(target)
     config = _config(source)
     tower = Path(config.get("mm_vision_tower") or "")
     vision = _vision_config(tower)
@@ -84,11 +84,14 @@ def to_transformers(source: str | Path, target: str | Path) -> Path:
         kind = weights["lm_head.weight"].dtype
         weights |= {f"model.vision_tower.vision_tower.{n}": w.to(kind) for n, w in own.items()}
     renamed = {_renamed(name, PREFIXES): weight for name, weight in weights.items()}
-    image = len(renamed[VOCABULARY[0]])
+    target.mkdir(parents=True, exist_ok=True)
+    image = _write_image_tokenizer(source, target)
     for name in VOCABULARY:
         # As transformers enlarges a vocabulary: what no one trained is the mean of the others.
         mean = renamed[name].float().mean(0, keepdim=True).to(renamed[name].dtype)
-        renamed[name] = torch.cat((renamed[name], mean))
+        more = max(0, image + 1 - len(renamed[name]))
+        renamed[name] = torch.cat((renamed[name], mean.expand(more, -1)))
+    rows = len(renamed[VOCABULARY[0]])
     _save(target, renamed)
     text = {k: v for k, v in config.items() if not _is_llavas_own(k)}
     written = {
@@ -100,7 +103,7 @@ def to_transformers(source: str | Path, target: str | Path) -> Path:
         "vision_feature_select_strategy": "default",
         "tie_word_embeddings": False,
         "torch_dtype": config.get("torch_dtype", "float16"),
-        "text_config": {**text, "model_type": language, "vocab_size": image + 1},
+        "text_config": {**text, "model_type": language, "vocab_size": rows},
         "vision_config": vision,
     }
     if family == "LlavaNext":
@@ -108,7 +111,6 @@ def to_transformers(source: str | Path, target: str | Path) -> Path:
     write_json(target / "config.json", written)
     if (source / "generation_config.json").is_file():
         shutil.copyfile(source / "generation_config.json", target / "generation_config.json")
-    _write_tokenizer(source, target, image)
     _write_processor(target, tower, config, vision, family)
     return target
 
@@ -130,7 +132,7 @@ def from_transformers(source: str | Path, target: str | Path) -> Path:
     OptionError
         no such checkpoint, one of another shape, or a target with something in it
     """
-    source, target = Path(source), _empty(target)
+    source, target = Path(source), _free(target)
     config = json.loads((source / "config.json").read_text()) if source.is_dir() else {}
     kind, text = config.get("model_type"), config.get("text_config") or {}
     back = {language: (k, arch) for k, (language, arch) in LANGUAGES.items() if k != "llava"}
@@ -140,6 +142,11 @@ def from_transformers(source: str | Path, target: str | Path) -> Path:
             "LLaVA-1.5 or LLaVA-NeXT of transformers with Llama or Mistral"
         )
     model_type, architecture = back[text.get("model_type", "llama")]
+    if not (source / SENTENCEPIECE).is_file():
+        raise OptionError(
+            f"no {SENTENCEPIECE} in {source}: LLaVA's loader wants the sentencepiece model of the "
+            "language model; put that file there"
+        )
     names = {_renamed(n, NEWER): w for n, w in _weights(source).items()}
     image = config.get("image_token_index", config.get("image_token_id"))
     for name in VOCABULARY:
@@ -152,7 +159,7 @@ def from_transformers(source: str | Path, target: str | Path) -> Path:
         if n.startswith("vision_tower.")
     }
     folder = target.resolve() / TOWER
-    folder.mkdir()
+    folder.mkdir(parents=True)
     _save(folder, tower)
     vision = {"architectures": ["CLIPVisionModel"], **config["vision_config"]}
     write_json(folder / "config.json", {**vision, "model_type": "clip_vision_model"})
@@ -183,15 +190,14 @@ def from_transformers(source: str | Path, target: str | Path) -> Path:
     write_json(target / "config.json", written)
     if (source / "generation_config.json").is_file():
         shutil.copyfile(source / "generation_config.json", target / "generation_config.json")
-    _write_tokenizer(source, target, None)
+    _write_llama_tokenizer(source, target)
     return target
 
 
-def _empty(target: str | Path) -> Path:
+def _free(target: str | Path) -> Path:
     target = Path(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise OptionError(f"{target} is there already: name a new folder")
-    target.mkdir(parents=True, exist_ok=True)
     return target
 
 
@@ -276,27 +282,35 @@ def _save(folder: Path, weights: dict[str, Tensor]) -> None:
     save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _write_tokenizer(source: Path, target: Path, image: int | None) -> None:
-    """Copy a tokenizer; with a number, its vocabulary gets the image token there."""
-    for name in TOKENIZER:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
-    path = source / "tokenizer_config.json"
-    config = json.loads(path.read_text()) if path.is_file() else {}
-    added = config.get("added_tokens_decoder", {})
-    if image is None:
-        added = {n: token for n, token in added.items() if token["content"] != IMAGE}
-    else:
-        plain = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False)
-        added = {**added, str(image): {"content": IMAGE, "special": True, **plain}}
-        config |= {"padding_side": "left", "processor_class": "LlavaProcessor"}
-    if added:
-        config["added_tokens_decoder"] = added
-    elif "added_tokens_decoder" in config:
-        del config["added_tokens_decoder"]
-    write_json(target / "tokenizer_config.json", config)
-    if (source / "special_tokens_map.json").is_file():
-        shutil.copyfile(source / "special_tokens_map.json", target / "special_tokens_map.json")
+def _write_image_tokenizer(source: Path, target: Path) -> int:
+    """Write the tokenizer with one token more, which stands for an image; return its id."""
+    from transformers import AddedToken, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.padding_side = "left"
+    tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)], special_tokens=True)
+    tokenizer.save_pretrained(target)
+    if (source / SENTENCEPIECE).is_file():  # for the way back: releases differ in what they save
+        shutil.copyfile(source / SENTENCEPIECE, target / SENTENCEPIECE)
+    image: int = tokenizer.convert_tokens_to_ids(IMAGE)
+    return image
+
+
+def _write_llama_tokenizer(source: Path, target: Path) -> None:
+    """Write the tokenizer without the image's token, in the form that LLaVA's loader opens."""
+    shutil.copyfile(source / SENTENCEPIECE, target / SENTENCEPIECE)
+    given = json.loads((source / "tokenizer_config.json").read_text())
+    kept = ("bos_token", "eos_token", "unk_token", "pad_token", "model_max_length")
+    plain = {name: _content(given[name]) for name in kept if given.get(name) is not None}
+    fixed = {"add_bos_token": True, "add_eos_token": False, "legacy": True}
+    write_json(
+        target / "tokenizer_config.json",
+        {**plain, **fixed, "padding_side": "right", "tokenizer_class": "LlamaTokenizer"},
+    )
+
+
+def _content(token: Any) -> Any:
+    return token["content"] if isinstance(token, dict) else token
 
 
 def _write_processor(

@@ -1,0 +1,89 @@
+"""transformers' own LLaVA on tiny checkpoints, which are LLaVA's converted: the same weights."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from llava_hvp.checkpoints.convert import to_transformers
+from llava_hvp.hosts.hf.versions import OLDEST, release
+
+needs_release = pytest.mark.skipif(
+    release() < OLDEST, reason="transformers' own LLaVA classes are pruned from 4.57 on"
+)
+KINDS = ["llava-1.5-llama", "llava-next-llama", "llava-next-mistral-unfrozen"]
+QUESTIONS = ["What is this?", "How many cups are on the table, and of what colour?", "Where?"]
+
+
+@dataclass
+class HFBundle:
+    """A model and its processor, in float32 on the CPU."""
+
+    path: Path
+    model: Any
+    processor: Any
+
+    @property
+    def is_next(self) -> bool:
+        return "next" in self.path.name
+
+    def inputs(self, texts: Any, pictures: Any, side: str = "left") -> Any:
+        """What the processor gives for prompts, each with as many images as marks stand in it."""
+        self.processor.tokenizer.padding_side = side
+        given: dict[str, Any] = {"text": texts, "padding": True, "return_tensors": "pt"}
+        if pictures:
+            given["images"] = pictures
+        return self.processor(**given)
+
+    def ask(
+        self, *questions: str, pictures: Any = None, side: str = "left", images: int = 1
+    ) -> Any:
+        """One prompt a question, with a picture each."""
+        marks = "<image>\n" * images
+        texts = [f"USER: {marks}{question} ASSISTANT:" for question in questions]
+        return self.inputs(texts, pictures, side)
+
+    def generate(self, inputs: Any, tokens: int = 6, **kwargs: Any) -> Any:
+        """Greedy ids behind the prompt, always `tokens` of them."""
+        given = {"do_sample": False, "max_new_tokens": tokens, "min_new_tokens": tokens}
+        ids = self.model.generate(**inputs, **{**given, **kwargs})
+        assert torch.equal(ids[:, : inputs["input_ids"].shape[1]], inputs["input_ids"])
+        return ids[:, inputs["input_ids"].shape[1] :]
+
+    def logits(self, inputs: Any, **kwargs: Any) -> torch.Tensor:
+        """Of a forward pass."""
+        with torch.no_grad():
+            logits: torch.Tensor = self.model(**inputs, **kwargs).logits
+        return logits
+
+    def own(self) -> HFBundle:
+        """A copy that a test may spoil."""
+        return HFBundle(self.path, copy.deepcopy(self.model), self.processor)
+
+
+def convert(source: Path, target: Path) -> Path:
+    return target if target.is_dir() else to_transformers(source, target)
+
+
+def load(path: Path, **kwargs: Any) -> HFBundle:
+    """As a user does."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    given = {"dtype": torch.float32, **kwargs}
+    model = AutoModelForImageTextToText.from_pretrained(path, **given).eval()
+    processor = AutoProcessor.from_pretrained(path)
+    # One picture is as large as another for the tests that compare hosts; a batch wants padding.
+    processor.tokenizer.pad_token = processor.tokenizer.unk_token
+    model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
+    return HFBundle(path, model, processor)
+
+
+def sized(photos: list[Image.Image]) -> list[Image.Image]:
+    """Pictures that LLaVA-NeXT cuts into different numbers of tiles."""
+    return [photos[0], photos[3].resize((100, 300)), photos[1].resize((112, 112))]
