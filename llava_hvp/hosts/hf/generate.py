@@ -209,10 +209,9 @@ def _default(name: str) -> Any:
 def _watchers(given: dict[str, Any], long: Tensor, short: int) -> dict[str, Any]:
     """Everything of the user's that is shown ids while they come, shown the long ones."""
     changed: dict[str, Any] = {}
-    for name in ("stopping_criteria", "logits_processor"):
+    for name, shown in (("stopping_criteria", _Criterion), ("logits_processor", _Processor)):
         if given.get(name):
-            kind = type(given[name])
-            changed[name] = kind([_Shown(each, long, short) for each in given[name]])
+            changed[name] = type(given[name])(shown(each, long, short) for each in given[name])
     allowed = given.get("prefix_allowed_tokens_fn")
     if allowed is not None:
         changed["prefix_allowed_tokens_fn"] = lambda row, ids: allowed(
@@ -230,12 +229,20 @@ def long_again(ids: Tensor, long: Tensor, short: int) -> Tensor:
 
 
 @dataclass
-class _Shown:
-    """A stopping criterion or a logits processor that sees the long prompt."""
+class _Processor:
+    """A logits processor that sees the long prompt; of others than these two stock wants names."""
 
     inner: Any
     long: Tensor
     short: int
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        found: Tensor = self.inner(long_again(input_ids, self.long, self.short), scores)
+        return found
+
+
+class _Criterion(_Processor):
+    """A stopping criterion that sees the long prompt."""
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
         return self.inner(long_again(input_ids, self.long, self.short), scores, **kwargs)

@@ -1,0 +1,362 @@
+"""transformers' own LLaVA: every way to generate, pruned."""
+
+import threading
+
+import pytest
+import torch
+from hf_models import QUESTIONS, load, needs_release, sized
+
+from llava_hvp import HIVTP, get_method, prune
+from llava_hvp.errors import UnsupportedModelError
+from llava_hvp.hosts.hf.versions import release
+
+pytestmark = needs_release
+METHOD = HIVTP(r_max=0.25)
+KINDS = ["llava-1.5-llama", "llava-next-llama"]
+
+
+@pytest.fixture(params=KINDS)
+def bundle(request, hf):
+    return hf(request.param)
+
+
+def batch(bundle, photos, side="left"):
+    """Rows with one image, two and none, and each row by itself."""
+    pictures = sized(photos)
+    texts = [
+        f"USER: <image>\n{QUESTIONS[1]} ASSISTANT:",
+        f"USER: <image> and <image>\n{QUESTIONS[0]} ASSISTANT:",
+        f"USER: {QUESTIONS[2]} ASSISTANT:",
+    ]
+    held = [pictures[:1], pictures[1:], None]
+    rows = [bundle.inputs([t], p, side) for t, p in zip(texts, held, strict=True)]
+    return bundle.inputs(texts, pictures, side), rows
+
+
+def tail(out, inputs):
+    return out[:, inputs["input_ids"].shape[1] :]
+
+
+WAYS = {
+    "greedy": {},
+    "beams": {"num_beams": 3},
+    "beams returned": {"num_beams": 4, "num_return_sequences": 2},
+    "static cache": {"cache_implementation": "static"},
+    "no cache": {"use_cache": False},
+    "penalties": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_ragged_batch_equals_its_rows(way, bundle, photos):
+    inputs, rows = batch(bundle, photos)
+    given = {"do_sample": False, "max_new_tokens": 5, "min_new_tokens": 5, **WAYS[way]}
+    with prune(bundle.model, METHOD) as pruned:
+        alone = [tail(bundle.model.generate(**row, **given), row) for row in rows]
+        together = bundle.model.generate(**inputs, **given)
+        assert len(pruned.last) == 3
+        assert all(r.kept_tokens < r.stock_tokens for r in pruned.last)
+    prompts = inputs["input_ids"].repeat_interleave(len(together) // 3, 0)
+    assert torch.equal(together[:, : prompts.shape[1]], prompts)
+    assert torch.equal(tail(together, inputs), torch.cat(alone))
+
+
+def test_sampling_goes_by_the_seed_and_returns_several(bundle, photos):
+    inputs, _ = batch(bundle, photos)
+    given = {"do_sample": True, "num_return_sequences": 2, "max_new_tokens": 6, "top_k": 20}
+    with prune(bundle.model, METHOD):
+        torch.manual_seed(0)
+        first = bundle.model.generate(**inputs, **given)
+        torch.manual_seed(0)
+        again = bundle.model.generate(**inputs, **given)
+    assert torch.equal(first, again)
+    assert len(first) == 6
+    assert not torch.equal(tail(first, inputs)[0], tail(first, inputs)[1])
+
+
+def test_lengths_count_the_prompt_as_the_processor_made_it(bundle, photos):
+    inputs = bundle.ask(QUESTIONS[0], pictures=photos[:1])
+    long = inputs["input_ids"].shape[1]
+    config = bundle.model.generation_config.from_dict(bundle.model.generation_config.to_dict())
+    config.max_length, config.min_length, config.do_sample = long + 4, long + 4, False
+    with prune(bundle.model, METHOD):
+        by_argument = bundle.model.generate(
+            **inputs, do_sample=False, max_length=long + 4, min_length=long + 4
+        )
+        by_config = bundle.model.generate(**inputs, generation_config=config)
+        expected = bundle.generate(inputs, tokens=4)
+        with pytest.raises(ValueError, match="max_length"):
+            bundle.model.generate(**inputs, max_length=long)
+    assert config.max_length == long + 4
+    assert torch.equal(by_argument, torch.cat((inputs["input_ids"], expected), 1))
+    assert torch.equal(by_config, by_argument)
+
+
+def test_a_default_length_is_new_tokens(hf, photos):
+    bundle = hf(KINDS[0])
+    inputs = bundle.ask(QUESTIONS[0], pictures=photos[:1])
+    stock = bundle.model.generate(**inputs, do_sample=False)
+    with prune(bundle.model, METHOD):
+        pruned = bundle.model.generate(**inputs, do_sample=False)
+    assert stock.shape == pruned.shape
+
+
+def test_whoever_watches_sees_the_long_prompt(bundle, photos):
+    from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
+    inputs = bundle.ask(*QUESTIONS[:2], pictures=sized(photos)[:2])
+    long = inputs["input_ids"].shape[1]
+    seen = []
+
+    class AfterThree(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            seen.append(input_ids)
+            return torch.full((len(input_ids),), input_ids.shape[1] >= long + 3)
+
+    def processor(input_ids, scores):
+        seen.append(input_ids)
+        return scores
+
+    def allowed(row, ids):
+        assert torch.equal(ids[:long], inputs["input_ids"][row])
+        return [300, 301 + row]
+
+    with prune(bundle.model, METHOD):
+        out = bundle.model.generate(
+            **inputs,
+            do_sample=False,
+            max_new_tokens=8,
+            stopping_criteria=StoppingCriteriaList([AfterThree()]),
+            logits_processor=LogitsProcessorList([processor]),
+            prefix_allowed_tokens_fn=allowed,
+        )
+    assert out.shape[1] == long + 3
+    assert len(seen) == 6
+    assert all(torch.equal(ids[:, :long], inputs["input_ids"]) for ids in seen)
+    assert set(out[:, long:].flatten().tolist()) <= {300, 301, 302}
+
+
+def test_a_streamer_sees_the_long_prompt_first(hf, photos):
+    from transformers import TextIteratorStreamer
+
+    bundle = hf(KINDS[1])
+    inputs = bundle.ask(QUESTIONS[0], pictures=photos[:1])
+    for skip in (True, False):
+        streamer = TextIteratorStreamer(bundle.processor.tokenizer, skip_prompt=skip)
+        given = {**inputs, "do_sample": False, "max_new_tokens": 5, "streamer": streamer}
+        with prune(bundle.model, METHOD):
+            expected = bundle.model.generate(**inputs, do_sample=False, max_new_tokens=5)[0]
+            thread = threading.Thread(target=bundle.model.generate, kwargs=given)
+            thread.start()
+            text = "".join(streamer)
+            thread.join()
+        shown = expected[inputs["input_ids"].shape[1] :] if skip else expected
+        assert text == bundle.processor.tokenizer.decode(shown)
+
+
+def test_a_pipeline_with_a_chat_template(bundle, photos):
+    from transformers import pipeline
+
+    content = [{"type": "image", "image": photos[0]}, {"type": "text", "text": QUESTIONS[0]}]
+    chat = [{"role": "user", "content": content}]
+    pipe = pipeline("image-text-to-text", model=bundle.model, processor=bundle.processor)
+    given = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    inputs = bundle.ask(QUESTIONS[0], pictures=photos[:1])
+    with prune(bundle.model, METHOD) as pruned:
+        said = pipe(text=chat, generate_kwargs=given, return_full_text=False)
+        assert pruned.last[0].kept_tokens < pruned.last[0].stock_tokens
+        expected = bundle.generate(inputs, tokens=5)[0]
+    text = bundle.processor.tokenizer.decode(expected)
+    assert said[0]["generated_text"].strip() == text.strip()
+
+
+# Conversations with a cache
+
+
+def turns(bundle, photos, first="What is this?"):
+    """Prompts of a first turn and, with its answer, of a second."""
+    one = f"USER: <image>\n{first} ASSISTANT:"
+    return bundle.inputs(one, photos[:1]), f"{one}{{}} USER: And where? ASSISTANT:"
+
+
+@pytest.mark.parametrize("name", ["hivtp", "hiprune++", "uniform"])
+def test_a_second_turn_goes_on_from_the_firsts_cache(name, bundle, photos):
+    method = get_method(name, r_max=0.25, **({"text": "llm"} if name == "hiprune++" else {}))
+    inputs, _ = turns(bundle, photos)
+    given = {"do_sample": False, "max_new_tokens": 5, "min_new_tokens": 5}
+    more = bundle.processor.tokenizer(" USER: And where? ASSISTANT:", return_tensors="pt")
+    with prune(bundle.model, method, tokenizer=bundle.processor) as pruned:
+        first = bundle.model.generate(**inputs, **given, return_dict_in_generate=True)
+        kept = pruned.last
+        ids = torch.cat((first.sequences, more["input_ids"][:, 1:]), 1)
+        second = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        cached = bundle.model.generate(**second, **given, past_key_values=first.past_key_values)
+        assert pruned.last is kept  # the image is in the cache: nothing is encoded again
+        if name != "hiprune++":  # the prompt has changed, and with it what would be kept
+            assert torch.equal(cached, bundle.model.generate(**second, **given))
+        text = {k: v for k, v in second.items() if k in ("input_ids", "attention_mask")}
+        again = bundle.model.generate(**inputs, **given, return_dict_in_generate=True)
+        without = bundle.model.generate(**text, **given, past_key_values=again.past_key_values)
+    assert torch.equal(without, cached)
+    assert torch.equal(cached[:, : ids.shape[1]], ids)
+
+
+def test_a_new_image_after_a_cache(bundle, photos):
+    pictures = sized(photos)
+    inputs, template = turns(bundle, pictures)
+    given = {"do_sample": False, "max_new_tokens": 5, "min_new_tokens": 5}
+    with prune(bundle.model, METHOD) as pruned:
+        first = bundle.model.generate(**inputs, **given, return_dict_in_generate=True)
+        both = bundle.inputs("USER: <image> and <image>\nWhich? ASSISTANT:", pictures[:2])
+        token, long = bundle.model.config.image_token_id, first.sequences.shape[1]
+        new = (both["input_ids"][0] == token).nonzero()[pruned.last[0].stock_tokens :, 0]
+        ids = torch.cat((first.sequences, both["input_ids"][:, new[0] :]), 1)
+        second = {**both, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        assert ids.shape[1] > long
+        if release() < (5, 0):
+            with pytest.raises(UnsupportedModelError, match="new image"):
+                bundle.model.generate(**second, **given, past_key_values=first.past_key_values)
+            return
+        cached = bundle.model.generate(**second, **given, past_key_values=first.past_key_values)
+        assert len(pruned.last) == 1
+        assert torch.equal(cached, bundle.model.generate(**second, **given))
+
+
+def test_caches_of_another_prompt_are_refused(hf, photos):
+    bundle = hf(KINDS[0])
+    inputs, _ = turns(bundle, photos)
+    given = {"do_sample": False, "max_new_tokens": 4}
+    stock = bundle.model.generate(**inputs, **given, return_dict_in_generate=True)
+    longer = {**inputs, "input_ids": torch.cat((stock.sequences, stock.sequences[:, :1]), 1)}
+    longer["attention_mask"] = torch.ones_like(longer["input_ids"])
+    other = bundle.ask("Where is it, and what else is there to see?", pictures=photos[:1])
+    with prune(bundle.model, METHOD):
+        with pytest.raises(UnsupportedModelError, match="not filled by this pruned"):
+            bundle.model.generate(**longer, **given, past_key_values=stock.past_key_values)
+        first = bundle.model.generate(**inputs, **given, return_dict_in_generate=True)
+        with pytest.raises(UnsupportedModelError, match="whole conversation"):
+            bundle.model.generate(**other, **given, past_key_values=first.past_key_values)
+
+
+# Decoding loops written by hand
+
+
+@pytest.mark.parametrize("counts", ["nothing", "mask", "mask and positions", "everything"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_loop_by_hand_that_counts_the_long_prompt(side, counts, bundle, photos):
+    inputs, _ = batch(bundle, photos, side)
+    if counts == "nothing":
+        inputs = bundle.ask(QUESTIONS[0], pictures=photos[:1], side=side)
+    if side == "right" and counts == "nothing":
+        pytest.skip("the same as left: there is no padding")
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    with prune(bundle.model, METHOD), torch.no_grad():
+        expected = bundle.generate({**inputs}, tokens=4) if side == "left" else None
+        given = {} if counts == "nothing" else {"attention_mask": mask}
+        if "positions" in counts or counts == "everything":
+            given["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+        if counts == "everything":
+            given["cache_position"] = torch.arange(ids.shape[1])
+        pixels = {k: inputs[k] for k in ("pixel_values", "image_sizes") if k in inputs}
+        output = bundle.model(input_ids=ids, **pixels, **given, use_cache=True)
+        if side == "right":
+            assert output.logits.shape[1] < ids.shape[1]
+            return
+        found = [output.logits[:, -1].argmax(-1)]
+        for step in range(3):
+            if "attention_mask" in given:
+                one = torch.ones_like(mask[:, :1])
+                given["attention_mask"] = torch.cat((given["attention_mask"], one), 1)
+            if "position_ids" in given:
+                given["position_ids"] = given["position_ids"][:, -1:] + 1
+            if "cache_position" in given:
+                given["cache_position"] = torch.tensor([ids.shape[1] + step])
+            output = bundle.model(
+                input_ids=found[-1][:, None],
+                past_key_values=output.past_key_values,
+                use_cache=True,
+                **given,
+            )
+            found.append(output.logits[:, -1].argmax(-1))
+    assert torch.equal(torch.stack(found, 1), expected)
+
+
+def test_a_loop_with_a_static_cache_fills_it_without_a_hole(hf, photos):
+    from transformers import StaticCache
+
+    bundle = hf(KINDS[1])
+    inputs = bundle.ask(QUESTIONS[0], pictures=photos[:1])
+    long = inputs["input_ids"].shape[1]
+    with prune(bundle.model, METHOD), torch.no_grad():
+        expected = bundle.generate(inputs, tokens=3)
+        cache = StaticCache(config=bundle.model.config.get_text_config(), max_cache_len=long + 8)
+        output = bundle.model(**inputs, past_key_values=cache, cache_position=torch.arange(long))
+        found = [output.logits[:, -1].argmax(-1)]
+        for step in range(2):
+            output = bundle.model(
+                input_ids=found[-1][:, None],
+                past_key_values=cache,
+                cache_position=torch.tensor([long + step]),
+            )
+            found.append(output.logits[:, -1].argmax(-1))
+    assert torch.equal(torch.stack(found, 1), expected)
+
+
+def test_counts_that_fit_no_prompt_are_refused(hf, photos):
+    bundle = hf(KINDS[0])
+    inputs = bundle.ask(QUESTIONS[0], pictures=photos[:1])
+    with prune(bundle.model, METHOD), torch.no_grad():
+        cache = bundle.model(**inputs).past_key_values
+        step = {"input_ids": torch.tensor([[300]]), "past_key_values": cache}
+        with pytest.raises(UnsupportedModelError, match="begin at"):
+            bundle.model(**step, position_ids=torch.tensor([[40]]))
+        with pytest.raises(UnsupportedModelError, match="attention_mask of shape"):
+            bundle.model(**step, attention_mask=torch.ones(1, 40))
+        cache.crop(-10)
+        with pytest.raises(UnsupportedModelError, match="cropped"):
+            bundle.model(**step)
+
+
+def test_threads_generate_side_by_side(hf, photos):
+    bundle = hf(KINDS[1])
+    asked = [bundle.ask(q, pictures=[p]) for q, p in zip(QUESTIONS, sized(photos), strict=True)]
+    with prune(bundle.model, METHOD) as pruned:
+        expected = [bundle.generate(inputs) for inputs in asked]
+        found, counts = {}, {}
+
+        def run(number):
+            found[number] = bundle.generate(asked[number])
+            counts[number] = pruned.last[0].size
+
+        threads = [threading.Thread(target=run, args=(n,)) for n in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert all(torch.equal(found[n], expected[n]) for n in range(3))
+    assert [counts[n] for n in range(3)] == [picture.size for picture in sized(photos)]
+
+
+def test_a_generate_that_the_user_set_is_called_and_given_back(hf, photos):
+    bundle = hf(KINDS[0])
+    calls = []
+    stock = bundle.model.generate
+
+    def generate(*args, **kwargs):
+        calls.append(kwargs["inputs_embeds"].shape[1])
+        return stock(*args, **kwargs)
+
+    bundle.model.generate = generate
+    try:
+        inputs = bundle.ask(QUESTIONS[0], pictures=photos[:1])
+        with prune(bundle.model, METHOD):
+            bundle.model.generate(**inputs, max_new_tokens=2)
+        assert calls == [inputs["input_ids"].shape[1] - 48]
+        assert bundle.model.generate is generate
+    finally:
+        del bundle.model.generate
+
+
+def test_load_is_what_a_user_does(hf):
+    bundle = hf(KINDS[0])
+    assert load(bundle.path).model.config.to_dict() == bundle.model.config.to_dict()
