@@ -72,8 +72,14 @@ class HFModel:
 
     def newline(self) -> Tensor:
         """(D,) the embedding that ends a row of the mosaic."""
-        newline: Tensor = self.model.model.image_newline
-        return newline
+        inner = self.model.model
+        newline: Tensor = inner.image_newline
+        if not newline.is_meta:
+            return newline
+        # accelerate has it elsewhere while the model inside does not run.
+        hook = inner._hf_hook
+        waiting: Tensor = hook.weights_map["image_newline"].to(hook.execution_device)
+        return waiting
 
     def view(self) -> HFView:
         """How the model sees pictures, to draw on one."""
@@ -96,7 +102,9 @@ class HFModel:
     def embed(self, ids: Tensor) -> Tensor:
         """(tokens, D) input embeddings of the language model."""
         embed = self.model.get_input_embeddings()
-        embedded: Tensor = embed(ids.to(embed.weight.device))
+        place = embed.weight.device
+        # Of an offloaded layer accelerate's own hooks move what comes in.
+        embedded: Tensor = embed(ids if place.type == "meta" else ids.to(place))
         return embedded
 
     @property
