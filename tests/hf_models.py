@@ -87,3 +87,29 @@ def load(path: Path, **kwargs: Any) -> HFBundle:
 def sized(photos: list[Image.Image]) -> list[Image.Image]:
     """Pictures that LLaVA-NeXT cuts into different numbers of tiles."""
     return [photos[0], photos[3].resize((100, 300)), photos[1].resize((112, 112))]
+
+
+def ask(bundle: HFBundle, photos: list[Image.Image], **kwargs: Any) -> Any:
+    """A batch of two questions with a picture each; of different tile counts on LLaVA-NeXT."""
+    return bundle.ask(*QUESTIONS[:2], pictures=sized(photos)[:2], **kwargs)
+
+
+def state(model: Any) -> list[Any]:
+    """What pruning could leave behind."""
+    return [
+        (name, sorted(vars(module)), len(module._forward_hooks), len(module._forward_pre_hooks))
+        for name, module in model.named_modules()
+    ]
+
+
+def batch(bundle: HFBundle, photos: list[Image.Image], side: str = "left") -> tuple[Any, list[Any]]:
+    """Rows with one image, two and none, and each row by itself."""
+    pictures = sized(photos)
+    texts = [
+        f"USER: <image>\n{QUESTIONS[1]} ASSISTANT:",
+        f"USER: <image> and <image>\n{QUESTIONS[0]} ASSISTANT:",
+        f"USER: {QUESTIONS[2]} ASSISTANT:",
+    ]
+    held = [pictures[:1], pictures[1:], None]
+    rows = [bundle.inputs([t], p, side) for t, p in zip(texts, held, strict=True)]
+    return bundle.inputs(texts, pictures, side), rows

@@ -1,4 +1,4 @@
-"""transformers' own LLaVA, pruned, against a slow version: eager maps, loops, rows by themselves."""
+"""transformers' own LLaVA against a slow version: eager maps, loops, rows by themselves."""
 
 import copy
 import math

@@ -35,6 +35,9 @@ def test_importing_the_package_loads_no_host():
 
 def test_the_check_sees_a_host_that_is_loaded():
     assert hosts_loaded_by("import llava_hvp.hosts.llava.host") == HOSTS
+    assert hosts_loaded_by("import llava_hvp.hosts.hf.host\nimport transformers") == {
+        "transformers"
+    }
 
 
 # From the lowest floor up. A room, or a file of the root, may import what lies on lower floors.
@@ -146,6 +149,18 @@ def test_a_host_knows_no_other_host():
     for a, b in arrows():
         if a.startswith("llava_hvp.hosts.") and b.startswith("llava_hvp.hosts."):
             assert len({a.split(".")[2], b.split(".")[2]} & hosts) == 1, f"{a} imports {b}"
+
+
+def test_the_host_of_transformers_own_classes_needs_no_llava():
+    files = [m for m in FILES if m.startswith(("llava_hvp.hosts.hf", "llava_hvp.checkpoints."))]
+    own = [m for m in files if ".hf" in m or m.endswith((".convert", ".processors"))]
+    assert len(own) > 10
+    for module in own:
+        for name in imported(FILES[module]):
+            assert name.split(".")[0] != "llava", f"{module} imports {name}"
+            assert not name.startswith("llava_hvp.hosts.llava"), f"{module} imports {name}"
+    assert hosts_loaded_by("import llava_hvp.hosts.hf.host") <= {"transformers"}
+    assert hosts_loaded_by("import llava_hvp.checkpoints.convert") == set()
 
 
 def test_no_room_imports_what_it_must_not_know():

@@ -16,12 +16,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from llava_hvp.checkpoints.processors import (
+    SENTENCEPIECE,
+    clip_processor,
+    swapped_pinpoints,
+    write_image_tokenizer,
+    write_llama_tokenizer,
+    write_processor,
+)
 from llava_hvp.errors import OptionError
 from llava_hvp.files import write_json
 
-IMAGE = "<image>"
 TOWER = "vision-tower"  # folder inside a checkpoint of LLaVA's form
-SENTENCEPIECE = "tokenizer.model"
 LANGUAGES = {
     "llava_llama": ("llama", "LlavaLlamaForCausalLM"),
     "llava": ("llama", "LlavaLlamaForCausalLM"),
@@ -45,15 +51,6 @@ NEWER = (
     ("lm_head.", "language_model.lm_head."),
 )
 VOCABULARY = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] != 'system' %}"
-    "{{ message['role'].upper() + ': ' }}{% endif %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
-    "{{ '<image>\n' }}{% endfor %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
-    "{{ content['text'] + ' ' }}{% endfor %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-)
 
 
 def to_transformers(source: str | Path, target: str | Path) -> Path:
@@ -85,7 +82,7 @@ def to_transformers(source: str | Path, target: str | Path) -> Path:
         weights |= {f"model.vision_tower.vision_tower.{n}": w.to(kind) for n, w in own.items()}
     renamed = {_renamed(name, PREFIXES): weight for name, weight in weights.items()}
     target.mkdir(parents=True, exist_ok=True)
-    image = _write_image_tokenizer(source, target)
+    image = write_image_tokenizer(source, target)
     for name in VOCABULARY:
         # As transformers enlarges a vocabulary: what no one trained is the mean of the others.
         mean = renamed[name].float().mean(0, keepdim=True).to(renamed[name].dtype)
@@ -107,11 +104,11 @@ def to_transformers(source: str | Path, target: str | Path) -> Path:
         "vision_config": vision,
     }
     if family == "LlavaNext":
-        written["image_grid_pinpoints"] = _pinpoints(config)
+        written["image_grid_pinpoints"] = swapped_pinpoints(config)
     write_json(target / "config.json", written)
     if (source / "generation_config.json").is_file():
         shutil.copyfile(source / "generation_config.json", target / "generation_config.json")
-    _write_processor(target, tower, config, vision, family)
+    write_processor(target, tower, config, vision, family)
     return target
 
 
@@ -163,7 +160,7 @@ def from_transformers(source: str | Path, target: str | Path) -> Path:
     _save(folder, tower)
     vision = {"architectures": ["CLIPVisionModel"], **config["vision_config"]}
     write_json(folder / "config.json", {**vision, "model_type": "clip_vision_model"})
-    write_json(folder / "preprocessor_config.json", _clip_processor(source, side))
+    write_json(folder / "preprocessor_config.json", clip_processor(source, side))
     rest = {n: w for n, w in names.items() if not n.startswith("vision_tower.")}
     _save(target, {_renamed(n, [(b, a) for a, b in PREFIXES]): w for n, w in rest.items()})
     is_next = kind == "llava_next"
@@ -190,7 +187,7 @@ def from_transformers(source: str | Path, target: str | Path) -> Path:
     write_json(target / "config.json", written)
     if (source / "generation_config.json").is_file():
         shutil.copyfile(source / "generation_config.json", target / "generation_config.json")
-    _write_llama_tokenizer(source, target)
+    write_llama_tokenizer(source, target)
     return target
 
 
@@ -246,11 +243,6 @@ def _vision_config(tower: Path) -> dict[str, Any]:
     return {**config.get("vision_config", config), "model_type": "clip_vision_model"}
 
 
-def _pinpoints(config: dict[str, Any]) -> list[list[int]]:
-    """LLaVA's are (width, height), transformers' (height, width); which comes first can matter."""
-    return [[height, width] for width, height in config["image_grid_pinpoints"]]
-
-
 def _weights(folder: Path) -> dict[str, Tensor]:
     """Every tensor of a folder of safetensors, or of the older files of torch."""
     found: dict[str, Tensor] = {}
@@ -280,75 +272,3 @@ def _renamed(name: str, prefixes: Sequence[tuple[str, str]]) -> str:
 def _save(folder: Path, weights: dict[str, Tensor]) -> None:
     whole = {name: weight.contiguous() for name, weight in weights.items()}
     save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def _write_image_tokenizer(source: Path, target: Path) -> int:
-    """Write the tokenizer with one token more, which stands for an image; return its id."""
-    from transformers import AddedToken, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    tokenizer.padding_side = "left"
-    tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)], special_tokens=True)
-    tokenizer.save_pretrained(target)
-    if (source / SENTENCEPIECE).is_file():  # for the way back: releases differ in what they save
-        shutil.copyfile(source / SENTENCEPIECE, target / SENTENCEPIECE)
-    image: int = tokenizer.convert_tokens_to_ids(IMAGE)
-    return image
-
-
-def _write_llama_tokenizer(source: Path, target: Path) -> None:
-    """Write the tokenizer without the image's token, in the form that LLaVA's loader opens."""
-    shutil.copyfile(source / SENTENCEPIECE, target / SENTENCEPIECE)
-    given = json.loads((source / "tokenizer_config.json").read_text())
-    kept = ("bos_token", "eos_token", "unk_token", "pad_token", "model_max_length")
-    plain = {name: _content(given[name]) for name in kept if given.get(name) is not None}
-    fixed = {"add_bos_token": True, "add_eos_token": False, "legacy": True}
-    write_json(
-        target / "tokenizer_config.json",
-        {**plain, **fixed, "padding_side": "right", "tokenizer_class": "LlamaTokenizer"},
-    )
-
-
-def _content(token: Any) -> Any:
-    return token["content"] if isinstance(token, dict) else token
-
-
-def _write_processor(
-    target: Path, tower: Path, config: dict[str, Any], vision: dict[str, Any], family: str
-) -> None:
-    pictures = json.loads((tower / "preprocessor_config.json").read_text())
-    pictures |= {"image_processor_type": f"{family}ImageProcessor"}
-    pictures |= {"processor_class": f"{family}Processor"}
-    if family == "LlavaNext":
-        pictures["image_grid_pinpoints"] = _pinpoints(config)
-    else:
-        pictures["do_pad"] = config.get("image_aspect_ratio") == "pad"
-    write_json(target / "preprocessor_config.json", pictures)
-    write_json(
-        target / "processor_config.json",
-        {
-            "processor_class": f"{family}Processor",
-            "image_token": IMAGE,
-            "num_additional_image_tokens": 1,  # CLS, which the strategy takes off again
-            "patch_size": vision["patch_size"],
-            "vision_feature_select_strategy": "default",
-        },
-    )
-    (target / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
-
-
-def _clip_processor(source: Path, side: int) -> dict[str, Any]:
-    """A CLIPImageProcessor of the same normalisation."""
-    path = source / "preprocessor_config.json"
-    given = json.loads(path.read_text()) if path.is_file() else {}
-    path = source / "processor_config.json"
-    if path.is_file():
-        given = json.loads(path.read_text()).get("image_processor") or given
-    for name in ("image_grid_pinpoints", "do_pad", "processor_class", "data_format", "device"):
-        given.pop(name, None)
-    return {
-        **given,
-        "image_processor_type": "CLIPImageProcessor",
-        "crop_size": {"height": side, "width": side},
-        "size": {"shortest_edge": side},
-    }

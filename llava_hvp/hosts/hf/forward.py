@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from llava_hvp.errors import UnsupportedModelError
 from llava_hvp.hosts.hf.cache import CacheNote, length_of, note_of, put_note, short_mask
 from llava_hvp.hosts.hf.images import Images
-from llava_hvp.hosts.hf.prompts import ShortPrompt, short_prompt
 from llava_hvp.hosts.hf.refusals import PER_TOKEN, check_arguments, check_encoded
+from llava_hvp.hosts.hf.short_prompt import ShortPrompt, short_prompt
 from llava_hvp.pruning.pruning import Pruning
 
 IGNORED = -100  # a label that no loss counts

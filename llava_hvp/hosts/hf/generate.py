@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,7 +25,6 @@ from llava_hvp.hosts.hf.cache import (
 )
 from llava_hvp.hosts.hf.forward import closed_positions
 from llava_hvp.hosts.hf.images import Images
-from llava_hvp.hosts.hf.prompts import Before, ShortPrompt, conversation_before, short_prompt
 from llava_hvp.hosts.hf.refusals import (
     PER_TOKEN,
     check_arguments,
@@ -34,7 +32,9 @@ from llava_hvp.hosts.hf.refusals import (
     check_generation,
     setting,
 )
+from llava_hvp.hosts.hf.short_prompt import Before, ShortPrompt, conversation_before, short_prompt
 from llava_hvp.hosts.hf.versions import release
+from llava_hvp.hosts.hf.watchers import long_again, shown_long
 from llava_hvp.pruning.pruning import Pruning
 
 EMBEDS_ONLY_NEW = (5, 0)  # from here on `generate` cuts embeddings to what a cache does not hold
@@ -97,7 +97,7 @@ def _generate(
     if removed or prompt.removed:
         call |= _short_arguments(given, prompt, before, told, short_whole)
         call |= _lengths(given, configs, removed)
-        call |= _watchers(given, long, whole.shape[1])
+        call |= shown_long(given, long, whole.shape[1])
         call.pop("cache_position", None)
     result = stock(**call)
     return _result(result, given, CacheNote(long, whole, short_whole, _off(told, short_whole)))
@@ -204,65 +204,6 @@ def _default(name: str) -> Any:
     from transformers import GenerationConfig
 
     return getattr(GenerationConfig(), name)
-
-
-def _watchers(given: dict[str, Any], long: Tensor, short: int) -> dict[str, Any]:
-    """Everything of the user's that is shown ids while they come, shown the long ones."""
-    changed: dict[str, Any] = {}
-    for name, shown in (("stopping_criteria", _Criterion), ("logits_processor", _Processor)):
-        if given.get(name):
-            changed[name] = type(given[name])(shown(each, long, short) for each in given[name])
-    allowed = given.get("prefix_allowed_tokens_fn")
-    if allowed is not None:
-        changed["prefix_allowed_tokens_fn"] = lambda row, ids: allowed(
-            row, torch.cat((long[row].to(ids.device), ids[short:]))
-        )
-    if given.get("streamer") is not None:
-        changed["streamer"] = _Streamed(given["streamer"], long)
-    return changed
-
-
-def long_again(ids: Tensor, long: Tensor, short: int) -> Tensor:
-    """Rows of ids with the long prompt in place of the short one; beams follow their prompt."""
-    prompts = long.to(ids.device).repeat_interleave(len(ids) // len(long), dim=0)
-    return torch.cat((prompts, ids[:, short:]), dim=1)
-
-
-@dataclass
-class _Processor:
-    """A logits processor that sees the long prompt; of others than these two stock wants names."""
-
-    inner: Any
-    long: Tensor
-    short: int
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        found: Tensor = self.inner(long_again(input_ids, self.long, self.short), scores)
-        return found
-
-
-class _Criterion(_Processor):
-    """A stopping criterion that sees the long prompt."""
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
-        return self.inner(long_again(input_ids, self.long, self.short), scores, **kwargs)
-
-
-class _Streamed:
-    """A streamer whose first ids are the long prompt."""
-
-    def __init__(self, inner: Any, long: Tensor) -> None:
-        self.inner = inner
-        self._prompt: Tensor | None = long.cpu()
-
-    def put(self, value: Any) -> None:
-        """Hand ids on; of the prompt, the long ones."""
-        prompt, self._prompt = self._prompt, None
-        self.inner.put(value if prompt is None else prompt)
-
-    def end(self) -> None:
-        """Nothing comes any more."""
-        self.inner.end()
 
 
 def _mask_of(ids: Tensor, given: dict[str, Any], configs: list[Any]) -> Tensor:
