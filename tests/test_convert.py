@@ -24,6 +24,9 @@ def tensors(folder):
 def test_the_shipped_checkpoints_there_and_back(name, tmp_path):
     source = checkpoint(tmp_path, name)
     there = to_transformers(source, tmp_path / "there")
+    pairs = json.loads((there / "config.json").read_text()).get("image_grid_pinpoints")
+    # (height, width) there, (width, height) here: the first, of which two tall tiles, is told so.
+    assert pairs is None or pairs[0] == [336, 168]
     back = from_transformers(there, tmp_path / f"{name}-again")
     config = json.loads((back / "config.json").read_text())
     before = json.loads((source / "config.json").read_text())

@@ -77,6 +77,19 @@ def test_lengths_count_the_prompt_as_the_processor_made_it(bundle, photos):
     assert torch.equal(by_config, by_argument)
 
 
+def test_ids_may_come_by_place(bundle, photos):
+    inputs = dict(bundle.ask(QUESTIONS[0], pictures=photos[:1]))
+    with prune(bundle.model, METHOD):
+        expected = bundle.model.generate(**inputs, do_sample=False, max_new_tokens=4)
+        ids = inputs.pop("input_ids")
+        assert torch.equal(
+            expected, bundle.model.generate(ids, **inputs, do_sample=False, max_new_tokens=4)
+        )
+        assert torch.equal(
+            expected, bundle.model.generate(inputs=ids, **inputs, do_sample=False, max_new_tokens=4)
+        )
+
+
 def test_a_default_length_is_new_tokens(hf, photos):
     bundle = hf(KINDS[0])
     inputs = bundle.ask(QUESTIONS[0], pictures=photos[:1])

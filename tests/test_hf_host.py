@@ -11,7 +11,7 @@ from hf_models import QUESTIONS, ask, needs_release, sized, state
 
 import llava_hvp
 from llava_hvp import HIVTP, HiPrune, Runtime, VisionZip, get_method, prune, unprune
-from llava_hvp.errors import PrunedStateError, TextEncoderError
+from llava_hvp.errors import OptionError, PrunedStateError, TextEncoderError
 from llava_hvp.hosts.hf.versions import release
 
 pytestmark = needs_release
@@ -145,6 +145,29 @@ def test_more_tokens_than_placeholders(hf, photos):
         alone = bundle.ask(QUESTIONS[0], pictures=[thin])
         assert torch.equal(bundle.generate(alone)[0], ids[0])
         torch.testing.assert_close(bundle.logits(alone)[0, -1], logits[0, -1], atol=1e-4, rtol=0)
+
+
+def test_one_tiling_for_all_pictures_is_the_processors_to_set(hf, photos):
+    runtime = Runtime()
+    object.__setattr__(runtime, "tiling", "672")
+    own = hf(KINDS[1]).own()
+    with pytest.raises(OptionError, match="image_grid_pinpoints"):
+        prune(own.model, METHOD, runtime=runtime)
+    assert "llava_hvp" not in vars(own.model)
+    cut = own.processor.image_processor
+    before = cut.image_grid_pinpoints
+    try:
+        cut.image_grid_pinpoints = own.model.config.image_grid_pinpoints = [[224, 224]]
+        inputs = own.ask(*QUESTIONS, pictures=sized(photos))
+    finally:
+        cut.image_grid_pinpoints = before
+    expected = own.logits(inputs)
+    with prune(own.model, HiPrune(r_max=0.9999)) as pruned:
+        assert torch.equal(own.logits(inputs), expected)
+        assert [report.tiles for report in pruned.last] == [5, 5, 5]
+    with prune(own.model, METHOD) as pruned:
+        own.generate(inputs)
+        assert all(report.kept_tokens < report.stock_tokens for report in pruned.last)
 
 
 def test_the_tower_in_the_models_dtype(hf, photos):

@@ -32,6 +32,7 @@ def refused(given):
         "no ids": ({"input_ids": None}, "without input_ids"),
         "fewer placeholders": ({"input_ids": ids[:, :-30], "attention_mask": mask[:, :-30]}, ""),
         "packed": ({"position_ids": torch.arange(ids.shape[1]).expand(ids.shape) % 50}, "packed"),
+        "a tuple for a cache": ({"past_key_values": ((embeds, embeds),)}, "of type tuple"),
         "videos": ({"pixel_values_videos": torch.zeros(1)}, "videos"),
         "another count": ({"pixel_values": given["pixel_values"][:1]}, ""),
     }

@@ -54,7 +54,7 @@ def note_of(cache: Any) -> CacheNote | None:
 def take_note(cache: Any) -> CacheNote | None:
     """Take the note off a cache that others go on filling; None where there is none."""
     note = note_of(cache)
-    if cache is not None:
+    if hasattr(cache, "__dict__"):
         vars(cache).pop(NOTE, None)
     return note
 
@@ -66,8 +66,15 @@ def put_note(cache: Any, note: CacheNote) -> None:
 
 
 def length_of(cache: Any) -> int:
-    """Columns that a cache holds."""
-    return 0 if cache is None else int(cache.get_seq_length())
+    """Columns that a cache holds; raises UnsupportedModelError for what is no Cache."""
+    if cache is None:
+        return 0
+    if not hasattr(cache, "get_seq_length"):
+        raise UnsupportedModelError(
+            f"past_key_values of type {type(cache).__name__}: give a Cache of transformers, as "
+            "DynamicCache()"
+        )
+    return int(cache.get_seq_length())
 
 
 def short_mask(note: CacheNote, mask: Tensor, cached: int, new: int) -> Tensor:

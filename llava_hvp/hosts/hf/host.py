@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_hvp.encoder.text import ClipText
-from llava_hvp.errors import PrunedStateError, TextEncoderError
+from llava_hvp.errors import OptionError, PrunedStateError, TextEncoderError
 from llava_hvp.hosts import unknown
 from llava_hvp.hosts.hf.families import family_of
 from llava_hvp.hosts.hf.forward import ForwardHook
@@ -178,6 +178,7 @@ def attach(
     """Prune a transformers LLaVA; see `llava_hvp.prune`."""
     check_release()
     chosen = PruningConfig.checked(method, runtime)
+    _refuse_tiling(chosen.runtime)
     model = find(model)
     with CHANGING:
         if "llava_hvp" in model.__dict__:
@@ -204,6 +205,16 @@ def attach(
         pruning.take_back()
         raise
     return pruning
+
+
+def _refuse_tiling(runtime: Runtime) -> None:
+    """Raise OptionError for a tiling of our own: here the processor cuts, before the model is asked."""
+    tiling = getattr(runtime, "tiling", "stock")
+    if tiling != "stock":
+        raise OptionError(
+            f"tiling={tiling!r} on transformers' own classes, whose processor cuts the tiles: set "
+            "image_grid_pinpoints of processor.image_processor and of model.config, as [[672, 672]]"
+        )
 
 
 def detach(model: Any) -> None:

@@ -26,13 +26,14 @@ class Images:
     """
 
     def __init__(self, pruning: Pruning, pixel_values: Tensor | None, image_sizes: Any) -> None:
-        self.pruning, host = pruning, pruning.host_model
+        self.pruning = pruning
+        host: Any = pruning.host_model
+        family = host.family
         self.sizes: list[Size | None] = []
         self.stacks: list[Tensor] = []
         self.stock: list[int] = []
         if pixel_values is None or len(pixel_values) == 0:
             return
-        family: Any = getattr(host, "family")  # noqa: B009
         if isinstance(pixel_values, (list, tuple)):
             raise UnsupportedModelError(
                 "pixel_values as a list: give the tensor that the processor makes with "
