@@ -6,6 +6,7 @@ from hf_models import QUESTIONS, batch, needs_release, sized
 
 from llava_hvp import HIVTP, get_method, prune
 from llava_hvp.errors import UnsupportedModelError
+from llava_hvp.hosts.hf import forward
 from llava_hvp.hosts.hf.versions import release
 
 pytestmark = needs_release
@@ -43,6 +44,22 @@ def test_a_second_turn_goes_on_from_the_firsts_cache(name, bundle, photos):
         without = bundle.model.generate(**text, **given, past_key_values=again.past_key_values)
     assert torch.equal(without, cached)
     assert torch.equal(cached[:, : ids.shape[1]], ids)
+
+
+def test_a_step_inside_generate_is_stocks_own(bundle, photos, monkeypatch):
+    inputs = first_turn(bundle, photos)
+    given = {"do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4}
+    with prune(bundle.model, METHOD):
+        first = bundle.model.generate(**inputs, **given, return_dict_in_generate=True)
+
+        def rewritten(*args):
+            raise AssertionError("the prompt is short already")
+
+        monkeypatch.setattr(forward, "_rewritten", rewritten)
+        ids = torch.cat((first.sequences, first.sequences[:, -3:]), 1)
+        second = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        bundle.model.generate(**second, **given, past_key_values=first.past_key_values)
+        bundle.model.generate(**inputs, **given)
 
 
 def test_a_new_image_after_a_cache(bundle, photos):

@@ -69,6 +69,7 @@ def test_what_cannot_be_right_is_refused(way, name, bundle, photos):
         {"assistant_model": True},
         {"prefill_chunk_size": 8},
         {"custom_generate": print},
+        {"penalty_alpha": 0.6},
     ],
     ids=lambda given: next(iter(given)),
 )

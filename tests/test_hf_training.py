@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hf_models import ask, needs_release
+from hf_models import QUESTIONS, ask, needs_release, sized
 
 from llava_hvp import HIVTP, get_method, prune
 
@@ -62,6 +62,42 @@ def test_a_trained_tower_gets_its_gradient(name, bundle, photos, checkpoints):
         own.model(**inputs, labels=inputs["input_ids"]).loss.backward()
     assert all(p.grad is None or not p.grad.any() for p in tower.parameters())
     assert all(p.grad.any() for p in own.model.model.multi_modal_projector.parameters())
+
+
+def test_a_step_of_the_trainer(hf, photos, tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    own = hf(KINDS[1]).own()
+    pictures = sized(photos)[:2]
+    rows = [
+        (f"USER: <image>\n{q} ASSISTANT: Yes.", p)
+        for q, p in zip(QUESTIONS[:2], pictures, strict=True)
+    ]
+
+    def collate(chosen):
+        inputs = own.inputs([text for text, _ in chosen], [p for _, p in chosen], "right")
+        labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+        return {**inputs, "labels": labels}
+
+    arguments = TrainingArguments(
+        str(tmp_path),
+        max_steps=2,
+        per_device_train_batch_size=2,
+        use_cpu=True,
+        report_to=[],
+        remove_unused_columns=False,
+        save_strategy="no",
+        learning_rate=1e-3,
+    )
+    before = {n: p.detach().clone() for n, p in own.model.named_parameters()}
+    with prune(own.model, METHOD) as pruned:
+        trainer = Trainer(own.model, arguments, train_dataset=rows, data_collator=collate)
+        assert trainer.train().training_loss > 0
+        assert len(pruned.last) == 2
+        assert all(report.kept_tokens < report.stock_tokens for report in pruned.last)
+    moved = {n for n, p in own.model.named_parameters() if not torch.equal(p, before[n])}
+    for part in ("vision_tower", "multi_modal_projector", "language_model", "image_newline"):
+        assert any(part in name for name in moved), part
 
 
 def test_gradient_checkpointing(hf, photos):

@@ -208,7 +208,7 @@ def attach(
 
 
 def _refuse_tiling(runtime: Runtime) -> None:
-    """Raise OptionError for a tiling of our own: here the processor cuts, before the model is asked."""
+    """Raise OptionError for a tiling of our own: here the processor has cut already."""
     tiling = getattr(runtime, "tiling", "stock")
     if tiling != "stock":
         raise OptionError(

@@ -66,8 +66,11 @@ def check_generation(given: dict[str, Any], configs: list[Any]) -> None:
         ("prefill_chunk_size", "leave it out: a pruned prompt is short"),
         ("custom_generate", "generate without it"),
         ("assistant_early_exit", "generate without it"),
+        ("use_mtp", "generate without it"),
+        ("dola_layers", "generate without it"),
+        ("penalty_alpha", "generate without it"),
     ):
-        if setting(name, given, configs) is not None:
+        if setting(name, given, configs):
             raise _refused(f"{name} in generate", remedy)
 
 
