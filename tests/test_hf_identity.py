@@ -4,7 +4,17 @@ import pytest
 import torch
 from hf_models import KINDS, QUESTIONS, needs_release, sized
 
-from llava_hvp import HIVTP, HiPrune, Random, Runtime, Selection, get_method, list_methods, prune
+from llava_hvp import (
+    HIVTP,
+    HiPrune,
+    Random,
+    Runtime,
+    Selection,
+    VisionMethod,
+    get_method,
+    list_methods,
+    prune,
+)
 
 pytestmark = needs_release
 
@@ -23,7 +33,9 @@ KEEPERS = {
     "r_max=0.9999": Random(r_max=0.9999),
     "choose keeps all": KeepEverything(r_max=0.5),
 }
-OWN = [n for n in list_methods() if type(get_method(n)).__module__.startswith("llava_hvp.")]
+OWN = [
+    n for n in list_methods(VisionMethod) if type(get_method(n)).__module__.startswith("llava_hvp.")
+]
 
 
 def forms(bundle, photos):

@@ -10,6 +10,7 @@ from llava_hvp import (
     PruMerge,
     PruMergePlus,
     Runtime,
+    VisionMethod,
     VisionZip,
     get_method,
     list_methods,
@@ -18,7 +19,9 @@ from llava_hvp import (
 
 pytestmark = needs_release
 
-OWN = [n for n in list_methods() if type(get_method(n)).__module__.startswith("llava_hvp.")]
+OWN = [
+    n for n in list_methods(VisionMethod) if type(get_method(n)).__module__.startswith("llava_hvp.")
+]
 VARIANTS = {name: get_method(name, r_max=0.25) for name in OWN} | {
     "hired paper": HiRED(num_tokens=60, variant="paper"),
     "hiprune++ llm": get_method("hiprune++", r_max=0.25, text="llm"),

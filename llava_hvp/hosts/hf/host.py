@@ -11,7 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from llava_hvp.encoder.text import ClipText
-from llava_hvp.errors import OptionError, PrunedStateError, TextEncoderError
+from llava_hvp.errors import (
+    OptionError,
+    PrunedStateError,
+    TextEncoderError,
+    UnsupportedModelError,
+)
 from llava_hvp.hosts import unknown
 from llava_hvp.hosts.hf.families import family_of
 from llava_hvp.hosts.hf.forward import ForwardHook
@@ -22,9 +27,9 @@ from llava_hvp.hosts.hf.tower import PrunedVisionTower
 from llava_hvp.hosts.hf.versions import check_release, release
 from llava_hvp.hosts.hf.view import HFView
 from llava_hvp.methods.base import Method
+from llava_hvp.methods.language import LanguageMethod
 from llava_hvp.methods.masks import Grid
 from llava_hvp.pruning.layout import Layout, Size
-from llava_hvp.pruning.packing import pack
 from llava_hvp.pruning.pruning import CHANGING, Pruning
 from llava_hvp.runtime import PruningConfig, Runtime
 
@@ -156,9 +161,7 @@ class GetImageFeatures:
     ) -> Any:
         images = Images(self.pruning, pixel_values, image_sizes)
         embed = self.pruning.host_model.model.get_input_embeddings()
-        counts = tuple(len(stack) for stack in images.stacks)
-        pixels = torch.cat(images.stacks).to(embed.weight.dtype)
-        features = pack(self.pruning, pixels, counts, images.sizes, None, laid_out=True).features
+        features = images.encoded(range(len(images.stacks)), None, embed.weight.dtype)
         if release() < (5, 0):
             return features
         from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -170,6 +173,7 @@ class GetImageFeatures:
 def attach(
     model: Any,
     method: Method,
+    inside: LanguageMethod | None = None,
     *,
     runtime: Runtime | None = None,
     tokenizer: Any = None,
@@ -177,8 +181,8 @@ def attach(
 ) -> Pruning:
     """Prune a transformers LLaVA; see `llava_hvp.prune`."""
     check_release()
-    chosen = PruningConfig.checked(method, runtime)
-    _refuse_tiling(chosen.runtime)
+    chosen = PruningConfig.checked(method, runtime, inside)
+    _refuse(chosen)
     model = find(model)
     with CHANGING:
         if "llava_hvp" in model.__dict__:
@@ -207,13 +211,18 @@ def attach(
     return pruning
 
 
-def _refuse_tiling(runtime: Runtime) -> None:
-    """Raise OptionError for a tiling of our own: here the processor has cut already."""
-    tiling = getattr(runtime, "tiling", "stock")
-    if tiling != "stock":
+def _refuse(chosen: PruningConfig) -> None:
+    """Raise a LlavaHvpError for methods inside, and for a tiling: the processor has cut already."""
+    if chosen.inside is not None:
+        raise UnsupportedModelError(
+            f"{chosen.inside.name} prunes inside the language model, so far on LLaVA's own classes "
+            "only: on transformers' give a method at the vision tower, as HIVTP(r_max=0.5)"
+        )
+    if chosen.runtime.tiling != "stock":
         raise OptionError(
-            f"tiling={tiling!r} on transformers' own classes, whose processor cuts the tiles: set "
-            "image_grid_pinpoints of processor.image_processor and of model.config, as [[672, 672]]"
+            f"tiling={chosen.runtime.tiling!r} on transformers' own classes, whose processor cuts "
+            "the tiles: set image_grid_pinpoints of processor.image_processor and of model.config, "
+            "as [[672, 672]]"
         )
 
 

@@ -52,15 +52,18 @@ class Images:
             for count, size in zip(counts, self.sizes, strict=True)
         ]
 
-    def encoded(self, which: Sequence[int], rows: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    def encoded(
+        self, which: Sequence[int], rows: list[Tensor] | None, dtype: torch.dtype
+    ) -> list[Tensor]:
         """(tokens, D) of these images, pruned, as the language model takes them.
 
         Parameters
         ----------
         which : Sequence[int]
             numbers of the images
-        rows : list[Tensor]
-            for each of them, the ids of the row that it stands in, without padding
+        rows : list[Tensor] | None
+            for each of them, the ids of the row that it stands in, without padding; None where no
+            prompt is known
         dtype : torch.dtype
             the language model's
         """
@@ -75,6 +78,7 @@ class Images:
             rows,
             laid_out=True,
         )
+        self.pruning.record(packed.reports)
         return packed.features
 
 
