@@ -338,6 +338,7 @@ def test_captions_have_the_counts_of_each_stage():
 VISION_ALONE = {
     "runtime": "it is the configuration",
     "hosts/llava/tower": "it is the tower",
+    "hosts/hf/tower": "it is the tower",
     "pruning/packing": "what the tower sends",
     "checkpoints/viewer": "what is read of the tower",
     "checkpoints/variants": "what is read of the tower",
@@ -380,7 +381,7 @@ def test_whatever_puts_methods_on_a_model_hands_on_both():
             if called.rpartition(".")[2] not in PUTS_ON or name in OTHER_INSTALLS:
                 continue
             unpacked = [ast.unparse(k.value) for k in node.keywords if k.arg is None]
-            given = {ast.unparse(argument) for argument in node.args}
+            given = {ast.unparse(argument).rpartition(".")[2] for argument in node.args}
             given |= {k.arg for k in node.keywords} | {u.rpartition(".")[2] for u in unpacked}
             assert given & {"inside", "arguments", "given"}, f"{name}: {ast.unparse(node)}"
             found += 1

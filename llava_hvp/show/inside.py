@@ -5,17 +5,23 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from llava_hvp.methods.base import Selection
+from llava_hvp.show.colours import UNPRUNED
 from llava_hvp.show.frame import Report
 
 
 def stages_of(report: Report) -> list[tuple[str, Report]]:
     """After which layer, in words, and the report of what is left then; nothing without stages."""
     whole: Any = report
+    roles = report.selection.roles
+    if list(roles) == [UNPRUNED]:  # at the tower; of what is dropped later the rest is kept
+        roles = {"kept": roles[UNPRUNED]}
     return [
         (
             f"after layer {layer}",
             replace(
                 whole,
+                selection=Selection.from_roles(roles, mix=report.selection.mix),
                 sent=mask,
                 kept_tokens=report.layer_tokens[layer],
                 layer_tokens=(),

@@ -27,10 +27,9 @@ def png_of(report: Report) -> bytes | None:
         from llava_hvp.show.sheet import below, beside, picture
     except PictureError:
         return None
-    colours = list(colours_of(report.selection.roles).values())
     sheets = []
     for each in [shown for _, shown in shown_of(report)]:
-        drawn = []
+        drawn, colours = [], list(colours_of(each.selection.roles).values())
         for panel in places_of(each):
             rows, columns = panel.patches.shape
             photo = torch.tensor(LIGHT, dtype=torch.uint8).expand(rows * SIDE, columns * SIDE, 3)
@@ -44,7 +43,7 @@ def png_of(report: Report) -> bytes | None:
 
 def html_of(report: Report) -> str:
     """The map with the report's line and its counts."""
-    colours = colours_of(report.selection.roles)
+    colours = colours_of(last_of(report).selection.roles)
     counts = [
         f'<span style="background:rgb{colours.get(name, DIMMED) or LIGHT};display:inline-block;'
         f'width:.8em;height:.8em"></span> {html.escape(name)} {count}'

@@ -77,6 +77,7 @@ def overlay(
 
     def painted(report: Report) -> Image.Image:
         states = states_of(report)
+        colours = list(colours_of(report.selection.roles).values())
         return _row([picture(paint(panel, states, colours, scale)) for panel in panels], panels)
 
     sheet = painted(report)
