@@ -138,12 +138,38 @@ def loaded(checkpoints):
     return get
 
 
-def load(path: Path) -> Bundle:
+@pytest.fixture(scope="session")
+def deep(checkpoints, tmp_path_factory):
+    """A function from a name of `inside.KINDS` to its Bundle; every test leaves it unpruned."""
+    import inside
+
+    root, bundles = tmp_path_factory.mktemp("deep"), {}
+    tower = checkpoints("llava-1.5-llama").parent / "clip-112"
+
+    def get(name: str = "llava-1.5-llama-deep") -> Bundle:
+        if name not in bundles:
+            bundles[name] = inside.open_deep(root, tower, name)
+        assert "llava_hvp" not in bundles[name].model.__dict__, "a test left its pruning on"
+        return bundles[name]
+
+    return get
+
+
+@pytest.fixture
+def double():
+    """float64 by default, for the models of `deep`."""
+    import inside
+
+    with inside.default_dtype(torch.float64):
+        yield
+
+
+def load(path: Path, **kwargs: Any) -> Bundle:
     """By the stock loader, as a user does."""
     from llava.model.builder import load_pretrained_model
 
     tokenizer, model, processor, _ = load_pretrained_model(
-        str(path), None, path.name, device="cpu", device_map="cpu"
+        str(path), None, path.name, device="cpu", device_map="cpu", **kwargs
     )
     return Bundle(path, tokenizer, model.float(), processor)
 

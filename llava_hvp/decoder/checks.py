@@ -85,7 +85,7 @@ def check_step(entering: Tensor, cache: Any, known: Any) -> None:
     new = cache.get_seq_length() - known.length
     for level in known.levels:
         length = cache.get_seq_length(level.layer)
-        if length != level.length + new:
+        if length != level.length + new or new < 0:
             raise DecodingError(
                 f"layer {level.layer} holds {length} tokens where {level.length + new} were left: "
                 "a cache pruned inside the language model cannot be cut"
