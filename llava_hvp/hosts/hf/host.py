@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,12 @@ from llava_hvp.errors import (
 )
 from llava_hvp.hosts import unknown
 from llava_hvp.hosts.hf.families import family_of
+from llava_hvp.hosts.hf.features import GetImageFeatures
 from llava_hvp.hosts.hf.forward import ForwardHook
 from llava_hvp.hosts.hf.generate import Generate
-from llava_hvp.hosts.hf.images import Images
 from llava_hvp.hosts.hf.prompt import KNOWN, Marks, marks_of, read_prompt
 from llava_hvp.hosts.hf.tower import PrunedVisionTower
-from llava_hvp.hosts.hf.versions import check_release, release
+from llava_hvp.hosts.hf.versions import check_release
 from llava_hvp.hosts.hf.view import HFView
 from llava_hvp.methods.base import Method
 from llava_hvp.methods.language import LanguageMethod
@@ -142,32 +141,6 @@ class HFModel:
     def detach(self) -> None:
         """Give the model back as it was."""
         detach(self.model)
-
-
-class GetImageFeatures:
-    """Stands in for the `get_image_features` of the model inside: features that are pruned."""
-
-    def __init__(self, pruning: Pruning) -> None:
-        self.pruning = pruning
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        inner = self.pruning.host_model.model.model
-        return inspect.signature(type(inner).get_image_features.__get__(inner))
-
-    @torch.compiler.disable
-    def __call__(
-        self, pixel_values: Tensor, image_sizes: Any = None, *, return_dict: bool = True, **_: Any
-    ) -> Any:
-        images = Images(self.pruning, pixel_values, image_sizes)
-        embed = self.pruning.host_model.model.get_input_embeddings()
-        features = images.encoded(range(len(images.stacks)), None, embed.weight.dtype)
-        if release() < (5, 0):
-            return features
-        from transformers.modeling_outputs import BaseModelOutputWithPooling
-
-        output = BaseModelOutputWithPooling(pooler_output=features)
-        return output if return_dict else output.to_tuple()
 
 
 def attach(

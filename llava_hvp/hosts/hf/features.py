@@ -1,0 +1,39 @@
+"""`get_image_features` of one model: what whoever calls it by hand gets is pruned too."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llava_hvp.hosts.hf.images import Images
+from llava_hvp.hosts.hf.versions import release
+from llava_hvp.pruning.pruning import Pruning
+
+
+class GetImageFeatures:
+    """Stands in for the `get_image_features` of the model inside: features that are pruned."""
+
+    def __init__(self, pruning: Pruning) -> None:
+        self.pruning = pruning
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        inner = self.pruning.host_model.model.model
+        return inspect.signature(type(inner).get_image_features.__get__(inner))
+
+    @torch.compiler.disable
+    def __call__(
+        self, pixel_values: Tensor, image_sizes: Any = None, *, return_dict: bool = True, **_: Any
+    ) -> Any:
+        images = Images(self.pruning, pixel_values, image_sizes)
+        embed = self.pruning.host_model.model.get_input_embeddings()
+        features = images.encoded(range(len(images.stacks)), None, embed.weight.dtype)
+        if release() < (5, 0):
+            return features
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        output = BaseModelOutputWithPooling(pooler_output=features)
+        return output if return_dict else output.to_tuple()
