@@ -43,7 +43,7 @@ def test_every_figure_has_a_column_and_every_row_a_method_that_exists(name):
         assert set(row.values) <= columns
         assert (row.method is None) == (row.label == "unpruned")
         if row.pruning is not None:
-            assert row.pruning.method.name == row.method
+            assert row.pruning.name == row.method
         else:
             assert row.is_unpruned or "inside the language model" in row.remark
     assert [row for row in table.rows if row.is_unpruned] == [
@@ -142,7 +142,7 @@ def test_a_prior_methods_row_is_set_beside_what_was_measured_of_it(tmp_path, cap
         "unpruned",
         "VisionZip 192 tokens",
     ]
-    # Unpruned results are no method's that prunes inside the language model.
+    # Unpruned results are not of a method that prunes inside the language model.
     assert lines["FastV 192 tokens"].cells["mmbench"].measured is None
     assert found.unused == []
 
@@ -187,7 +187,7 @@ def test_rows_of_prior_methods_run_only_when_asked_for(tmp_path, capsys):
     assert "visionzip" not in listed
     assert main([*line, "--only", "pope", "--prior", "--as-released"]) == 0
     listed = capsys.readouterr().out
-    assert "# 10 commands" in listed  # not those inside the language model
+    assert "# 19 commands" in listed
     assert "prune_method=visionzip,num_tokens=64,tower_attention=stock --tasks pope" in listed
     assert "prune_method=hired,num_tokens=64,tower_attention=stock --tasks pope" in listed
     assert listed.count("variant=code") == 3  # HiPrune's own rows

@@ -35,9 +35,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), help="cpu: run without CUDA, slowly")
     parser.add_argument("--only", metavar="NAME,NAME", default="", help="of these benchmarks")
     add_as_released(parser)
-    parser.add_argument(
-        "--prior", action="store_true", help="also the rows of prior methods of the vision tower"
-    )
+    parser.add_argument("--prior", action="store_true", help="also the rows of prior methods")
     parser.add_argument("--dry-run", action="store_true", help="list the commands and their data")
     parser.set_defaults(main=main, passes=True)
 

@@ -82,7 +82,7 @@ def plan(
     only : Sequence[str]
         of these benchmarks
     prior : bool
-        the rows of prior methods too, where they prune at the vision tower
+        the rows of prior methods too, where their setting is known
     stock : Sequence[str]
         further arguments for LLaVA's scripts
     """

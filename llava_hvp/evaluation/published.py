@@ -50,7 +50,7 @@ class Row:
     method : str | None
         its name; None for unpruned LLaVA
     pruning : PruningConfig | None
-        None for unpruned LLaVA, and for a method that does not prune at the vision tower
+        None for unpruned LLaVA, and where the source does not say what its token counts count
     average : float | None
         percent of unpruned, as the paper prints it
     origin : str
@@ -79,7 +79,7 @@ class Row:
 
     @property
     def can_run(self) -> bool:
-        """Whether there is a command for it: LLaVA as it is, or a method of the vision tower."""
+        """Whether there is a command for it: LLaVA as it is, or a setting that is known."""
         return self.is_unpruned or self.pruning is not None
 
 

@@ -20,12 +20,8 @@ from llava_hvp.methods.masks import top_k
 
 LAYERS = (3, 7, 16)
 HEADS = 14  # that 2.0 asks
-# Tokens chosen after each drop in the code, by what its tables call them, for PATCHES tokens.
-PATCHES = 24 * 24
-PUBLISHED = {
-    "1.5": {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)},
-    "2.0": {192: (300, 200, 118), 128: (238, 108, 60), 96: (246, 54, 28), 64: (66, 34, 20)},
-}
+# Tokens chosen at each drop where the code's tables say 192: the shape that a budget scales.
+CHOSEN = {"1.5": (300, 200, 110), "2.0": (300, 200, 118)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +35,12 @@ class SparseVLM(LanguageMethod):
     attention by what RoPE alone gives, asks the 14 heads that look most at the image, merges
     nothing and leaves positions as they are.
 
-    `num_tokens` of 192, 128, 96 or 64 for 576 tokens on 32 layers are the code's own lists. They
-    count a drop's layer with what leaves it: what enters is 206.5, 145.4, 114.1 and 82.3 on
-    average, merged tokens included (2.0: 206.8, 144.1, 113.9 and 81.8). Every other budget scales
-    the list of 192 so that what enters obeys it.
+    A budget bounds what enters a layer on average, merged tokens included, as of every method
+    here; it scales the code's list of 192. The code's own lists go by `tokens`: 300,200,110,
+    303,110,36, 238,48,26 and 66,30,17 are "192", "128", "96" and "64" of 576 tokens in its tables
+    (2.0: 300,200,118, 238,108,60, 246,54,28 and 66,34,20). Those count a drop's layer with what
+    leaves it: what enters is 206.5, 145.4, 114.1 and 82.3 on average (2.0: 206.8, 144.1, 113.9 and
+    81.8).
 
     Official code: github.com/Gumpest/SparseVLMs@26a5f48 (Apache-2.0). The paper's count by the
     rank of the attention is the code's no more. Departures: of two equal densities the lower index
@@ -78,7 +76,7 @@ class SparseVLM(LanguageMethod):
                 )
             object.__setattr__(self, "tokens", layer_numbers(self, "tokens"))
         super().__post_init__()
-        choice(self, "version", PUBLISHED)
+        choice(self, "version", CHOSEN)
         if self.layers is not None:
             object.__setattr__(self, "layers", layer_numbers(self, "layers"))
         drops = len(self.layers or LAYERS)
@@ -109,15 +107,7 @@ class SparseVLM(LanguageMethod):
     def keeps(self, visual: int, depth: int, images: int = 1) -> tuple[int, ...]:
         if self.tokens is not None:
             return self.tokens
-        lists = PUBLISHED[self.version]
-        starts = tuple(stage.layer for stage in self.stages(depth))
-        if (
-            self.num_tokens in lists
-            and visual == PATCHES * images
-            and (depth, starts) == (32, LAYERS)
-        ):
-            return tuple(count * images for count in lists[self.num_tokens])
-        shape = [count / PATCHES for count in lists[192]]
+        shape = CHOSEN[self.version]
         bound = self.bound(visual, depth, images)
 
         def scaled(rate: float) -> tuple[int, ...]:
