@@ -27,7 +27,7 @@ from llava_hvp.config import Request
 from llava_hvp.console import say
 from llava_hvp.errors import OptionError, RecordError
 from llava_hvp.methods import folder_of
-from llava_hvp.pruning.record import UNWRITTEN, Totals, summary
+from llava_hvp.pruning.record import UNWRITTEN, Totals, added, summary
 from llava_hvp.runtime import PruningConfig
 
 FORWARDED = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
@@ -219,20 +219,3 @@ def _vanished(report: dict[str, Any]) -> bool:
     except PermissionError:
         pass
     return False
-
-
-def added(counts: list[dict[str, Any]]) -> dict[str, Any]:
-    """Counts of several processes as one; means are over all images."""
-    images = sum(c["images"] for c in counts)
-    total: dict[str, Any] = {
-        name: sum(c.get(name, 0) for c in counts)
-        for name in ("images", "reused", "kept_tokens", "stock_tokens")
-    }
-    means = ["mean_kept_of_stock", "mean_kept_of_patches"]
-    if counts and all(c.get("layer_tokens") for c in counts):  # one method for all processes
-        means.append("mean_average_of_stock")
-        layers = [c["layer_tokens"] for c in counts]
-        total["layer_tokens"] = [sum(each) for each in zip(*layers, strict=True)]
-    for name in means:
-        total[name] = sum(c[name] * c["images"] for c in counts) / images if images else None
-    return total
