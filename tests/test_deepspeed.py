@@ -1,8 +1,14 @@
 """Training and generation pruned in two ranks under DeepSpeed, against one process without it."""
 
+import importlib.util
 import json
+import re
+import shlex
+import socket
+from pathlib import Path
 
 import pytest
+from evaluation import call
 from ranks import run_ranks, train
 
 from llava_hvp.cli import main
@@ -44,8 +50,8 @@ class Trained:
         self.record = json.loads((output / "hvp.json").read_text())
 
 
-def run(folder, output, *flags, stage=None, request=PRUNED, next_=False, world=2, steps=3):
-    """The ends of ranks that train on four samples a step."""
+def arguments(folder, output, *, stage=None, next_=False, world=2, steps=3):
+    """Of LLaVA's training script, for four samples a step."""
     checkpoint = folder / ("llava-shapes-next" if next_ else "llava-shapes")
     given = {
         "model_name_or_path": checkpoint,
@@ -77,9 +83,20 @@ def run(folder, output, *flags, stage=None, request=PRUNED, next_=False, world=2
         config = output.with_name(f"zero{stage}.json")
         config.write_text(json.dumps({**ZERO, "zero_optimization": {"stage": stage}}))
         given["deepspeed"] = config
-    words = [str(part) for key, value in given.items() for part in (f"--{key}", value)]
+    return [str(part) for key, value in given.items() for part in (f"--{key}", value)]
+
+
+def train_script():
+    """The file that LLaVA's shell scripts give to `deepspeed`."""
+    return Path(importlib.util.find_spec("llava").origin).parent / "train" / "train.py"
+
+
+def run(folder, output, *flags, stage=None, request=PRUNED, world=2, **settings):
+    """The ends of ranks that train. Of a pair of requests each has one."""
+    words = [*arguments(folder, output, stage=stage, world=world, **settings), *flags]
+    requests = (request,) * world if isinstance(request, str) else request
     is_launched = world > 1 or stage is not None
-    return run_ranks(lambda rank: train([*words, *flags], request), world, launched=is_launched)
+    return run_ranks(lambda rank: train(words, requests[rank]), world, launched=is_launched)
 
 
 @pytest.fixture(scope="module")
@@ -129,3 +146,72 @@ def test_two_ranks_lose_as_one_process(name, shapes, alone, tmp_path):
         assert record["counts"]["images"] == 12
     assert two.record["counts"] == pytest.approx(one.record["counts"])
     assert two.said.count("6 images, kept" if request != UNPRUNED else "unpruned: 6") == 2
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (UNPRUNED, "rank 1 on .* was asked for --prune-method none, rank 0 on .* --r-max 0.25"),
+        (PRUNED.replace("0.25", "0.5"), "asked for --prune-method hivtp --r-max 0.5, rank 0"),
+        ("", "rank 1 of 2 does not prune by llava-hvp, or not yet after 2 s"),
+    ],
+    ids=["unpruned", "another budget", "without us"],
+)
+def test_ranks_that_would_prune_otherwise_end_the_training(
+    shapes, tmp_path, monkeypatch, other, message
+):
+    monkeypatch.setattr("llava_hvp.hook.ranks.AT_BEGIN", 2)
+    output = tmp_path / "llava-out"
+    ranks = run(shapes, output, stage=2, request=(PRUNED, other))
+    assert ranks[0].code != 0
+    assert re.search(message, ranks[0].said), ranks[0].said
+    assert "give the flags on the training command" in ranks[0].said
+    assert not (output / "hvp.json").exists()
+
+
+def test_a_training_that_was_stopped_goes_on(shapes, tmp_path):
+    output = tmp_path / "llava-out"
+    saving = ("--save_strategy=steps", "--save_steps=2", "--lr_scheduler_type=constant")
+    whole = Trained(
+        run(shapes, tmp_path / "llava-whole", *saving, stage=3), tmp_path / "llava-whole"
+    )
+    Trained(run(shapes, output, *saving, stage=3, steps=2), output)
+    again = Trained(run(shapes, output, *saving, stage=3), output)
+    assert again.losses == pytest.approx(whole.losses, abs=5e-3)
+    assert again.record["steps"] == {"first": 3, "last": 3}
+    assert again.record["counts"]["images"] == 4
+
+
+# What stands for pdsh on two "nodes", both this machine: a shell with nothing of ours on each.
+PDSH = """#!/bin/bash
+while [[ $1 == -* ]]; do
+    case $1 in -w) hosts=$2; shift 2;; -S) shift;; *) shift 2;; esac
+done
+node=0
+for host in ${hosts//,/ }; do
+    env -i PATH="$PATH" HOME="$HOME" OMP_NUM_THREADS=1 bash -c "${*//%n/$node}" & ids+=($!)
+    node=$((node + 1))
+done
+for id in ${ids[@]}; do wait $id || code=$?; done
+exit ${code:-0}
+"""
+
+
+def test_the_real_launcher_takes_our_flags_to_every_node(shapes, tmp_path):
+    (tmp_path / "pdsh").write_text(PDSH)
+    (tmp_path / "pdsh").chmod(0o755)
+    (tmp_path / "hosts").write_text("localhost slots=1\n127.0.0.1 slots=1\n")
+    words, output = arguments(shapes, tmp_path / "llava-out", stage=3), tmp_path / "llava-out"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = (
+        f"llava-hvp run {PRUNED} -- deepspeed --hostfile hosts --no_ssh_check "
+        f"--master_addr 127.0.0.1 --master_port {port} {train_script()} {shlex.join(words)}"
+    )
+    done = call(f"PATH={tmp_path}:$PATH; {launcher}", tmp_path, LLAVA_HVP_DEVICE="cpu")
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads((output / "hvp.json").read_text())
+    assert [(each["rank"], each["images"]) for each in record["ranks"]] == [(0, 6), (1, 6)]
+    assert "2 ranks on 1 host: 12 images, kept 25.0%" in done.stdout + done.stderr
+    assert "2 processes, 12 images, kept 25.0%" in done.stderr

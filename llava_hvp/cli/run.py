@@ -23,6 +23,7 @@ from typing import Any
 
 from llava_hvp import config
 from llava_hvp.cli.interpreter import hook_in, python_of
+from llava_hvp.cli.nodes import sent_along, starts_one_of_several
 from llava_hvp.config import Request
 from llava_hvp.console import say
 from llava_hvp.errors import OptionError, RecordError
@@ -82,6 +83,12 @@ def run(settings: RunSettings) -> int:
         environ = {**os.environ, config.VARIABLE: shlex.join(config.to_flags(request))}
         if request.pruning is not None:
             environ |= _search_path(request.pruning)
+        environ |= sent_along(environ, Path(reports))
+        if starts_one_of_several(settings.command):
+            say(
+                "this command starts one of several nodes: give the same `llava-hvp run` on each. "
+                "A training some of whose ranks do not prune ends with an error"
+            )
         code = execute(settings.command, environ)
         failed = tell(read_reports(Path(reports)), code, pruned=request.prunes)
     if code < 0:
