@@ -1,10 +1,14 @@
 """`llava-hvp run` on commands that start several nodes, without any: what each would be told."""
 
+import os
+import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from evaluation import call
 
+from llava_hvp.cli import doctor, operators
 from llava_hvp.cli.nodes import sent_along, starts_one_of_several
 
 RUN = "llava-hvp run --prune-method hivtp --r-max 0.25 --prune-train --"
@@ -52,6 +56,40 @@ def test_a_script_of_the_users_meets_the_file_too(tmp_path):
 )
 def test_a_command_for_one_node_of_several_is_known(command, is_one):
     assert starts_one_of_several(command.split()) is is_one
+
+
+@pytest.fixture
+def builds(tmp_path, monkeypatch):
+    """A folder of compiled operators, with none."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    return tmp_path
+
+
+def test_what_deepspeed_would_compile_is_known(builds):
+    assert set(operators.uncompiled()) == {"deepspeed_shm_comm", "cpu_adam"}
+    built = builds / "py311_cpu" / "cpu_adam"
+    built.mkdir(parents=True)
+    (built / "cpu_adam.so").touch()
+    assert set(operators.uncompiled()) == {"deepspeed_shm_comm"}
+
+
+def test_a_lock_that_a_killed_compilation_left_is_found(builds, capsys):
+    folder = builds / "py311_cpu" / "deepspeed_shm_comm"
+    folder.mkdir(parents=True)
+    lock = folder / "lock"
+    lock.touch()
+    assert operators.stale_locks() == []  # it may be at work
+    long_ago = time.time() - 3600
+    for path in (lock, folder):
+        os.utime(path, (long_ago, long_ago))
+    assert operators.stale_locks() == [lock]
+    findings = doctor.Findings()
+    with mock.patch.object(doctor, "version_of", return_value="0.19.8"):
+        doctor._deepspeed(findings)
+    assert findings.problems[0][1] == f"rm {lock}"
+    (folder / "shm.o").touch()
+    assert operators.stale_locks() == []
 
 
 def test_who_starts_one_of_several_nodes_is_told(tmp_path):
