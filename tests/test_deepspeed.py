@@ -137,7 +137,7 @@ def test_two_ranks_lose_as_one_process(name, shapes, alone, tmp_path):
     two = Trained(run(shapes, output, *flags, stage=stage, **settings), output)
     # In half precision DeepSpeed keeps the weights in float32 besides, and the trainer would not.
     one = alone(*flags, stage=0 if "--bf16=True" in flags else None, **settings)
-    assert two.losses == pytest.approx(one.losses, abs=5e-3)
+    assert two.losses == pytest.approx(one.losses, abs=1e-2 if "--bf16=True" in flags else 5e-3)
     ranks = two.record["ranks"]
     assert [(each["rank"], each["images"]) for each in ranks] == [(0, 6), (1, 6)]
     assert two.record["steps"] == {"first": 1, "last": 3}

@@ -208,7 +208,7 @@ def test_without_a_method_the_step_is_stocks(train):
 def test_arguments_of_llavas_scripts_are_called_as_this_release_calls_them(
     bridged_training, tmp_path
 ):
-    script = "--evaluation_strategy no --warmup_ratio=0.03 --use_cpu True".split()
+    script = ["--evaluation_strategy", "no", "--warmup_ratio=0.03", "--use_cpu", "True"]
     words = [*named_now(script), "--output_dir", str(tmp_path)]
     *_, training = parser_of_the_script().parse_args_into_dataclasses(words)
     strategy = vars(training).get("eval_strategy") or training.evaluation_strategy
