@@ -73,7 +73,7 @@ $(VENVS)/lmms/ready: pyproject.toml Makefile $(wildcard startup/*)
 # torch is named in the same call, or DeepSpeed takes the build for CUDA.
 $(VENVS)/deepspeed/ready: pyproject.toml Makefile $(wildcard startup/*)
 	$(PYTHON) -m venv $(VENVS)/deepspeed
-	$(VENVS)/deepspeed/bin/python -m pip install --quiet torch==$(TORCH) transformers==$(NEW) \
+	$(VENVS)/deepspeed/bin/python -m pip install --quiet torch==$(TORCH) transformers==$(MIDDLE) \
 		deepspeed==$(DEEPSPEED) -e '.[deepspeed,host,testing]' pytest scikit-image
 	$(VENVS)/deepspeed/bin/python -m pip install --quiet --no-deps llava-torch==1.2.2.post1
 	touch $@

@@ -4,12 +4,15 @@ import importlib.util
 import json
 import re
 import shlex
+import shutil
 import socket
 from pathlib import Path
 
 import pytest
+import torch
 from evaluation import call
 from ranks import run_ranks, train
+from safetensors.torch import load_file, save_file
 
 from llava_hvp.cli import main
 
@@ -25,6 +28,7 @@ ZERO = {
     "fp16": {"enabled": "auto"},
     "bf16": {"enabled": "auto"},
 }
+GATHER = "stage3_gather_16bit_weights_on_model_save"
 LORA = ["--lora_enable", "True", "--lora_r", "8", "--lora_alpha", "16", "--mm_projector_lr", "4e-4"]
 HALF = ["--bf16=True", "--gradient_checkpointing=True"]
 PROJECTOR = ["--tune_mm_mlp_adapter", "True"]
@@ -81,7 +85,7 @@ def arguments(folder, output, *, stage=None, next_=False, world=2, steps=3):
         given["mm_patch_merge_type"] = "spatial_unpad"
     if stage is not None:
         config = output.with_name(f"zero{stage}.json")
-        config.write_text(json.dumps({**ZERO, "zero_optimization": {"stage": stage}}))
+        config.write_text(json.dumps(ZERO | {"zero_optimization": {"stage": stage, GATHER: True}}))
         given["deepspeed"] = config
     return [str(part) for key, value in given.items() for part in (f"--{key}", value)]
 
@@ -167,6 +171,25 @@ def test_ranks_that_would_prune_otherwise_end_the_training(
     assert re.search(message, ranks[0].said), ranks[0].said
     assert "give the flags on the training command" in ranks[0].said
     assert not (output / "hvp.json").exists()
+
+
+def test_a_plain_language_model_gets_a_projector(shapes, tmp_path):
+    """As Vicuna does in finetune.sh."""
+    plain = shutil.copytree(shapes / "llava-shapes", tmp_path / "vicuna")
+    config = json.loads((plain / "config.json").read_text())
+    config = {key: value for key, value in config.items() if not key.startswith("mm_")}
+    config |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    (plain / "config.json").write_text(json.dumps(config))
+    weights = load_file(plain / "model.safetensors")
+    weights = {name: weight for name, weight in weights.items() if "mm_projector" not in name}
+    save_file(weights, plain / "model.safetensors", metadata={"format": "pt"})
+    base, output = f"--model_name_or_path={plain}", tmp_path / "llava-out"
+    trained = Trained(run(shapes, output, base, *HALF, stage=3, world=1), output)
+    assert trained.record["counts"]["images"] == 12
+    projector = load_file(output / "model.safetensors")["model.mm_projector.0.weight"]
+    assert projector.dtype == torch.bfloat16
+    assert projector.isfinite().all()
+    assert projector.any()
 
 
 def test_a_training_that_was_stopped_goes_on(shapes, tmp_path):
