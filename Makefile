@@ -1,5 +1,5 @@
 # make demo: set up, and ask two trained LLaVAs, unpruned and pruned with every method.  make test: all tests, on three
-# releases of transformers, and in lmms-eval.  make docs: the site, in site/.  Set PYTHON to choose the interpreter (3.10
+# releases of transformers, in lmms-eval and under DeepSpeed.  make docs: the site, in site/.  Set PYTHON to choose the interpreter (3.10
 # or newer).
 PYTHON ?= python3
 TORCH ?= 2.13.0
@@ -7,22 +7,23 @@ OLD := 4.37.2
 MIDDLE := 4.57.6
 NEW := 5.23.0
 LMMS := 0.7.3
+DEEPSPEED := 0.19.8
 VENVS := .venvs
 # Threads that spin while they wait bring a busy machine to a crawl: a first token of 0.2 s took
 # 2.6 s beside another process.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-lmms lint docs bench clean
+.PHONY: demo test test-lmms test-deepspeed lint docs bench clean
 
 demo: $(VENVS)/$(MIDDLE)/ready
 	$(VENVS)/$(MIDDLE)/bin/python examples/demo.py --out demo-out
 
-test: test-$(OLD) test-$(MIDDLE) test-$(NEW) test-lmms
+test: test-$(OLD) test-$(MIDDLE) test-$(NEW) test-lmms test-deepspeed
 
 # On the older releases, what touches a host; what is pure, or about files and pages, on the newest.
 NEWEST_ONLY := answers config context docs eval_checkpoint eval_scores extras flops golden golden_merging \
-	golden_vision greedy hf_sequence inside_config inside_methods layering masks merging methods naming pth \
-	protocol record show show_merging show_page tables tiling_commands vision_methods wheel
+	golden_vision greedy hf_sequence inside_config inside_methods layering masks merging methods naming nodes \
+	pth protocol record show show_merging show_page tables tiling_commands vision_methods wheel
 test-%: $(VENVS)/%/ready
 	$(VENVS)/$*/bin/python -m pytest -q --numprocesses auto --dist loadfile \
 		$(if $(filter-out $(NEW),$*),$(NEWEST_ONLY:%=--ignore=tests/test_%.py))
@@ -30,6 +31,10 @@ test-%: $(VENVS)/%/ready
 # The model that lmms-eval finds; lmms-eval brings a hundred packages, so it has its own environment.
 test-lmms: $(VENVS)/lmms/ready
 	$(VENVS)/lmms/bin/python -m pytest -q tests/test_lmms.py
+
+# Two ranks on the CPU. DeepSpeed is in no other environment: with it transformers takes other paths.
+test-deepspeed: $(VENVS)/deepspeed/ready
+	$(VENVS)/deepspeed/bin/python -m pytest -q tests/test_deepspeed.py tests/test_deepspeed_generation.py
 
 lint: $(VENVS)/$(NEW)/ready
 	$(VENVS)/$(NEW)/bin/ruff check .
@@ -63,6 +68,14 @@ $(VENVS)/lmms/ready: pyproject.toml Makefile $(wildcard startup/*)
 		-e '.[host,testing]' pytest scikit-image
 	$(VENVS)/lmms/bin/python -m pip uninstall --quiet --yes torchvision timm
 	$(VENVS)/lmms/bin/python -m pip install --quiet --no-deps llava-torch==1.2.2.post1 'protobuf>=7.36.1'
+	touch $@
+
+# torch is named in the same call, or DeepSpeed takes the build for CUDA.
+$(VENVS)/deepspeed/ready: pyproject.toml Makefile $(wildcard startup/*)
+	$(PYTHON) -m venv $(VENVS)/deepspeed
+	$(VENVS)/deepspeed/bin/python -m pip install --quiet torch==$(TORCH) transformers==$(MIDDLE) \
+		deepspeed==$(DEEPSPEED) -e '.[deepspeed,host,testing]' pytest scikit-image
+	$(VENVS)/deepspeed/bin/python -m pip install --quiet --no-deps llava-torch==1.2.2.post1
 	touch $@
 
 # A rule of its own stands before the pattern's: this environment needs the packages of one extra only.

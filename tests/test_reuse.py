@@ -7,10 +7,10 @@ import torch
 
 from llava_hvp import HIVTP, HiPrunePlus, Uniform, prune
 from llava_hvp.config import Request
+from llava_hvp.encoder.partitioned import MARKS
 from llava_hvp.encoder.vit import layers_of
 from llava_hvp.hook.process import PrunedProcess
 from llava_hvp.hosts.llava.tower import PrunedCLIPVisionTower
-from llava_hvp.pruning.reuse import PARTITIONED
 from llava_hvp.runtime import PruningConfig
 
 
@@ -203,12 +203,12 @@ class Distributed(torch.nn.Parameter):
     placements = ("a part of it",)
 
 
-@pytest.mark.parametrize("mark", [*sorted(PARTITIONED), "placements"])
+@pytest.mark.parametrize("mark", [*sorted(MARKS), "placements"])
 def test_partitioned_weights_are_run_every_time(mark, bundle, photos, encodings):
     """A rank that left one run out would meet the others at the wrong weights."""
     arguments = bundle.ids("x"), bundle.pixels(photos[1]), [photos[1].size]
     weight = layers_of(bundle.model.get_vision_tower().vision_tower)[3].mlp.fc1.weight
-    if mark in PARTITIONED:
+    if mark in MARKS:
         setattr(weight, mark, 7)
     else:
         weight.__class__ = Distributed

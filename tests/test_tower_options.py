@@ -116,15 +116,18 @@ def test_the_towers_dtype_follows_the_images_and_comes_back(own, photos):
     assert all(torch.equal(before[name], p) for name, p in tower.named_parameters())
 
 
-def test_a_tower_that_cannot_change_says_so(own, photos):
+@pytest.mark.parametrize("kind", ["quantised", "partitioned"])
+def test_a_tower_that_cannot_change_says_so(own, photos, kind):
     bundle = own("llava-1.5-llama")
     tower = bundle.model.get_vision_tower()
     layer = vit.layers_of(tower.vision_tower)[3].self_attn.v_proj
-    packed = torch.nn.Parameter(layer.weight.to(torch.uint8), requires_grad=False)
-    layer.weight = packed
+    if kind == "quantised":
+        layer.weight = torch.nn.Parameter(layer.weight.to(torch.uint8), requires_grad=False)
+    else:
+        layer.weight.ds_id = 7  # as ZeRO-3 leaves it
     with (
         prune(bundle.model, HIVTP(r_max=0.5), runtime=Runtime(tower_dtype="model")),
-        pytest.raises(UnsupportedModelError, match=r"quantised.*v_proj"),
+        pytest.raises(UnsupportedModelError, match=rf"{kind}.*v_proj"),
     ):
         tower.encode(bundle.pixels(photos[0]).bfloat16(), (1,))
 

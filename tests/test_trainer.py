@@ -12,6 +12,7 @@ import torch
 
 from llava_hvp import HIVTP
 from llava_hvp.hosts.llava import builder
+from llava_hvp.hosts.llava.compat.arguments import named_now, on_cpu
 from llava_hvp.hosts.llava.compat.training import bridge_training
 from llava_hvp.hosts.llava.compat.versions import llava_models, transformers_version
 from llava_hvp.pruning.monkeypatch import MonkeyPatcher
@@ -202,6 +203,38 @@ def test_without_a_method_the_step_is_stocks(train):
     assert_trained(trainer)
     assert "llava_hvp" not in vars(trainer.model)
     assert_rows(trainer, seen, visual=64)
+
+
+def test_arguments_of_llavas_scripts_are_called_as_this_release_calls_them(
+    bridged_training, tmp_path
+):
+    script = ["--evaluation_strategy", "no", "--warmup_ratio=0.03", "--use_cpu", "True"]
+    words = [*named_now(script), "--output_dir", str(tmp_path)]
+    *_, training = parser_of_the_script().parse_args_into_dataclasses(words)
+    strategy = vars(training).get("eval_strategy") or training.evaluation_strategy
+    assert strategy == "no"
+    assert training.get_warmup_steps(1000) == 30
+
+
+def parser_of_the_script():
+    from transformers import HfArgumentParser
+
+    script = importlib.import_module("llava.train.train")
+    kinds = (script.ModelArguments, script.DataArguments, script.TrainingArguments)
+    return HfArgumentParser(kinds)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("--tf32 True --bf16 True", "--bf16 True --use_cpu True"),
+        ("--bf16 True --tf32=True", "--bf16 True --use_cpu True"),
+        ("--tf32 --bf16 True --use_cpu", "--bf16 True --use_cpu"),
+        ("--bf16 True --tf32", "--bf16 True --use_cpu True"),
+    ],
+)
+def test_what_a_cpu_is_told(given, told):
+    assert on_cpu(given.split()) == told.split()
 
 
 def test_undone_exactly():

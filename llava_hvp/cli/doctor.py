@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import os
 import platform
+import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 
 import llava_hvp
 from llava_hvp import config
+from llava_hvp.cli import operators
 from llava_hvp.cli.extras import HOST, NEEDED, install
 from llava_hvp.cli.interpreter import hook_in
 from llava_hvp.errors import LlavaHvpError
@@ -61,6 +63,7 @@ def run() -> int:
         + (f"CUDA: {torch.cuda.get_device_name()}" if cuda else "no CUDA: give --device cpu"),
     )
     _needed(findings)
+    _deepspeed(findings)
     _hook(findings)
     _variables(findings)
     for name, text in findings.lines:
@@ -109,6 +112,19 @@ def _needed(findings: Findings) -> None:
     for each in (each for each in NEEDED if each.extra != HOST):
         missing = f"missing, for {each.uses}: {install(each.extra)}"
         findings.note(each.distribution, each.version or missing)
+
+
+def _deepspeed(findings: Findings) -> None:
+    """Where it would run, what it would compile first, and what would make it wait for ever."""
+    if version_of("deepspeed") is None:
+        return
+    compiles = "; ".join(f"{name} for {uses}" for name, uses in operators.uncompiled().items())
+    findings.note("ranks on", f"{operators.accelerator()}, to compile at first: {compiles or '-'}")
+    for lock in operators.stale_locks():
+        findings.problem(
+            f"a compilation of {lock.parent.name} was killed, and who needs it waits for ever",
+            f"rm {shlex.quote(str(lock))}",
+        )
 
 
 def _hook(findings: Findings) -> None:

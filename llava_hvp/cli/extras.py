@@ -52,6 +52,7 @@ NEEDED = (
     Needed("matplotlib", "matplotlib", "plots", "plots of llava-hvp accuracy, bench and table"),
     Needed("bitsandbytes", "bitsandbytes", "quantized", "--load-4bit and --load-8bit"),
     Needed("peft", "peft", "lora", "LoRA checkpoints"),
+    Needed("deepspeed", "deepspeed", "deepspeed", "training and generation in several processes"),
     Needed("fastapi", "fastapi", "worker", WORKER),
     Needed("uvicorn", "uvicorn", "worker", WORKER),
     Needed("pandas", "pandas", "mmbench", MMBENCH),

@@ -23,11 +23,12 @@ from typing import Any
 
 from llava_hvp import config
 from llava_hvp.cli.interpreter import hook_in, python_of
+from llava_hvp.cli.nodes import sent_along, starts_one_of_several
 from llava_hvp.config import Request
 from llava_hvp.console import say
 from llava_hvp.errors import OptionError, RecordError
 from llava_hvp.methods import folder_of
-from llava_hvp.pruning.record import UNWRITTEN, Totals, summary
+from llava_hvp.pruning.record import UNWRITTEN, Totals, added, summary
 from llava_hvp.runtime import PruningConfig
 
 FORWARDED = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
@@ -82,6 +83,12 @@ def run(settings: RunSettings) -> int:
         environ = {**os.environ, config.VARIABLE: shlex.join(config.to_flags(request))}
         if request.pruning is not None:
             environ |= _search_path(request.pruning)
+        environ |= sent_along(environ, Path(reports))
+        if starts_one_of_several(settings.command):
+            say(
+                "this command starts one of several nodes: give the same `llava-hvp run` on each. "
+                "A training some of whose ranks do not prune ends with an error"
+            )
         code = execute(settings.command, environ)
         failed = tell(read_reports(Path(reports)), code, pruned=request.prunes)
     if code < 0:
@@ -219,20 +226,3 @@ def _vanished(report: dict[str, Any]) -> bool:
     except PermissionError:
         pass
     return False
-
-
-def added(counts: list[dict[str, Any]]) -> dict[str, Any]:
-    """Counts of several processes as one; means are over all images."""
-    images = sum(c["images"] for c in counts)
-    total: dict[str, Any] = {
-        name: sum(c.get(name, 0) for c in counts)
-        for name in ("images", "reused", "kept_tokens", "stock_tokens")
-    }
-    means = ["mean_kept_of_stock", "mean_kept_of_patches"]
-    if counts and all(c.get("layer_tokens") for c in counts):  # one method for all processes
-        means.append("mean_average_of_stock")
-        layers = [c["layer_tokens"] for c in counts]
-        total["layer_tokens"] = [sum(each) for each in zip(*layers, strict=True)]
-    for name in means:
-        total[name] = sum(c[name] * c["images"] for c in counts) / images if images else None
-    return total

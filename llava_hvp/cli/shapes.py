@@ -15,7 +15,7 @@ from llava_hvp.console import say
 from llava_hvp.errors import OptionError
 from llava_hvp.files import write_whole
 from llava_hvp.shapes import checkpoint, list_checkpoints
-from llava_hvp.shapes.exams import exam, exam_for
+from llava_hvp.shapes.exams import exam, exam_for, lessons
 from llava_hvp.shapes.questions import Question
 from llava_hvp.shapes.scenes import Scene
 
@@ -32,6 +32,13 @@ def add(commands: Any) -> None:
         "--model", choices=list_checkpoints(), action="append", help="all of them by default"
     )
     parser.add_argument("--questions", type=int, default=24, help="for each model, 24 by default")
+    parser.add_argument(
+        "--training",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also training.json, N pictures to train on in LLaVA's own format",
+    )
     parser.set_defaults(main=main)
 
 
@@ -47,18 +54,23 @@ class ShapesSettings:
         names of shipped checkpoints
     questions : int
         of each
+    training : int
+        pictures to train on, of each
     """
 
     folder: Path
     models: tuple[str, ...]
     questions: int
+    training: int = 0
 
 
 def parse(args: argparse.Namespace) -> ShapesSettings:
     """The settings; raises OptionError."""
     need("testing", "PIL", "numpy")
     at_least(args, "questions", 1)
-    return ShapesSettings(args.folder, tuple(args.model or list_checkpoints()), args.questions)
+    at_least(args, "training", 0)
+    models = tuple(args.model or list_checkpoints())
+    return ShapesSettings(args.folder, models, args.questions, args.training)
 
 
 def run(settings: ShapesSettings) -> int:
@@ -67,6 +79,8 @@ def run(settings: ShapesSettings) -> int:
         try:
             path = checkpoint(settings.folder, name)
             pictures = write_exam(path, exam(exam_for(name), settings.questions))
+            if settings.training:
+                write_lessons(path, lessons(exam_for(name), settings.training))
         except OSError as error:
             raise OptionError(f"{settings.folder}: cannot be written: {error}") from error
         say(
@@ -106,3 +120,21 @@ def write_exam(folder: Path, asked: Iterable[tuple[Scene, Question]]) -> int:
         lines.append(json.dumps(line) + "\n")
     write_whole(folder / "questions.jsonl", "".join(lines).encode())
     return len(names)
+
+
+def write_lessons(folder: Path, lessons: Iterable[tuple[Scene, list[Question]]]) -> None:
+    """Write pictures and training.json as `llava.train.train` reads them."""
+    from llava_hvp.shapes.drawing import draw
+
+    (folder / "training").mkdir(exist_ok=True)
+    samples = []
+    for number, (scene, questions) in enumerate(lessons, start=1):
+        name = f"training/{number}.png"
+        draw(scene).save(folder / name)
+        turns: list[dict[str, str]] = []
+        for question in questions:
+            mark = "" if turns else "<image>\n"
+            turns.append({"from": "human", "value": f"{mark}{question.text}"})
+            turns.append({"from": "gpt", "value": question.answer})
+        samples.append({"id": str(number), "image": name, "conversations": turns})
+    write_whole(folder / "training.json", json.dumps(samples).encode())

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from llava_hvp.encoder.partitioned import gathered, loaded_whole
 from llava_hvp.encoder.vit import transformer
 from llava_hvp.errors import TextEncoderError
 
@@ -39,7 +40,9 @@ class ClipText:
             config = AutoConfig.from_pretrained(checkpoint)
             if getattr(config, "text_config", None) is None or config.model_type != "clip":
                 raise OSError(f"its model type is {config.model_type!r}")
-            clip, report = CLIPModel.from_pretrained(checkpoint, output_loading_info=True)
+            # Prompts differ in length from rank to rank, so that no rank may wait for another here.
+            with loaded_whole():
+                clip, report = CLIPModel.from_pretrained(checkpoint, output_loading_info=True)
             if report["missing_keys"]:
                 raise OSError(f"it lacks {sorted(report['missing_keys'])[:3]} and more")
             tokenizer = CLIPTokenizer.from_pretrained(checkpoint)
@@ -91,13 +94,11 @@ class ClipText:
     def patches(self, tower: nn.Module, features: Tensor) -> Tensor:
         """(T, N, P) float32: patch features in the space that CLIP shares with its text."""
         norm = transformer(tower).post_layernorm
-        normed = functional.layer_norm(
-            features.float(),
-            norm.normalized_shape,
-            norm.weight.float(),
-            norm.bias.float(),
-            norm.eps,
-        )
+        weight, bias = norm.weight, norm.bias
+        with gathered(weight, bias):
+            normed = functional.layer_norm(
+                features.float(), norm.normalized_shape, weight.float(), bias.float(), norm.eps
+            )
         return self.visual_projection(normed)
 
 

@@ -283,7 +283,7 @@ class PruningAudit:
             return f"; no record: this process did not write {answers}" if is_there else ""
         path = record_path(answers)
         try:
-            write_json(path, self._record(facts))
+            write_json(path, {**self.record(), "answers": facts})
         except OSError as error:
             raise RecordError(
                 f"{path}: the record cannot be written: {error.strerror}. The answers in {answers} "
@@ -301,7 +301,8 @@ class PruningAudit:
         name = getattr(getattr(sys.modules["__main__"], "args", None), "answers_file", None)
         return None if name is None else Path(name).expanduser()
 
-    def _record(self, answers: dict[str, Any]) -> dict[str, Any]:
+    def record(self) -> dict[str, Any]:
+        """What was asked, on what, and what came of it."""
         pruning = self.pruning
         return {
             "method": NONE if pruning is None else pruning.spec,
@@ -312,7 +313,6 @@ class PruningAudit:
             "versions": {**self.versions, "python": platform.python_version()},
             **self._facts,
             "counts": self.totals.as_dict(),
-            "answers": answers,
         }
 
     def _report(self, state: str, reason: str | None = None) -> None:

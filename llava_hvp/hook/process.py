@@ -24,6 +24,7 @@ from llava_hvp.config import Request
 from llava_hvp.console import say
 from llava_hvp.errors import LlavaHvpError, OptionError, RecordError, UnsupportedModelError
 from llava_hvp.hook.audit import PruningAudit, leave_report
+from llava_hvp.hook.ranks import watch_trainers
 from llava_hvp.pruning.record import Totals
 from llava_hvp.runtime import PruningConfig
 from llava_hvp.version import __version__
@@ -132,6 +133,7 @@ class PrunedProcess:
         if self.request.device == "cpu":
             # Before torch looks: on a machine with a GPU the model would be loaded there.
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
+            os.environ["DS_ACCELERATOR"] = "cpu"
 
     # --- after LLaVA is imported ---
 
@@ -146,16 +148,17 @@ class PrunedProcess:
         self._is_on = True
         if self.command.startswith("llava.train.") and self.prunes and not self.request.train:
             say(_UNPRUNED_TRAINING)
-            self.request = dataclasses.replace(self.request, pruning=None)
+            self.request = dataclasses.replace(self.request, pruning=None, unpruned=True)
         pruning, asked = self.request.pruning, self.request.asked
         if not asked and self.request.device != "cpu" and self.request.part is None:
             return
         from llava_hvp.hosts.llava import compat
-        from llava_hvp.hosts.llava.compat.device import bridge_to_cpu
+        from llava_hvp.hosts.llava.compat.device import bridge_deepspeed_to_cpu, bridge_to_cpu
         from llava_hvp.pruning.monkeypatch import MonkeyPatcher
 
         if self.request.device == "cpu":
             bridge_to_cpu(MonkeyPatcher())
+            bridge_deepspeed_to_cpu(trains=False)
         if pruning is None:
             compat.bridge()
         if not asked:
@@ -228,8 +231,24 @@ class PrunedProcess:
 
         if self._account is not None:
             bridge_training(self._trainer_bridge)
+            if self.request.train or not self.prunes:
+                watch_trainers(self._trainer_bridge, self._account)
         elif self.request.device == "cpu":
             bridge_training(MonkeyPatcher())
+        if self.command in startup.TRAINING:
+            self._take_training_command()
+
+    def _take_training_command(self) -> None:
+        """Make of the script's arguments what this transformers takes, and this device."""
+        from llava_hvp.hosts.llava.compat.arguments import named_now, on_cpu
+        from llava_hvp.hosts.llava.compat.device import bridge_deepspeed_to_cpu
+
+        sys.argv[1:] = named_now(sys.argv[1:])
+        if self.request.device == "cpu":
+            sys.argv[1:] = on_cpu(sys.argv[1:])
+            has_config = any(word.partition("=")[0] == "--deepspeed" for word in sys.argv)
+            if has_config or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+                bridge_deepspeed_to_cpu(trains=True)
 
     def watch_training(self, trainer: Any) -> None:
         """LLaVA's `train` leaves pruning off while it runs, unless it was to be pruned too.
@@ -239,6 +258,10 @@ class PrunedProcess:
         trainer : Any
             the module llava.train.train
         """
+        if self.request.device == "cpu":
+            from llava_hvp.hosts.llava.compat.device import without_flash_attention
+
+            trainer.train = without_flash_attention(trainer.train)
         pruning, account, stock = self.request.pruning, self._account, trainer.train
         if pruning is None or account is None or self.request.train:
             return

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_hvp.encoder.capture import AttentionScores, QKHooks, recording
+from llava_hvp.encoder.partitioned import is_partitioned
 from llava_hvp.encoder.vit import (
     Geometry,
     hidden_states,
@@ -185,11 +186,15 @@ class PrunedEncoder:
             if self.dtype == dtype or self._stock_weights is not None:
                 return
             parameters = dict(self.vit.named_parameters())
-            foreign = [n for n, p in parameters.items() if not p.is_floating_point() or p.is_meta]
+            foreign = [
+                name
+                for name, weight in parameters.items()
+                if not weight.is_floating_point() or weight.is_meta or is_partitioned(weight)
+            ]
             if foreign:
                 raise UnsupportedModelError(
-                    f"tower_dtype='model' on a vision tower that is quantised or offloaded "
-                    f"({foreign[0]}): leave it out"
+                    f"tower_dtype='model' on a vision tower that is quantised, offloaded or "
+                    f"partitioned ({foreign[0]}): leave it out"
                 )
             self._stock_weights = StockWeights(self.vit)
             self.vit.to(dtype)

@@ -96,7 +96,9 @@ def pack(
             tiles, layouts, kept, sizes, selections, strict=True
         )
     ]
-    features = _project(model, encoded, tiles, kept)
+    # Not only where one is left: where the ranks hold a part of it each, all of them gather it.
+    has_ends = runtime.newline != "none" and any(place.newline for place in layouts)
+    features = _project(model, encoded, tiles, kept, model.newline() if has_ends else None)
     pruned = encoded.selection.mix is not None or any(
         len(tokens) < place.stock_tokens for tokens, place in zip(kept, layouts, strict=True)
     )
@@ -184,9 +186,13 @@ def _index_of(encoded: EncodedTiles, tiles: tuple[int, ...], kept: list[Tensor])
 
 
 def _project(
-    model: HostModel, encoded: EncodedTiles, tiles: tuple[int, ...], kept: list[Tensor]
+    model: HostModel,
+    encoded: EncodedTiles,
+    tiles: tuple[int, ...],
+    kept: list[Tensor],
+    newline: Tensor | None,
 ) -> list[Tensor]:
-    """(tokens, D) of each image: its tokens projected, its newlines put in."""
+    """(tokens, D) of each image: its tokens projected, its newlines (D,) put in."""
     tokens = _index_of(encoded, tiles, kept)
     is_newline = tokens == NEWLINE
     index = tokens[~is_newline].to(encoded.features.device)
@@ -195,8 +201,8 @@ def _project(
         projected = model.project(encoded.features).flatten(0, 1)[index]
     else:
         projected = model.project(_all_tokens(encoded)[index])
-    if bool(is_newline.any()):
-        newline = model.newline()[None].to(projected.device)
+    if newline is not None:
         order = torch.where(is_newline, len(index), (~is_newline).cumsum(0) - 1)
-        projected = torch.cat((projected, newline))[order.to(projected.device)]
+        ends = newline[None].to(projected.device)
+        projected = torch.cat((projected, ends))[order.to(projected.device)]
     return list(projected.split([len(t) for t in kept]))

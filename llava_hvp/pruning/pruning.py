@@ -226,7 +226,7 @@ class Pruning:
                 texts = torch.stack([clip.embed(prompt) for prompt in prompts])
             else:
                 patches = self.host_model.project(features)
-                texts = torch.stack([self._mean_embedding(prompt) for prompt in prompts])
+                texts = torch.stack([each.float().mean(0) for each in self._embedded(prompts)])
             texts = texts.to(patches.device)
             return cosine_relevance(patches, texts.repeat_interleave(repeats.to(texts.device), 0))
 
@@ -241,23 +241,24 @@ class Pruning:
         if rows is None:
             return None
         self.load_text()
-        embedded: dict[str, Tensor] = {}
         prompts = self.host_model.prompts(rows, images, self.tokenizer)
-        for prompt in prompts:
-            if prompt not in embedded:
-                words = content_words(prompt).split() or prompt.split()
-                ids = [i for word in words for i in self._ids(word)]
-                embedded[prompt] = self.host_model.embed(torch.tensor(ids))
-        return tuple(embedded[prompt] for prompt in prompts)
+        words = [content_words(prompt).split() or prompt.split() for prompt in prompts]
+        return self._embedded(words)
+
+    def _embedded(self, texts: Sequence[str | list[str]]) -> tuple[Tensor, ...]:
+        """(tokens, D) input embeddings of each text, one string or words that stand alone.
+
+        In one look-up: where the ranks share the table, each look-up is one of all of them.
+        """
+        parts = [[text] if isinstance(text, str) else text for text in texts]
+        ids = [[i for part in words for i in self._ids(part)] for words in parts]
+        flat = torch.tensor([i for each in ids for i in each], dtype=torch.long)
+        return self.host_model.embed(flat).split([len(each) for each in ids])
 
     def _ids(self, text: str) -> list[int]:
         """Token ids of a text, no special ones added."""
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
-
-    def _mean_embedding(self, prompt: str) -> Tensor:
-        """(D,) float32, mean of the language model's input embeddings of the prompt."""
-        return self.host_model.embed(torch.tensor(self._ids(prompt))).float().mean(0)
 
 
 _LAST: ContextVar[tuple[weakref.ref[Pruning], list[ImageReport]] | None] = ContextVar(

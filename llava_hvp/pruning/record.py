@@ -12,6 +12,7 @@ from typing import Any
 from llava_hvp.pruning.report import ImageReport
 
 SUFFIX = ".hvp.json"
+TRAINED = "hvp.json"  # of a training's output folder
 UNWRITTEN = ".unwritten"  # of the empty file of a process that could not write its report
 
 
@@ -114,6 +115,23 @@ def in_stages(layers: Sequence[float]) -> str:
         if now != before:
             parts.append(f"{now:.0f} after layer {ran}")
     return " -> ".join(parts)
+
+
+def added(counts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Counts of several processes as one; means are over all images."""
+    images = sum(c["images"] for c in counts)
+    total: dict[str, Any] = {
+        name: sum(c.get(name, 0) for c in counts)
+        for name in ("images", "reused", "kept_tokens", "stock_tokens")
+    }
+    means = ["mean_kept_of_stock", "mean_kept_of_patches"]
+    if counts and all(c.get("layer_tokens") for c in counts):  # one method for all processes
+        means.append("mean_average_of_stock")
+        layers = [c["layer_tokens"] for c in counts]
+        total["layer_tokens"] = [sum(each) for each in zip(*layers, strict=True)]
+    for name in means:
+        total[name] = sum(c[name] * c["images"] for c in counts) / images if images else None
+    return total
 
 
 def record_path(answers: Path) -> Path:

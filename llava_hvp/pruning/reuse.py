@@ -15,13 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llava_hvp.encoder.partitioned import is_partitioned
 from llava_hvp.pruning.encoding import EncodedTiles, HostInputs, PrunedEncoder
 
 ENTRIES = 8  # a worker serves several chats in turn
 BYTES = 64 * 2**20
-# What ZeRO-3 and FSDP (flat, then with original parameters) put on a parameter. Ranks gather such
-# weights, and DTensors, together at each run of the tower: none of them may leave one out.
-PARTITIONED = frozenset({"ds_id", "_is_flat_param", "_fsdp_flattened"})
 
 
 @dataclass(frozen=True)
@@ -130,12 +128,9 @@ def weights_version(encoder: PrunedEncoder, projector: nn.Module | None = None) 
         for weight in module._parameters.values():
             if weight is None:
                 continue
-            # Inference tensors keep no count of their changes.
-            if weight.is_inference() or _is_partitioned(weight):
+            # Inference tensors keep no count of their changes. Partitioned weights are gathered by
+            # all ranks together at each run of the tower: none of them may leave one out.
+            if weight.is_inference() or is_partitioned(weight):
                 return None
             made_by += (weight.data_ptr(), weight._version)
     return made_by
-
-
-def _is_partitioned(weight: Tensor) -> bool:
-    return not PARTITIONED.isdisjoint(vars(weight)) or hasattr(type(weight), "placements")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from llava_hvp.shapes.questions import Question, held_out
+from llava_hvp.shapes.questions import Question, for_training, held_out
 from llava_hvp.shapes.scenes import Recipe, Scene
 
 # Width and height of pictures larger than a tile.
@@ -32,7 +32,17 @@ def exam(name: str, count: int) -> Iterator[tuple[Scene, Question]]:
 
     The same for the same arguments, on every machine.
     """
+    for share, recipe in _shares(name, count):
+        yield from held_out(share, recipe)
+
+
+def lessons(name: str, count: int) -> Iterator[tuple[Scene, list[Question]]]:
+    """`count` pictures to train on with their questions, shared evenly as in `exam`."""
+    for share, recipe in _shares(name, count):
+        yield from for_training(share, recipe)
+
+
+def _shares(name: str, count: int) -> Iterator[tuple[int, Recipe]]:
     recipes = EXAMS[name]
     for number, recipe in enumerate(recipes):
-        share = (count + len(recipes) - 1 - number) // len(recipes)
-        yield from held_out(share, recipe)
+        yield (count + len(recipes) - 1 - number) // len(recipes), recipe

@@ -139,6 +139,22 @@ def held_out(
             given += 1
 
 
+def for_training(
+    count: int, recipe: Recipe | None = None, first_seed: int = 0
+) -> Iterator[tuple[Scene, list[Question]]]:
+    """`count` scenes of the training split, each with a question of every task that fits it."""
+    seed, given = first_seed, 0
+    while given < count:
+        scene = make_scene(seed, recipe)
+        random = Random(f"for training {seed}")
+        seed += 1
+        if split_of(scene) == "test":
+            continue
+        asked = [q for task in TASKS for q in questions_of(scene, random, task, 1)]
+        yield scene, [reword(question, random) for question in random.sample(asked, len(asked))]
+        given += 1
+
+
 def left_of(scene: Scene, thing: Thing) -> Thing | str | None:
     """What is to the left of a thing: the one thing, None for nothing, "unclear" otherwise.
 

@@ -12,6 +12,7 @@ from llava.model.llava_arch import LlavaMetaForCausalLM
 from torch import Tensor, nn
 
 from llava_hvp.decoder import hooks as decoder_hooks
+from llava_hvp.encoder.partitioned import gathered
 from llava_hvp.encoder.text import ClipText
 from llava_hvp.errors import PrunedStateError, TextEncoderError, UnsupportedModelError
 from llava_hvp.hosts import unknown
@@ -85,7 +86,8 @@ class LlavaModel:
     def newline(self) -> Tensor:
         """(D,) the embedding that ends a row of the mosaic."""
         newline: Tensor = self.model.get_model().image_newline
-        return newline
+        with gathered(newline):
+            return newline.clone()
 
     def view(self) -> LlavaView:
         """How the model sees pictures, to draw on one."""

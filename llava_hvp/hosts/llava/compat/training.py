@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from llava_hvp.hosts.llava.compat.deepspeed import bridge_deepspeed
 from llava_hvp.hosts.llava.compat.versions import check_versions, llava_models, transformers_version
 from llava_hvp.pruning.monkeypatch import MonkeyPatcher
 
@@ -37,7 +38,8 @@ def bridge_training(patches: MonkeyPatcher) -> None:
     - names that left `transformers.trainer`;
     - `Trainer(tokenizer=…)`, now `processing_class`;
     - the sampler's new argument and the checkpoint's old one;
-    - `torch_dtype=None`, which meant float32 and now means the checkpoint's: Adam in float16.
+    - `torch_dtype=None`, which meant float32 and now means the checkpoint's: Adam in float16;
+    - what a newer DeepSpeed asks for, see `bridge_deepspeed`.
 
     Raises
     ------
@@ -56,6 +58,7 @@ def bridge_training(patches: MonkeyPatcher) -> None:
         accelerator = trainer.Accelerator
         if "dispatch_batches" not in inspect.signature(accelerator.__init__).parameters:
             patches.replace(trainer, "Accelerator", _takes_batches(accelerator))
+    bridge_deepspeed(patches)
     if transformers_version() < (4, 46):
         return
     stock = trainer.Trainer
