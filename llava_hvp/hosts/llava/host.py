@@ -18,7 +18,7 @@ from llava_hvp.hosts import unknown
 from llava_hvp.hosts.llava import compat, grid, overrides, tiling
 from llava_hvp.hosts.llava.prompt import read_prompt, rows_of_images
 from llava_hvp.hosts.llava.tiling import TilingConfig
-from llava_hvp.hosts.llava.tower import PrunedCLIPVisionTower
+from llava_hvp.hosts.llava.tower import PrunedCLIPVisionTower, tower_facts
 from llava_hvp.hosts.llava.view import LlavaView
 from llava_hvp.methods.base import Method
 from llava_hvp.methods.language import LanguageMethod
@@ -235,6 +235,11 @@ def detach(model: Any) -> None:
         tower = model.get_vision_tower()
         if isinstance(tower, PrunedCLIPVisionTower):
             tower.release()
+
+
+def facts_of(model: Any) -> dict[str, str]:
+    """In which dtype and by which attention its tower encodes, pruned or not, for results."""
+    return tower_facts(model.get_vision_tower())
 
 
 def find_llava(model: Any) -> Any:
