@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -203,9 +204,14 @@ def _refuse(chosen: PruningConfig) -> None:
             f"{chosen.inside.name} prunes inside the language model, so far on LLaVA's own classes "
             "only: on transformers' give a method at the vision tower, as HIVTP(r_max=0.5)"
         )
-    if chosen.runtime.tiling != "stock":
+    check_tiling(chosen.runtime.tiling)
+
+
+def check_tiling(tiling: str) -> None:
+    """Raise OptionError unless pictures are cut as the processor has it, which cuts them."""
+    if tiling != "stock":
         raise OptionError(
-            f"tiling={chosen.runtime.tiling!r} on transformers' own classes, whose processor cuts "
+            f"tiling={tiling!r} on transformers' own classes, whose processor cuts "
             "the tiles: set image_grid_pinpoints of processor.image_processor and of model.config, "
             "as [[672, 672]]"
         )
@@ -227,6 +233,12 @@ def detach(model: Any) -> None:
         earlier = getattr(ours, "earlier", None)
         if earlier is not None:
             model.generate = earlier
+
+
+def tiled(model: Any, tiling: str) -> AbstractContextManager[None]:
+    """For an unpruned model to cut pictures so; raises OptionError for any but stock."""
+    check_tiling(tiling)
+    return nullcontext()
 
 
 def facts_of(model: Any) -> dict[str, str]:

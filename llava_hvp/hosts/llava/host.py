@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -235,6 +236,11 @@ def detach(model: Any) -> None:
         tower = model.get_vision_tower()
         if isinstance(tower, PrunedCLIPVisionTower):
             tower.release()
+
+
+def tiled(model: Any, tiling: str) -> AbstractContextManager[None]:
+    """Inside the block an unpruned model cuts pictures so, as `Runtime.tiling` has it."""
+    return grid.fixed(model, tiling)
 
 
 def facts_of(model: Any) -> dict[str, str]:
