@@ -63,7 +63,7 @@ def main() -> None:
 
 def run(path: Path, picture: Path, asked: dict[str, str], out: Path, rounds: int) -> None:
     """Load one checkpoint as LLaVA does, and go through all methods and budgets."""
-    from llava_hvp.checkpoints.checkpoint import open_checkpoint
+    from llava_hvp.checkpoints.opening import open_checkpoint
 
     # The numbers in the README are of this template; LLaVA's chat takes llava_v0 for these names.
     opened = open_checkpoint(str(path), "cpu", conv_mode="vicuna_v1")

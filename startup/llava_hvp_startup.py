@@ -1,4 +1,4 @@
-"""Sleeps in every Python process, unless a LLaVA command is to be pruned.
+"""Sleeps in every Python process, unless LLaVA is to be pruned in it.
 
 Three ways to ask for pruning: our flags on a stock LLaVA command, the variable LLAVA_HVP, which
 `llava-hvp run` writes, and Python, which needs none of this. LLAVA_HVP_DISABLE=1 switches the hook
@@ -29,13 +29,19 @@ EVALUATING = {
 TRAINING = {"llava.train.train", "llava.train.train_mem", "llava.train.train_xformers"}
 FLAGS = ("--prune-method", "--prune-opt", "--prune-train", "--r-max", "--num-tokens")
 VARIABLES = ("LLAVA_HVP", "LLAVA_HVP_DEVICE")
+# Where transformers has LLaVA classes of its own.
+TRANSFORMERS = (
+    "transformers.models.llava.modeling_llava",
+    "transformers.models.llava_next.modeling_llava_next",
+)
+PACKAGES = ("llava", "transformers")
 _HELP = ("-h", "--help")
 
 _finder: LlavaFinder | None = None
 
 
 def wake() -> None:
-    """Watch for the import of `llava` if this process asked for us; else do nothing."""
+    """Watch for the import of LLaVA if this process asked for us; else do nothing."""
     global _finder
     if os.environ.get("LLAVA_HVP_DISABLE", "0") not in ("", "0"):
         return
@@ -83,7 +89,9 @@ def is_fork() -> bool:
 
 
 class LlavaFinder:
-    """Finds `llava` as everybody else does, and switches pruning on around its import.
+    """Finds LLaVA as everybody else does, and switches pruning on around its import.
+
+    LLaVA is the package `llava`, or the classes of transformers' own.
 
     command : as `llava.eval.model_vqa`; "" for a command that is not LLaVA's own
     process : the process that asked, of which this one may be a fork
@@ -96,7 +104,7 @@ class LlavaFinder:
         self.process = os.getpid()
 
     def watch(self) -> None:
-        """Be asked first for `llava`, whatever finders come and go, and look back at the end."""
+        """Be asked first for LLaVA, whatever finders come and go, and look back at the end."""
         import atexit
 
         self._come_first()
@@ -104,6 +112,9 @@ class LlavaFinder:
         atexit.register(self._at_end)
         if "llava" in sys.modules:  # imported by a .pth file before ours
             self._run_llava(lambda: None, sys.modules["llava"])
+        for name in TRANSFORMERS:
+            if name in sys.modules:
+                self._run_transformers(lambda: None, sys.modules[name])
 
     def _come_first(self) -> None:
         if sys.meta_path and sys.meta_path[0] is not self:
@@ -114,12 +125,12 @@ class LlavaFinder:
 
         Typeguard's and others stand before those that were there, and look for the file themselves.
         """
-        if event == "import" and str(arguments[0]).partition(".")[0] == "llava":
+        if event == "import" and str(arguments[0]).partition(".")[0] in PACKAGES:
             self._come_first()
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        """The spec of `llava`, with our loader around its own; None for what is not ours."""
-        if self._busy or name.partition(".")[0] != "llava":
+        """The spec of a module of LLaVA's, our loader around its own; None for what is not ours."""
+        if self._busy or name.partition(".")[0] not in PACKAGES:
             return None
         if name == "llava.train" and self._met:
             _or_exit(self._begin().training_imported)
@@ -129,6 +140,8 @@ class LlavaFinder:
             run = self._run_llava
         elif name == "llava.train.train" and self._met:
             run = self._run_training
+        elif name in TRANSFORMERS:
+            run = self._run_transformers
         else:
             return None
         import importlib.util
@@ -144,10 +157,10 @@ class LlavaFinder:
 
     def _begin(self) -> Any:
         """The session of this process, which ends here if what it was asked for is wrong."""
-        self._met = True
         return _or_exit(lambda: _session().begin(self.command))
 
     def _run_llava(self, execute: Callable[[], Any], module: Any) -> None:
+        self._met = True
         session = self._begin()
         if session.prunes:
             _or_exit(execute)
@@ -159,9 +172,14 @@ class LlavaFinder:
         execute()
         _or_exit(lambda: self._begin().watch_training(module))
 
+    def _run_transformers(self, execute: Callable[[], Any], module: Any) -> None:
+        session = self._begin()
+        execute()
+        _or_exit(lambda: session.switch_on_transformers(module))
+
     def _at_end(self) -> None:
         """Whatever loaded LLaVA: asked and not pruned is an error."""
-        if "llava" in sys.modules:
+        if any(sys.modules.get(name) for name in ("llava", *TRANSFORMERS)):
             _or_exit(self._begin().check_host)
 
 

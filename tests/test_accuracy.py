@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from llava_hvp.accuracy.exam import TEMPLATE, Marks, examine
 from llava_hvp.accuracy.store import Answers
 from llava_hvp.accuracy.tables import VariantScore, no_better, scores_of, wilson_interval
-from llava_hvp.checkpoints.checkpoint import open_checkpoint
+from llava_hvp.checkpoints.opening import open_checkpoint
 from llava_hvp.checkpoints.variants import variants
 from llava_hvp.cli import main
 from llava_hvp.errors import EvaluationError

@@ -171,7 +171,7 @@ def test_an_error_is_no_empty_answer(tasks, checkpoints, tmp_path):
 
 def answers_of(path, batch, method=None, **more):
     from llava_hvp import prune
-    from llava_hvp.checkpoints.checkpoint import open_checkpoint
+    from llava_hvp.checkpoints.opening import open_checkpoint
 
     calls = []
     checkpoint = open_checkpoint(str(path), "cpu", conv_mode="vicuna_v1")

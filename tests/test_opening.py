@@ -14,8 +14,8 @@ from llava.model import builder as stock
 from llava.serve import cli
 
 from llava_hvp.bench import subject
-from llava_hvp.checkpoints.checkpoint import open_checkpoint
 from llava_hvp.checkpoints.conversation import default_template
+from llava_hvp.checkpoints.opening import open_checkpoint
 from llava_hvp.checkpoints.viewer import Viewer
 from llava_hvp.config import Request
 from llava_hvp.errors import OptionError

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llava_hvp import HIVTP, get_method
-from llava_hvp.checkpoints.checkpoint import open_checkpoint
+from llava_hvp.checkpoints.opening import open_checkpoint
 from llava_hvp.checkpoints.variants import Variant
 from llava_hvp.checkpoints.viewer import Viewer
 from llava_hvp.encoder.text import ClipText

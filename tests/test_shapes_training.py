@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from llava_hvp.checkpoints.checkpoint import open_checkpoint
+from llava_hvp.checkpoints.opening import open_checkpoint
 from llava_hvp.shapes import CHECKPOINTS, checkpoint
 from llava_hvp.shapes.drawing import draw
 from llava_hvp.shapes.questions import held_out

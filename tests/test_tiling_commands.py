@@ -12,7 +12,7 @@ from PIL import Image
 
 from llava_hvp import HIVTP, Runtime
 from llava_hvp.accuracy.exam import examine
-from llava_hvp.checkpoints.checkpoint import open_checkpoint
+from llava_hvp.checkpoints.opening import open_checkpoint
 from llava_hvp.checkpoints.variants import Variant, variants
 from llava_hvp.checkpoints.viewer import Viewer
 from llava_hvp.cli import main

@@ -80,7 +80,7 @@ def examine(
     tick: Callable[[int], None] = lambda questions: None,
     answers: Answers | None = None,
 ) -> list[Marks]:
-    """Ask every question of every variant, through LLaVA's own `generate`, greedily.
+    """Ask every question of every variant, through the host's own `generate`, greedily.
 
     Parameters
     ----------
@@ -117,7 +117,7 @@ def _answer(opened: Checkpoint, sheet: _Sheet, images: Any, variant: Variant) ->
     kept, kept_of_patches = 0.0, 0.0
     with opened.pruned_by(variant) as pruning, torch.inference_mode():
         started = time.perf_counter()
-        output = opened.model.generate(
+        output = opened.generate(
             sheet.ids,
             images=images,
             image_sizes=[picture.size for picture in sheet.pictures],

@@ -82,7 +82,7 @@ def of_checkpoint(
 
     Raises OptionError for what cannot be loaded, or a template that LLaVA does not know.
     """
-    from llava_hvp.checkpoints.checkpoint import open_checkpoint
+    from llava_hvp.checkpoints.opening import open_checkpoint
     from llava_hvp.checkpoints.synthetic import geometry_of
 
     opened = open_checkpoint(path, device, base=base, bits=bits, dtype=dtype, conv_mode=conv_mode)

@@ -10,6 +10,7 @@ import torch
 
 from llava_hvp.checkpoints.attentions import all_attentions
 from llava_hvp.checkpoints.variants import Variant
+from llava_hvp.hosts import host_of
 
 
 @contextlib.contextmanager
@@ -30,18 +31,16 @@ def applied(
     tokenizer, clip_text : Any
         for methods that read the prompt, where the model's own cannot be loaded
     """
-    from llava_hvp.hosts.llava import grid
-    from llava_hvp.hosts.llava.host import attach
-
+    host = host_of(model)
     if variant.pruning is None or (not variant.prunes and variant.runtime.packs_as_stock):
-        # LLaVA's own code alone, for who measures it.
-        with grid.fixed(model, variant.runtime.tiling):
+        # The host's own code alone, for who measures it.
+        with host.tiled(model, variant.runtime.tiling):
             yield None
         return
 
     given = variant.pruning.arguments
-    with attach(model, **given, tokenizer=tokenizer, clip_text=clip_text) as pruning:
-        tower = model.get_vision_tower()
+    with host.attach(model, **given, tokenizer=tokenizer, clip_text=clip_text) as pruning:
+        tower = pruning.host_model.encoder
         if variant.pruning.runtime.tower_dtype == "model":
             tower.take_dtype(dtype)  # once a model, so not a part of any phase
         with all_attentions(tower) if variant.all_attentions else contextlib.nullcontext():

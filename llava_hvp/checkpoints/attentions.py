@@ -22,7 +22,7 @@ from llava_hvp.errors import UnsupportedModelError
 @contextlib.contextmanager
 def all_attentions(tower: Any) -> Iterator[None]:
     """A pruned tower sees so inside the block; selection and all that follows stay ours."""
-    configs = {id(c): c for c in _configs(tower.vision_tower)}.values()
+    configs = {id(c): c for c in _configs(tower.vit)}.values()
     before = [getattr(config, "_attn_implementation", None) for config in configs]
     for config in configs:
         config._attn_implementation = "eager"
@@ -40,7 +40,7 @@ def _run_to_layer(tower: Any, images: Tensor) -> tuple[Tensor, AttentionScores]:
     # Keys and queries come by the hooks, as ever.
     projected = dataclasses.replace(plan.needs, received_attention=(), cls_attention=())
     with recording(projected, plan.geometry.heads, plan.geometry.patches) as seen:
-        output = tower.vision_tower(images, output_attentions=True, output_hidden_states=True)
+        output = tower.vit(images, output_attentions=True, output_hidden_states=True)
     if not output.attentions or output.attentions[0] is None:
         raise UnsupportedModelError("this transformers gives no attentions of its CLIP tower")
     needs = plan.needs

@@ -1,28 +1,30 @@
-"""A checkpoint opened as LLaVA's commands do, and questions put to it."""
+"""A checkpoint opened as its framework does, and questions put to it."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import conv_templates
-from llava.mm_utils import get_model_name_from_path, tokenizer_image_token
-from torch import Tensor
+from llava.mm_utils import tokenizer_image_token
+from torch import Tensor, nn
 
 from llava_hvp.checkpoints.applied import applied
-from llava_hvp.checkpoints.conversation import default_template
 from llava_hvp.checkpoints.generate_stats import Call, measured
 from llava_hvp.checkpoints.variants import PrunedBy, Variant
 from llava_hvp.encoder.text import ClipText
-from llava_hvp.errors import LlavaHvpError, OptionError
-from llava_hvp.hosts.llava import compat, grid
+from llava_hvp.encoder.vit import read_geometry
+from llava_hvp.hosts.llava.host import tiled
 from llava_hvp.hosts.llava.pictures import send
+from llava_hvp.hosts.llava.tiling import TilingConfig
+from llava_hvp.hosts.llava.tower import check_tower
+from llava_hvp.hosts.llava.view import LlavaView
+from llava_hvp.methods.uniform import Uniform
+from llava_hvp.show.frame import View
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -59,12 +61,54 @@ class Checkpoint:
         """Prune the model inside the block; gives the `Pruning`, or None where by none."""
         variant = Variant.of(by)
         put_on = applied(
-            variant, self.model, self.dtype, tokenizer=self.tokenizer, clip_text=self.clip_text
+            variant, self.model, self.dtype, tokenizer=self.reader, clip_text=self.clip_text
         )
         with put_on as pruning:
             if pruning is not None:
                 self.clip_text = pruning.clip_text
             yield pruning
+
+    @property
+    def reader(self) -> Any:
+        """What a method reads the prompt with."""
+        return self.tokenizer
+
+    @property
+    def vit(self) -> nn.Module:
+        """The vision transformer."""
+        model: nn.Module = self.model.get_vision_tower().vision_tower
+        return model
+
+    @property
+    def select_layer(self) -> int:
+        """The layer that goes on, as an index into the hidden states."""
+        return int(self.model.get_vision_tower().select_layer)
+
+    @property
+    def tower(self) -> tuple[torch.device, torch.dtype]:
+        """Where the tower runs, and in which dtype."""
+        tower = self.model.get_vision_tower()
+        return tower.device, tower.dtype
+
+    @property
+    def cuts_tiles(self) -> bool:
+        """Whether it cuts pictures into AnyRes tiles."""
+        return getattr(self.model.config, "image_aspect_ratio", None) == "anyres"
+
+    def view(self, tiling: str = "stock") -> View:
+        """How the model sees pictures; raises UnsupportedModelError for a tower of another kind.
+
+        Parameters
+        ----------
+        tiling : str
+            of a Runtime
+        """
+        tower = self.model.get_vision_tower()
+        check_tower(tower, Uniform())
+        patches = read_geometry(tower.vision_tower).grid
+        with tiled(self.model, tiling):
+            own = TilingConfig.of(self.model.config, patches, tower.config.image_size)
+        return LlavaView.of(tower, own)
 
     def images(
         self, pictures: Sequence[Any], variant: Variant | None = None
@@ -76,7 +120,7 @@ class Checkpoint:
         variant : Variant | None
             for which they are cut, where the model is not pruned by it yet
         """
-        with grid.fixed(self.model, (variant or Variant()).runtime.tiling):
+        with tiled(self.model, (variant or Variant()).runtime.tiling):
             return send(pictures, self.processor, self.model, self.dtype)
 
     def text(self, question: str, images: int = 1) -> str:
@@ -93,6 +137,41 @@ class Checkpoint:
         text = self.text(question, images)
         ids: Tensor = tokenizer_image_token(text, self.tokenizer, return_tensors="pt")
         return ids.to(self.model.device)
+
+    def generate(
+        self,
+        ids: Tensor,
+        images: Any = None,
+        image_sizes: Sequence[tuple[int, int]] | None = None,
+        **generation: Any,
+    ) -> Tensor:
+        """(B, new) token ids of answers, by the host's own `generate`.
+
+        Parameters
+        ----------
+        ids : Tensor
+            (B, L) prompts, as `prompt` gives them
+        images : Any
+            as `images` gives them; None for none
+        image_sizes : Sequence[tuple[int, int]] | None
+            (width, height) of each
+        """
+        answers: Tensor = self.model.generate(
+            ids, images=images, image_sizes=image_sizes, **generation
+        )
+        return answers
+
+    def generate_of(self) -> Callable[..., Any]:
+        """`generate` as a function of the model."""
+        found: Callable[..., Any] = type(self.model).generate
+        return found
+
+    def prepare(self, ids: Tensor, images: Any, image_sizes: Any) -> dict[str, Any]:
+        """From prompts and images to what the language model gets."""
+        _, positions, mask, _, embeds, _ = self.model.prepare_inputs_labels_for_multimodal(
+            ids, None, None, None, None, images, image_sizes
+        )
+        return {"position_ids": positions, "attention_mask": mask, "inputs_embeds": embeds}
 
     def answer(
         self,
@@ -133,7 +212,7 @@ class Checkpoint:
         ids = [self.prompt(text, len(own)) for text, own in zip(questions, images, strict=True)]
         flat = [image.convert("RGB") for own in images for image in own]
         inputs, mask = self._pad(ids)
-        generate = measured(type(self.model).generate, on_call)
+        generate = measured(self.generate_of(), on_call)
         with torch.inference_mode():
             output = generate(
                 self.model,
@@ -162,90 +241,3 @@ class Checkpoint:
             inputs[line, width - len(row) :] = row
             mask[line, width - len(row) :] = True
         return inputs, mask
-
-
-def open_checkpoint(
-    path: str,
-    device: str,
-    *,
-    base: str | None = None,
-    bits: int | None = None,
-    dtype: torch.dtype | None = None,
-    conv_mode: str | None = None,
-    device_map: str | None = None,
-) -> Checkpoint:
-    """A checkpoint by LLaVA's own loader, bridged to this transformers.
-
-    Parameters
-    ----------
-    path, base : str | str | None
-        as LLaVA's commands take them
-    bits : int | None
-        4 or 8 to quantise
-    dtype : torch.dtype | None
-        of the language model and the images; float16 as LLaVA loads it, on a CPU float32. The tower
-        goes along, unless LLaVA's loader leaves it in float32, as it does with a LLaVA-1.5 and
-        device_map="auto". What is quantised stays as it is, and takes float16 images.
-    conv_mode : str | None
-        conversation template; by default `default_template` of `checkpoints.conversation`
-    device_map : str | None
-        for LLaVA's loader; by default "auto" on "cuda", as LLaVA's commands have it, else the one
-        device
-
-    Raises
-    ------
-    OptionError
-        a template that LLaVA does not know; a LoRA checkpoint without peft; what cannot be loaded,
-        or is not a LLaVA
-    """
-    if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
-        raise OptionError(f"--model-path {path}: no such folder")
-    name = get_model_name_from_path(path)
-    if base is not None and "lora" in name.lower() and importlib.util.find_spec("peft") is None:
-        raise OptionError(
-            "peft is missing, which LoRA checkpoints need: pip install 'llava-hvp[lora]'"
-        )
-    conv_mode = conv_mode or default_template(name)
-    if conv_mode not in conv_templates:
-        known = ", ".join(sorted(conv_templates))
-        raise OptionError(f"--conv-mode {conv_mode}: LLaVA knows {known}")
-    tokenizer, model, processor = _load(path, base, name, bits, device, device_map)
-    on_cpu = torch.device(device).type == "cpu"
-    dtype = dtype or (torch.float32 if on_cpu and bits is None else torch.float16)
-    if bits is None and dtype != torch.float16:
-        tower = model.get_vision_tower()
-        before = tower.dtype
-        model.to(dtype)
-        tower.to(torch.float32 if before == torch.float32 else dtype)
-    return Checkpoint(name, tokenizer, model.eval(), processor, dtype, conv_mode)
-
-
-def _load(
-    path: str, base: str | None, name: str, bits: int | None, device: str, device_map: str | None
-) -> tuple[Any, Any, Any]:
-    """Tokenizer, model and image processor; raises OptionError."""
-    compat.bridge()
-    from llava.model.builder import load_pretrained_model  # after the bridge
-
-    try:
-        tokenizer, model, processor, _ = load_pretrained_model(
-            path,
-            base,
-            name,
-            bits == 8,
-            bits == 4,
-            device_map=device_map or ("auto" if device == "cuda" else device),
-            # For any word but "cuda" LLaVA's loader forgets the device_map.
-            device="cuda" if torch.device(device).type == "cuda" else device,
-        )
-    except LlavaHvpError:
-        raise
-    except Exception as error:  # a hub, a file format, a shape: it cannot be loaded
-        reason = " ".join(str(error).split())[:300]
-        raise OptionError(f"--model-path {path}: LLaVA cannot load it: {reason}") from error
-    if not hasattr(model, "get_vision_tower"):
-        raise OptionError(
-            f"--model-path {path}: loaded as a language model without pictures, as LLaVA does "
-            "for names without `llava` in them: rename the checkpoint's folder"
-        )
-    return tokenizer, model, processor

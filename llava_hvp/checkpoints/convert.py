@@ -6,9 +6,10 @@ more token, which stands for an image, and a processor beside it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from llava_hvp.checkpoints.chat_templates import chat_template
+from llava_hvp.checkpoints.form import FAMILIES, is_transformers, read_config
 from llava_hvp.checkpoints.processors import (
     SENTENCEPIECE,
     clip_processor,
@@ -25,7 +28,8 @@ from llava_hvp.checkpoints.processors import (
     write_processor,
 )
 from llava_hvp.errors import OptionError
-from llava_hvp.files import write_json
+from llava_hvp.files import whole_folder, write_json
+from llava_hvp.hosts.hf.host import CLIP
 
 TOWER = "vision-tower"  # folder inside a checkpoint of LLaVA's form
 LANGUAGES = {
@@ -53,7 +57,31 @@ NEWER = (
 VOCABULARY = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
 
 
-def to_transformers(source: str | Path, target: str | Path) -> Path:
+def convert(source: str | Path, target: str | Path, conv_mode: str | None = None) -> Path:
+    """Write a checkpoint of either form in the other one; return its folder.
+
+    Parameters
+    ----------
+    source, target, conv_mode : str | Path | None
+        as in `to_transformers` and `from_transformers`
+
+    Raises
+    ------
+    OptionError
+        no LLaVA checkpoint, one of another shape, or a target with something in it
+    """
+    source = Path(source)
+    if is_transformers(source):
+        if conv_mode is not None:
+            raise OptionError(
+                f"--conv-mode {conv_mode}: LLaVA's form has no chat template, its loader goes by "
+                "the folder's name: leave it out"
+            )
+        return from_transformers(source, target)
+    return to_transformers(source, target, conv_mode)
+
+
+def to_transformers(source: str | Path, target: str | Path, conv_mode: str | None = None) -> Path:
     """Write a LLaVA checkpoint as one for `AutoModelForImageTextToText`; return its folder.
 
     Parameters
@@ -61,27 +89,35 @@ def to_transformers(source: str | Path, target: str | Path) -> Path:
     source : str | Path
         folder of a LLaVA-1.5 or LLaVA-NeXT checkpoint; its config names the vision tower's folder
     target : str | Path
-        a folder that is empty or not there; a processor with a chat template in the form
-        `USER: … ASSISTANT:` is written too
+        a folder that is empty or not there; it is there as a whole or not at all, a processor with
+        a chat template included
+    conv_mode : str | None
+        LLaVA's conversation template that the chat template says; by default what fits the name
+        and the language model
 
     Raises
     ------
     OptionError
         no such checkpoint, one of another shape, or a target with something in it
     """
-    source, target = Path(source), _free(target)
+    with _new(target) as folder:
+        _to_transformers(Path(source), folder, conv_mode)
+    return Path(target)
+
+
+def _to_transformers(source: Path, target: Path, conv_mode: str | None) -> None:
     config = _config(source)
     tower = Path(config.get("mm_vision_tower") or "")
     vision = _vision_config(tower)
     family = _family(config, source)
     language, _ = LANGUAGES[config["model_type"]]
+    template = chat_template(source.resolve().name, language, conv_mode)
     weights = _weights(source)
     if not any(name.startswith("model.vision_tower.") for name in weights):
         own = {n: w for n, w in _weights(tower).items() if n.startswith("vision_model.")}
         kind = weights["lm_head.weight"].dtype
         weights |= {f"model.vision_tower.vision_tower.{n}": w.to(kind) for n, w in own.items()}
     renamed = {_renamed(name, PREFIXES): weight for name, weight in weights.items()}
-    target.mkdir(parents=True, exist_ok=True)
     image = write_image_tokenizer(source, target)
     for name in VOCABULARY:
         # As transformers enlarges a vocabulary: what no one trained is the mean of the others.
@@ -93,7 +129,7 @@ def to_transformers(source: str | Path, target: str | Path) -> Path:
     text = {k: v for k, v in config.items() if not _is_llavas_own(k)}
     written = {
         "architectures": [f"{family}ForConditionalGeneration"],
-        "model_type": "llava_next" if family == "LlavaNext" else "llava",
+        "model_type": FAMILIES[family],
         "image_token_index": image,
         "projector_hidden_act": "gelu",
         "vision_feature_layer": config["mm_vision_select_layer"],
@@ -102,14 +138,14 @@ def to_transformers(source: str | Path, target: str | Path) -> Path:
         "torch_dtype": config.get("torch_dtype", "float16"),
         "text_config": {**text, "model_type": language, "vocab_size": rows},
         "vision_config": vision,
+        CLIP: str(tower),  # has the text encoder, which this form has no place for
     }
     if family == "LlavaNext":
         written["image_grid_pinpoints"] = swapped_pinpoints(config)
     write_json(target / "config.json", written)
     if (source / "generation_config.json").is_file():
         shutil.copyfile(source / "generation_config.json", target / "generation_config.json")
-    write_processor(target, tower, config, vision, family)
-    return target
+    write_processor(target, tower, config, vision, family, template)
 
 
 def from_transformers(source: str | Path, target: str | Path) -> Path:
@@ -129,11 +165,17 @@ def from_transformers(source: str | Path, target: str | Path) -> Path:
     OptionError
         no such checkpoint, one of another shape, or a target with something in it
     """
-    source, target = Path(source), _free(target)
-    config = json.loads((source / "config.json").read_text()) if source.is_dir() else {}
+    with _new(target) as folder:
+        _from_transformers(Path(source), folder, Path(target).resolve())
+    return Path(target)
+
+
+def _from_transformers(source: Path, target: Path, final: Path) -> None:
+    """Write to `target`, which will become `final`."""
+    config = read_config(source)
     kind, text = config.get("model_type"), config.get("text_config") or {}
     back = {language: (k, arch) for k, (language, arch) in LANGUAGES.items() if k != "llava"}
-    if kind not in ("llava", "llava_next") or text.get("model_type", "llama") not in back:
+    if kind not in FAMILIES.values() or text.get("model_type", "llama") not in back:
         raise OptionError(
             f"{source}: model type {kind!r} with a {text.get('model_type')!r} language model is no "
             "LLaVA-1.5 or LLaVA-NeXT of transformers with Llama or Mistral"
@@ -155,8 +197,8 @@ def from_transformers(source: str | Path, target: str | Path) -> Path:
         for n, w in names.items()
         if n.startswith("vision_tower.")
     }
-    folder = target.resolve() / TOWER
-    folder.mkdir(parents=True)
+    folder = target / TOWER
+    folder.mkdir()
     _save(folder, tower)
     vision = {"architectures": ["CLIPVisionModel"], **config["vision_config"]}
     write_json(folder / "config.json", {**vision, "model_type": "clip_vision_model"})
@@ -176,7 +218,7 @@ def from_transformers(source: str | Path, target: str | Path) -> Path:
         "mm_vision_select_feature": "patch",
         "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
-        "mm_vision_tower": str(folder),
+        "mm_vision_tower": str(final / TOWER),
         "use_mm_proj": True,
         "image_aspect_ratio": "anyres" if is_next else "pad",
         "mm_patch_merge_type": "spatial_unpad" if is_next else "flat",
@@ -188,19 +230,19 @@ def from_transformers(source: str | Path, target: str | Path) -> Path:
     if (source / "generation_config.json").is_file():
         shutil.copyfile(source / "generation_config.json", target / "generation_config.json")
     write_llama_tokenizer(source, target)
-    return target
 
 
-def _free(target: str | Path) -> Path:
-    target = Path(target)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise OptionError(f"{target} is there already: name a new folder")
-    return target
+@contextlib.contextmanager
+def _new(target: str | Path) -> Iterator[Path]:
+    try:
+        with whole_folder(target) as folder:
+            yield folder
+    except OSError as error:
+        raise OptionError(str(error)) from error
 
 
 def _config(source: Path) -> dict[str, Any]:
-    path = source / "config.json"
-    config: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    config = read_config(source)
     if config.get("model_type") not in LANGUAGES or "mm_vision_tower" not in config:
         raise OptionError(
             f"{source}: model type {config.get('model_type')!r} is no LLaVA checkpoint with Llama "

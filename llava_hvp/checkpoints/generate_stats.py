@@ -12,8 +12,8 @@ import torch
 from llava.constants import IMAGE_TOKEN_INDEX
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from llava_hvp.hosts import host_of
 from llava_hvp.hosts.llava.compat.versions import llava_models
-from llava_hvp.hosts.llava.tower import tower_facts
 from llava_hvp.pruning.monkeypatch import MonkeyPatcher
 
 
@@ -76,7 +76,9 @@ def measured(generate: Callable[..., Any], on_call: Callable[[Call], None]) -> C
         clock = _Clock(self.device)
         processors = [*(kwargs.pop("logits_processor", None) or ()), clock]
         prefill: list[torch.Tensor | int] = []
-        hook = self.register_forward_pre_hook(
+        # transformers' own model embeds inside, so that what is within it tells the length.
+        within = getattr(getattr(self, "model", None), "language_model", self)
+        hook = within.register_forward_pre_hook(
             functools.partial(_note_prefill, prefill), with_kwargs=True
         )
         try:
@@ -88,7 +90,7 @@ def measured(generate: Callable[..., Any], on_call: Callable[[Call], None]) -> C
         finally:
             hook.remove()
         counts = _counts(self, inputs, kwargs.get("attention_mask"), prefill, given, pruning)
-        tower = tower_facts(self.get_vision_tower())
+        tower = host_of(self).facts_of(self)
         on_call(
             Call(
                 first_token=(clock.first or ended) - begun,

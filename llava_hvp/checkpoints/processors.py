@@ -11,15 +11,6 @@ from llava_hvp.files import write_json
 
 IMAGE = "<image>"
 SENTENCEPIECE = "tokenizer.model"
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] != 'system' %}"
-    "{{ message['role'].upper() + ': ' }}{% endif %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
-    "{{ '<image>\n' }}{% endfor %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
-    "{{ content['text'] + ' ' }}{% endfor %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-)
 
 
 def swapped_pinpoints(config: dict[str, Any]) -> list[list[int]]:
@@ -59,7 +50,12 @@ def _content(token: Any) -> Any:
 
 
 def write_processor(
-    target: Path, tower: Path, config: dict[str, Any], vision: dict[str, Any], family: str
+    target: Path,
+    tower: Path,
+    config: dict[str, Any],
+    vision: dict[str, Any],
+    family: str,
+    template: str,
 ) -> None:
     pictures = json.loads((tower / "preprocessor_config.json").read_text())
     pictures |= {"image_processor_type": f"{family}ImageProcessor"}
@@ -79,7 +75,7 @@ def write_processor(
             "vision_feature_select_strategy": "default",
         },
     )
-    (target / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    (target / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
 def clip_processor(source: Path, side: int) -> dict[str, Any]:

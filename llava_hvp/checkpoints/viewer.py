@@ -8,20 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava_hvp.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from llava_hvp.checkpoints.checkpoint import Checkpoint
+from llava_hvp.checkpoints.opening import open_checkpoint
 from llava_hvp.checkpoints.variants import PrunedBy, Variant
 from llava_hvp.encoder.capture import QKHooks, recording
 from llava_hvp.encoder.vit import hidden_states, layers_of, read_geometry
 from llava_hvp.errors import LayerError
-from llava_hvp.hosts.llava import grid
-from llava_hvp.hosts.llava.tiling import TilingConfig
-from llava_hvp.hosts.llava.tower import check_tower
-from llava_hvp.hosts.llava.view import LlavaView
 from llava_hvp.methods.base import Needs, Selection
 from llava_hvp.methods.uniform import Uniform
 from llava_hvp.pruning.report import ImageReport
 from llava_hvp.runtime import PruningConfig
 from llava_hvp.show.colours import UNPRUNED
+from llava_hvp.show.frame import View
 
 
 @dataclass
@@ -29,7 +27,7 @@ class Viewer:
     """A model on its device, and how it sees pictures."""
 
     checkpoint: Checkpoint
-    view: LlavaView
+    view: View
 
     @classmethod
     def load(
@@ -42,7 +40,7 @@ class Viewer:
         conv_mode: str | None = None,
         tiling: str = "stock",
     ) -> Viewer:
-        """By LLaVA's own loader; raises OptionError if it fails.
+        """By `open_checkpoint`; raises OptionError if it fails.
 
         Parameters
         ----------
@@ -52,12 +50,7 @@ class Viewer:
             conversation template, by default that of the checkpoint's name
         """
         checkpoint = open_checkpoint(path, device, base=base, bits=bits, conv_mode=conv_mode)
-        tower = checkpoint.model.get_vision_tower()
-        check_tower(tower, Uniform())
-        patches = read_geometry(tower.vision_tower).grid
-        with grid.fixed(checkpoint.model, tiling):
-            own = TilingConfig.of(checkpoint.model.config, patches, tower.config.image_size)
-        return cls(checkpoint, LlavaView.of(tower, own))
+        return cls(checkpoint, checkpoint.view(tiling))
 
     @property
     def name(self) -> str:
@@ -66,21 +59,20 @@ class Viewer:
 
     @property
     def model(self) -> Any:
-        """The LLaVA model."""
+        """The model."""
         return self.checkpoint.model
 
     @property
     def select(self) -> int:
         """The layer whose output goes to the projector, numbered from 1."""
-        tower = self.model.get_vision_tower()
-        return read_geometry(tower.vision_tower).normalised(tower.select_layer)
+        return read_geometry(self.checkpoint.vit).normalised(self.checkpoint.select_layer)
 
     def reads(self, by: PrunedBy) -> Needs:
         """What is read of the tower, whatever the budget; raises LayerError for others' layers."""
         pruning = Variant.of(by).pruning
         if pruning is None:
             return Needs()
-        depth = read_geometry(self.model.get_vision_tower().vision_tower).depth
+        depth = read_geometry(self.checkpoint.vit).depth
         return pruning.method.reads(depth, self.select)
 
     def prompt(self, question: str) -> Tensor:
@@ -90,7 +82,7 @@ class Viewer:
     def pixels(self, image: Any) -> Tensor:
         """What the model is given: (1, 3, H, W), or (1, tiles, 3, H, W) of AnyRes."""
         pixels = self.view.pixels(image).to(self.model.device, self.checkpoint.dtype)
-        return pixels[None] if self.view.tiling.aspect_ratio == "anyres" else pixels
+        return pixels[None] if self.checkpoint.cuts_tiles else pixels
 
     @torch.inference_mode()
     def received_attention(
@@ -105,15 +97,15 @@ class Viewer:
         wrong = [layer for layer in wanted if not 1 <= layer <= self.select]
         if wrong:
             raise LayerError(f"--layers {wrong[0]}: give layers from 1 to {self.select}, or all")
-        tower = self.model.get_vision_tower()
-        geometry = read_geometry(tower.vision_tower)
+        vit, (device, dtype) = self.checkpoint.vit, self.checkpoint.tower
+        geometry = read_geometry(vit)
         needs = Needs(received_attention=tuple(dict.fromkeys(wanted)))
-        pixels = self.pixels(image).flatten(0, -4).to(tower.device, tower.dtype)
-        hooks = QKHooks(layers_of(tower.vision_tower), needs)
+        pixels = self.pixels(image).flatten(0, -4).to(device, dtype)
+        hooks = QKHooks(layers_of(vit), needs)
         try:
             recorded = recording(needs, geometry.heads, geometry.patches)
             with torch.no_grad(), recorded as scores:
-                hidden_states(tower.vision_tower, pixels, max(wanted))
+                hidden_states(vit, pixels, max(wanted))
         finally:
             hooks.remove()
         return {
@@ -139,9 +131,7 @@ class Viewer:
                 # What is left inside is known when the prompt has run there.
                 self._generate(image, ids, 1)
                 return pruned.last[0]
-            self.model.prepare_inputs_labels_for_multimodal(
-                ids, None, None, None, None, self.pixels(image), [image.size]
-            )
+            self.checkpoint.prepare(ids, self.pixels(image), [image.size])
             return pruned.last[0]
 
     @torch.inference_mode()
@@ -155,7 +145,7 @@ class Viewer:
             return text, pruning.last[0] if pruning is not None else None
 
     def _generate(self, image: Any, ids: Tensor, new_tokens: int) -> Any:
-        return self.model.generate(
+        return self.checkpoint.generate(
             ids,
             images=self.pixels(image),
             image_sizes=[image.size],

@@ -15,6 +15,7 @@ import llava_hvp
 from llava_hvp.cli import (
     accuracy,
     bench,
+    convert,
     doctor,
     evaluate,
     methods,
@@ -40,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         table,
         reproduce,
         shapes,
+        convert,
         accuracy,
         bench,
         methods,

@@ -241,7 +241,7 @@ def _ask(
     settings: AccuracySettings, asked: Sequence[tuple[Scene, Question]], answers: Answers
 ) -> list[Marks]:
     # LLaVA comes only now: whatever was typed wrong has been said.
-    from llava_hvp.checkpoints.checkpoint import open_checkpoint
+    from llava_hvp.checkpoints.opening import open_checkpoint
 
     chosen = settings.variants
     with tempfile.TemporaryDirectory(prefix="llava-hvp-") as folder:

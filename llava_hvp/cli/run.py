@@ -208,7 +208,7 @@ def tell(reports: list[dict[str, Any]], code: int, *, pruned: bool = True) -> bo
             f"warning: no process of this command {'pruned' if pruned else 'encoded'} an image. "
             "If it ran LLaVA, then with a "
             f"Python that has no llava-hvp{where}, with `python -S`, or with code other than the "
-            "`llava` package: see `llava-hvp doctor`"
+            "`llava` package and transformers' own classes: see `llava-hvp doctor`"
         )
     elif len(reports) > 1:
         say(f"{len(reports)} processes, {summary(added(done))}")

@@ -27,6 +27,7 @@ from llava_hvp.console import say
 from llava_hvp.errors import LlavaHvpError, OptionError, RecordError, UnsupportedModelError
 from llava_hvp.files import write_json
 from llava_hvp.hook.answers import AnswersFile
+from llava_hvp.hosts import host_of
 from llava_hvp.methods import NONE
 from llava_hvp.pruning.record import UNWRITTEN, Totals, record_path
 from llava_hvp.pruning.report import ImageReport
@@ -37,7 +38,10 @@ if TYPE_CHECKING:
 
 FAILED = 1  # exit code
 _PAST_US = "images were encoded without pruning"
-_WHY = "something builds or calls the vision tower past LLaVA's loader"
+_WHY = (
+    "something builds or calls the vision tower past LLaVA's loader, or past from_pretrained of "
+    "transformers' own LLaVA classes"
+)
 
 
 def leave_report(
@@ -326,11 +330,9 @@ def _parent_process() -> Any:
 
 
 def _facts(model: Any) -> dict[str, str]:
-    from llava_hvp.hosts.llava.tower import tower_facts
-
     return {
         "dtype": str(model.dtype).removeprefix("torch."),
-        **tower_facts(model.get_vision_tower()),
+        **host_of(model).facts_of(model),
         "device": str(model.device),
         "quantization": str(getattr(model, "quantization_method", None) or "none"),
     }

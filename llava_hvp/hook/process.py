@@ -25,9 +25,10 @@ from llava_hvp.console import say
 from llava_hvp.errors import LlavaHvpError, OptionError, RecordError, UnsupportedModelError
 from llava_hvp.hook.audit import PruningAudit, leave_report
 from llava_hvp.hook.ranks import watch_trainers
+from llava_hvp.pruning.monkeypatch import MonkeyPatcher
 from llava_hvp.pruning.record import Totals
 from llava_hvp.runtime import PruningConfig
-from llava_hvp.version import __version__
+from llava_hvp.version import __version__, version_of
 
 USAGE, FAILED = 2, 1  # exit codes: what was asked for is wrong, or could not be done
 _UNPRUNED_TRAINING = "training stays unpruned: give --prune-train to prune it too"
@@ -90,7 +91,9 @@ class PrunedProcess:
         self.request = request
         self._account: PruningAudit | None = None
         self._is_on = False
-        self._patched: tuple[type, ...] = ()
+        self._met: set[str] = set()  # modules of transformers' own LLaVA
+        self._patched: list[type] = []
+        self._patches, self._trainer_bridge = MonkeyPatcher(), MonkeyPatcher()
 
     @property
     def prunes(self) -> bool:
@@ -154,7 +157,6 @@ class PrunedProcess:
             return
         from llava_hvp.hosts.llava import compat
         from llava_hvp.hosts.llava.compat.device import bridge_deepspeed_to_cpu, bridge_to_cpu
-        from llava_hvp.pruning.monkeypatch import MonkeyPatcher
 
         if self.request.device == "cpu":
             bridge_to_cpu(MonkeyPatcher())
@@ -164,13 +166,47 @@ class PrunedProcess:
         if not asked:
             self._answer_part(lambda: 0)
             return
-        found = {"llava-hvp": __version__, **compat.found_versions()}
-        self._account = account = PruningAudit(self.command, self.request, pruning, found)
+        account = self._opened(compat.found_versions())
         if self.command in startup.EVALUATING:
             account.answers.watch()
-        self._patches, self._trainer_bridge = MonkeyPatcher(), MonkeyPatcher()
         self._install(pruning, account)
         self._answer_part(lambda: account.unpruned)
+
+    def switch_on_transformers(self, module: Any) -> None:
+        """Prune every model of transformers' own LLaVA classes that is loaded from now on.
+
+        Parameters
+        ----------
+        module : Any
+            where its classes are, imported a moment ago
+        """
+        if not self.request.asked:
+            return
+        if module.__name__ in self._met:  # imported once more
+            self.check_host()
+            return
+        self._met.add(module.__name__)
+        from llava_hvp.hosts.hf import loading
+
+        found = {name: version_of(name) or "none" for name in ("torch", "transformers")}
+        account = self._opened(found)
+        self._patched += loading.install(
+            self._patches,
+            module,
+            self.request.pruning,
+            before=account.begin,
+            on_model=account.watch,
+            on_unpruned=account.add_unpruned,
+            on_images=account.count,
+        )
+
+    def _opened(self, found: dict[str, str]) -> PruningAudit:
+        """The account of this process, which names what was found."""
+        if self._account is None:
+            versions = {"llava-hvp": __version__}
+            self._account = PruningAudit(self.command, self.request, self.request.pruning, versions)
+        self._account.versions |= found
+        return self._account
 
     def _install(self, pruning: PruningConfig | None, account: PruningAudit) -> None:
         loader = importlib.import_module("llava.model.builder")
@@ -189,7 +225,7 @@ class PrunedProcess:
         arch = importlib.import_module("llava.model.llava_arch")
         tower = clip.CLIPVisionTower
         self._patches.replace(tower, "forward", _counting(tower.forward, account))
-        self._patched = (tower, arch.LlavaMetaForCausalLM)
+        self._patched += [tower, arch.LlavaMetaForCausalLM]
 
     def _answer_part(self, unpruned: Callable[[], int]) -> None:
         """Be a part of `llava-hvp eval`, if this process is one."""
@@ -209,10 +245,14 @@ class PrunedProcess:
         """Raise a LlavaHvpError unless LLaVA, if it was used, was used as it was asked for."""
         if not self.request.asked and self.request.device != "cpu":
             return
-        if not self._is_on:
+        past = self.request.asked and any(
+            name in sys.modules and name not in self._met for name in startup.TRANSFORMERS
+        )
+        if past or (sys.modules.get("llava") and not self._is_on):
             raise UnsupportedModelError(
                 "LLaVA was imported past llava-hvp, by an import hook of something else, and "
-                "nothing was pruned: write `import llava` before that hook is set"
+                "nothing was pruned: write `import llava` before that hook is set, or the import "
+                "of transformers' own LLaVA class"
             )
         for kind in self._patched:
             module = sys.modules.get(kind.__module__)
@@ -227,7 +267,6 @@ class PrunedProcess:
     def training_imported(self) -> None:
         """Bridge the trainer's gaps for whoever imports it. It does not mean that they train."""
         from llava_hvp.hosts.llava.compat.training import bridge_training
-        from llava_hvp.pruning.monkeypatch import MonkeyPatcher
 
         if self._account is not None:
             bridge_training(self._trainer_bridge)

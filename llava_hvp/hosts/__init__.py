@@ -8,10 +8,15 @@ from typing import Any
 
 from llava_hvp.errors import UnsupportedModelError
 
-# Host -> classes of which each of its models has one among its bases.
+# Host -> classes of which each of its models, or what encodes in it, has one among its bases.
 MARKS = {
     "llava": ("LlavaMetaForCausalLM",),
-    "hf": ("LlavaForConditionalGeneration", "LlavaNextForConditionalGeneration"),
+    "hf": (
+        "LlavaForConditionalGeneration",
+        "LlavaNextForConditionalGeneration",
+        "LlavaModel",
+        "LlavaNextModel",
+    ),
 }
 
 

@@ -97,7 +97,7 @@ class LlavaHvp(lmms):
         self._device = self._choose_device(device)
         check_before_loading(pretrained, [pruning])
         # LLaVA comes only now: whatever was typed wrong has been said.
-        from llava_hvp.checkpoints.checkpoint import open_checkpoint
+        from llava_hvp.checkpoints.opening import open_checkpoint
         from llava_hvp.hosts.llava.host import attach
 
         self.checkpoint = open_checkpoint(

@@ -82,6 +82,9 @@ class View(Protocol):
     def describe(self, size: tuple[int, int]) -> str:
         """What becomes of a picture of (width, height), in a line."""
 
+    def pixels(self, image: Any) -> Tensor:
+        """(tiles, 3, H, W) of a PIL image; raises PictureError where it cannot be processed."""
+
 
 class Report(Protocol):
     """What pruning did to an image, as far as pictures show it: an `ImageReport` of the core."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_hvp.encoder.text import ClipText
+from llava_hvp.encoder.vit import attention_of, read_geometry
 from llava_hvp.errors import (
     OptionError,
     PrunedStateError,
@@ -32,6 +34,7 @@ from llava_hvp.pruning.layout import Layout, Size
 from llava_hvp.pruning.pruning import CHANGING, Pruning
 from llava_hvp.runtime import PruningConfig, Runtime
 
+CLIP = "clip_checkpoint"  # in the config of a checkpoint that we converted
 # Hugging Face checkpoints do not name the CLIP that their tower came from, which holds the text
 # encoder. (layers, hidden size, grid) -> the one that LLaVA was trained with.
 CLIPS = {(24, 1024, (24, 24)): "openai/clip-vit-large-patch14-336"}
@@ -48,10 +51,14 @@ class HFModel:
         self.handles: list[Any] = []
         self._marks: tuple[Marks, ...] | None = None
 
+    @property
+    def grid(self) -> Grid:
+        """(rows, columns) of patches of a tile, while pruned and after."""
+        return read_geometry(self.encoder.vit).grid
+
     def layout(self, tiles: int, size: Size | None, merge: str) -> Layout:
         """The tokens that stock sends of an image of `tiles` tiles."""
-        grid = self.encoder.plan().geometry.grid
-        placed: Layout = self.family.layout(self.model.model, grid, tiles, size, merge)
+        placed: Layout = self.family.layout(self.model.model, self.grid, tiles, size, merge)
         return placed
 
     def mosaic(self, tiles: int, size: Size | None) -> Grid | None:
@@ -113,7 +120,13 @@ class HFModel:
 
     @property
     def clip_checkpoint(self) -> str:
-        """The CLIP that the tower came from, by its shape; raises TextEncoderError if unknown."""
+        """The CLIP that the tower came from, by the config or its shape.
+
+        Raises TextEncoderError if unknown.
+        """
+        named = getattr(self.model.config, CLIP, None)
+        if named is not None:
+            return str(named)
         config: Any = self.encoder.vit.config
         grid = self.encoder.plan().geometry.grid
         shape = config.num_hidden_layers, config.hidden_size, grid
@@ -191,9 +204,14 @@ def _refuse(chosen: PruningConfig) -> None:
             f"{chosen.inside.name} prunes inside the language model, so far on LLaVA's own classes "
             "only: on transformers' give a method at the vision tower, as HIVTP(r_max=0.5)"
         )
-    if chosen.runtime.tiling != "stock":
+    check_tiling(chosen.runtime.tiling)
+
+
+def check_tiling(tiling: str) -> None:
+    """Raise OptionError unless pictures are cut as the processor has it, which cuts them."""
+    if tiling != "stock":
         raise OptionError(
-            f"tiling={chosen.runtime.tiling!r} on transformers' own classes, whose processor cuts "
+            f"tiling={tiling!r} on transformers' own classes, whose processor cuts "
             "the tiles: set image_grid_pinpoints of processor.image_processor and of model.config, "
             "as [[672, 672]]"
         )
@@ -215,6 +233,30 @@ def detach(model: Any) -> None:
         earlier = getattr(ours, "earlier", None)
         if earlier is not None:
             model.generate = earlier
+
+
+def tiled(model: Any, tiling: str) -> AbstractContextManager[None]:
+    """For an unpruned model to cut pictures so; raises OptionError for any but stock."""
+    check_tiling(tiling)
+    return nullcontext()
+
+
+def facts_of(model: Any) -> dict[str, str]:
+    """In which dtype and by which attention its tower encodes, pruned or not, for results.
+
+    Parameters
+    ----------
+    model : Any
+        one of the pruned classes, or the one inside it
+    """
+    pruning = vars(model).get("llava_hvp")
+    vit = getattr(model, "model", model).vision_tower
+    fused = pruning is not None and pruning.host_model.encoder.fuses_attention
+    dtype = next(p.dtype for p in vit.parameters() if p.is_floating_point())
+    return {
+        "vision_tower_dtype": str(dtype).removeprefix("torch."),
+        "vision_tower_attention": attention_of(vit, fused=fused),
+    }
 
 
 def find(model: Any) -> Any:

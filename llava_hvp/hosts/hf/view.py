@@ -28,7 +28,7 @@ class HFView:
 
     def panels(self, tiles: int, size: Size | None) -> tuple[Panel, ...]:
         """Where the patches of an image of `tiles` tiles lie, by `tile * N + patch`."""
-        rows, columns = self.host.encoder.plan().geometry.grid
+        rows, columns = self.host.grid
         index = torch.arange(tiles * rows * columns).view(tiles, rows, columns)
         if tiles == 1:
             return (Panel("", index[0], self._patch_side),)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from llava_hvp.hosts import unknown
 from llava_hvp.hosts.llava import compat, grid, overrides, tiling
 from llava_hvp.hosts.llava.prompt import read_prompt, rows_of_images
 from llava_hvp.hosts.llava.tiling import TilingConfig
-from llava_hvp.hosts.llava.tower import PrunedCLIPVisionTower
+from llava_hvp.hosts.llava.tower import PrunedCLIPVisionTower, tower_facts
 from llava_hvp.hosts.llava.view import LlavaView
 from llava_hvp.methods.base import Method
 from llava_hvp.methods.language import LanguageMethod
@@ -237,6 +238,16 @@ def detach(model: Any) -> None:
         tower = model.get_vision_tower()
         if isinstance(tower, PrunedCLIPVisionTower):
             tower.release()
+
+
+def tiled(model: Any, tiling: str) -> AbstractContextManager[None]:
+    """Inside the block an unpruned model cuts pictures so, as `Runtime.tiling` has it."""
+    return grid.fixed(model, tiling)
+
+
+def facts_of(model: Any) -> dict[str, str]:
+    """In which dtype and by which attention its tower encodes, pruned or not, for results."""
+    return tower_facts(model.get_vision_tower())
 
 
 def find_llava(model: Any) -> Any:
