@@ -56,7 +56,7 @@ class ClipText:
 
     def check(self, tower: nn.Module) -> None:
         """Raise TextEncoderError where a tower's features are not as wide as this CLIP's."""
-        width = len(transformer(tower).post_layernorm.weight)
+        (width,) = transformer(tower).post_layernorm.normalized_shape  # the weight may be elsewhere
         weight: Any = self.visual_projection.weight
         own = weight.shape[1]
         if width != own:
