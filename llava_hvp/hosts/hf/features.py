@@ -26,9 +26,14 @@ class GetImageFeatures:
 
     @torch.compiler.disable
     def __call__(
-        self, pixel_values: Tensor, image_sizes: Any = None, *, return_dict: bool = True, **_: Any
+        self,
+        pixel_values: Tensor,
+        image_sizes: Any = None,
+        *,
+        return_dict: bool = True,
+        **beside: Any,
     ) -> Any:
-        images = Images(self.pruning, pixel_values, image_sizes)
+        images = Images(self.pruning, pixel_values, {**beside, "image_sizes": image_sizes})
         embed = self.pruning.host_model.model.get_input_embeddings()
         features = images.encoded(range(len(images.stacks)), None, embed.weight.dtype)
         if release() < (5, 0):

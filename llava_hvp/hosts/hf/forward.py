@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from llava_hvp.errors import UnsupportedModelError
 from llava_hvp.hosts.hf.cache import CacheNote, length_of, note_of, put_note, short_mask
 from llava_hvp.hosts.hf.images import Images
-from llava_hvp.hosts.hf.refusals import PER_TOKEN, check_arguments, check_encoded
+from llava_hvp.hosts.hf.refusals import PER_TOKEN, check_arguments, check_encoded, check_videos
 from llava_hvp.hosts.hf.short_prompt import ShortPrompt, short_prompt
 from llava_hvp.pruning.pruning import Pruning
 
 IGNORED = -100  # a label that no loss counts
-PIXELS = 1  # where stock's forward takes pixel_values among its positional arguments
+SEEN = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,8 @@ class ForwardHook:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         # What a compiled decoding step passes through is read here, and no more.
-        pixels = args[PIXELS] if len(args) > PIXELS else kwargs.get("pixel_values")
         noted = getattr(kwargs.get("past_key_values"), "llava_hvp", None) is not None
-        if pixels is None and not kwargs.get("mm_encoder_outputs") and not noted:
+        if len(args) < 2 and not noted and not any(kwargs.get(x) is not None for x in SEEN):
             return None
         return _rewritten(self.pruning, module, args, kwargs)
 
@@ -50,6 +49,7 @@ def _rewritten(
         kwargs = {**_named(module, args), **kwargs}
     pixels = kwargs.get("pixel_values")
     if pixels is None or len(pixels) == 0:
+        check_videos(kwargs)
         check_encoded(kwargs)
         note = note_of(kwargs.get("past_key_values"))
         return (), kwargs if note is None else {**kwargs, **_next_step(note, kwargs)}
@@ -75,11 +75,11 @@ def short_call(pruning: Pruning, given: dict[str, Any]) -> dict[str, Any]:
     cache = given.get("past_key_values")
     cached, note = length_of(cache), note_of(cache)
     new_mask = None if mask is None else mask[:, -ids.shape[1] :]
-    images = Images(pruning, given["pixel_values"], given.get("image_sizes"))
+    images = Images(pruning, given["pixel_values"], given)
     prompt = short_prompt(pruning, ids, new_mask, images)
     rest = {**given, "input_ids": None, "inputs_embeds": prompt.embeds, "pixel_values": None}
-    if "image_sizes" in rest:
-        rest["image_sizes"] = None
+    host: Any = pruning.host_model
+    rest |= {name: None for name in host.family.beside if name in rest}
     if prompt.removed:
         rest |= _per_token(given, prompt, mask, note, cached)
     if cached == 0 and not pruning.host_model.model.training:

@@ -30,6 +30,7 @@ from llava_hvp.hosts.hf.refusals import (
     check_arguments,
     check_encoded,
     check_generation,
+    check_videos,
     setting,
 )
 from llava_hvp.hosts.hf.short_prompt import Before, ShortPrompt, conversation_before, short_prompt
@@ -63,6 +64,7 @@ class Generate:
         given = dict(zip(names, args, strict=False)) | kwargs
         pixels, cache = given.get("pixel_values"), given.get("past_key_values")
         if pixels is None or len(pixels) == 0:
+            check_videos(given)
             check_encoded(given)
             if note_of(cache) is None:
                 return self.stock(*args, **kwargs)
@@ -85,13 +87,14 @@ def _generate(
     cached = length_of(given.get("past_key_values"))
     if given.get("pixel_values") is None and note is not None and not _is_whole(note, ids):
         return _go_on(stock, given, note, cached)
-    images = Images(pruning, given.get("pixel_values"), given.get("image_sizes"))
+    images = Images(pruning, given.get("pixel_values"), given)
     prompt, before = _prompt(pruning, given, told, images, note, cached)
     long, whole, short_whole = ids, prompt.ids, prompt.mask
     if before is not None:
         whole = torch.cat((before.ids, prompt.ids), dim=1)
         short_whole = torch.cat((before.mask.to(prompt.mask.device), prompt.mask), dim=1)
-    call = {k: v for k, v in given.items() if k not in ("pixel_values", "image_sizes")}
+    host: Any = pruning.host_model
+    call = {k: v for k, v in given.items() if k not in ("pixel_values", *host.family.beside)}
     call |= _as_embeds(model, prompt, before, whole)
     removed = long.shape[1] - whole.shape[1]
     if removed or prompt.removed:

@@ -24,14 +24,13 @@ def check_arguments(given: dict[str, Any], config: Any) -> None:
             f"an attention_mask of shape {shape}, whose columns cannot be told from its ids",
             "give one of (batch, tokens)",
         )
-    if given.get("pixel_values_videos") is not None:
-        raise _refused("pixel_values_videos", "give the frames as images, or unprune(model) first")
+    check_videos(given)
     check_encoded(given)
-    for name in ("vision_feature_layer", "vision_feature_select_strategy"):
+    for name in ("vision_feature_layer", "vision_feature_select_strategy", "vision_aspect_ratio"):
         wanted = given.get(name)
-        if wanted is not None and wanted != getattr(config, name):
+        if wanted is not None and wanted != getattr(config, name, None):
             raise _refused(
-                f"{name}={wanted!r}, where the config has {getattr(config, name)!r}",
+                f"{name}={wanted!r}, where the config has {getattr(config, name, None)!r}",
                 f"set the config's {name} before prune(model, method)",
             )
     for name, value in given.items():
@@ -43,6 +42,12 @@ def check_arguments(given: dict[str, Any], config: Any) -> None:
         raise _refused(
             "logits_to_keep as indices of the long prompt", "give a number of last columns"
         )
+
+
+def check_videos(given: dict[str, Any]) -> None:
+    """Raise UnsupportedModelError for videos, which are not pruned."""
+    if given.get("pixel_values_videos") is not None:
+        raise _refused("pixel_values_videos", "give the frames as images, or unprune(model) first")
 
 
 def check_encoded(given: dict[str, Any]) -> None:
