@@ -156,3 +156,66 @@ def pictures(
         given["image_sizes"] = torch.tensor(sizes)
         given["batch_num_images"] = torch.tensor([len(held) for held, _ in questions])
     return given
+
+
+# Qwen2.5-VL
+
+VISION_START = 502
+MERGE, PATCH, WINDOW = 2, 14, 112
+FULL_LAYERS = (8, 16, 24, 32)  # numbered from 1, as in the released checkpoints
+
+
+def qwen(seed: int = 0) -> Any:
+    """32 layers, four of them with full attention; windows of 4 x 4 tokens."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    config = Qwen2_5_VLConfig(
+        text_config={
+            **TEXT,
+            "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
+            "vision_start_token_id": VISION_START,
+        },
+        vision_config={
+            "depth": 32,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 2,
+            "out_hidden_size": TEXT["hidden_size"],
+            "fullatt_block_indexes": [layer - 1 for layer in FULL_LAYERS],
+            "window_size": WINDOW,
+        },
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=VISION_START,
+        tie_word_embeddings=False,
+        pad_token_id=PADDING,
+    )
+    torch.manual_seed(seed)
+    model = spread(Qwen2_5_VLForConditionalGeneration(config))
+    model.generation_config.pad_token_id = PADDING
+    return model
+
+
+def grids(
+    questions: list[tuple[list[tuple[int, int]], int]], side: str = "left", seed: int = 0
+) -> dict[str, Any]:
+    """What the processor gives for rows of images of (rows, columns) tokens, and words behind."""
+    from llava_hvp.hosts.hf.versions import release
+
+    random = torch.Generator().manual_seed(seed)
+    rows, pixels, sizes = [], [], []
+    for number, (held, count) in enumerate(questions):
+        ids = words(4, number)
+        for down, across in held:
+            ids += [VISION_START] + [IMAGE] * (down * across) + words(2, number)
+            patches = down * across * MERGE**2
+            pixels.append(torch.randn(patches, 3 * 2 * PATCH**2, generator=random))
+            sizes.append([1, down * MERGE, across * MERGE])
+        rows.append(ids + words(count, number + 10))
+    given: dict[str, Any] = batch(rows, side)
+    if release() >= (5, 0):
+        given["mm_token_type_ids"] = (given["input_ids"] == IMAGE).long()
+    if pixels:
+        given["pixel_values"] = torch.cat(pixels)
+        given["image_grid_thw"] = torch.tensor(sizes)
+    return given

@@ -15,6 +15,7 @@ MARKS = {
         "LlavaForConditionalGeneration",
         "LlavaNextForConditionalGeneration",
         "LlavaOnevisionForConditionalGeneration",
+        "Qwen2_5_VLForConditionalGeneration",
         "LlavaModel",
         "LlavaNextModel",
     ),
@@ -39,7 +40,8 @@ def unknown(model: Any) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"{type(model).__name__} is not a LLaVA model: give what llava.model.builder."
         "load_pretrained_model returns, or transformers' own LlavaForConditionalGeneration, "
-        "LlavaNextForConditionalGeneration or LlavaOnevisionForConditionalGeneration"
+        "LlavaNextForConditionalGeneration, LlavaOnevisionForConditionalGeneration or "
+        "Qwen2_5_VLForConditionalGeneration"
     )
 
 

@@ -13,6 +13,10 @@ import torch
 from torch import Tensor
 
 from llava_hvp.errors import UnsupportedModelError
+from llava_hvp.hosts.hf.images import Images
+from llava_hvp.hosts.hf.qwen.images import QwenImages
+from llava_hvp.hosts.hf.qwen.tower import QwenTower
+from llava_hvp.hosts.hf.tower import PrunedVisionTower
 from llava_hvp.methods.masks import Grid
 from llava_hvp.pruning.layout import NEWLINE, Layout, Size
 
@@ -20,8 +24,11 @@ from llava_hvp.pruning.layout import NEWLINE, Layout, Size
 class Llava:
     """`LlavaForConditionalGeneration`: an image is one tile, its patches in a row."""
 
+    tower: Any = PrunedVisionTower
+    images: Any = Images
     newline = False
     beside: tuple[str, ...] = ()  # arguments of a call that describe its pixels
+    keeps_positions = False  # whether tokens that stay keep their positions; else these close up
 
     @staticmethod
     def tiles(
@@ -49,8 +56,11 @@ class Llava:
 class LlavaNext:
     """`LlavaNextForConditionalGeneration`: a base tile, then the mosaic of AnyRes, unpadded."""
 
+    tower: Any = PrunedVisionTower
+    images: Any = Images
     newline = True
     beside: tuple[str, ...] = ("image_sizes",)
+    keeps_positions = False
 
     @classmethod
     def tiles(
@@ -174,6 +184,16 @@ class LlavaOnevision(LlavaNext):
             )
 
 
+class Qwen:
+    """`Qwen2_5_VLForConditionalGeneration`: an image is one grid of tokens, of its own size."""
+
+    tower: Any = QwenTower
+    images: Any = QwenImages
+    newline = False
+    beside: tuple[str, ...] = ("image_grid_thw",)
+    keeps_positions = True
+
+
 def _product(grid: Grid | None) -> int:
     return 0 if grid is None else grid[0] * grid[1]
 
@@ -182,6 +202,7 @@ FAMILIES: dict[str, Any] = {
     "LlavaForConditionalGeneration": Llava,
     "LlavaNextForConditionalGeneration": LlavaNext,
     "LlavaOnevisionForConditionalGeneration": LlavaOnevision,
+    "Qwen2_5_VLForConditionalGeneration": Qwen,
 }
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava_hvp.hosts.hf.images import Images
 from llava_hvp.hosts.hf.versions import release
 from llava_hvp.pruning.pruning import Pruning
 
@@ -28,14 +27,17 @@ class GetImageFeatures:
     def __call__(
         self,
         pixel_values: Tensor,
-        image_sizes: Any = None,
+        described: Any = None,
         *,
         return_dict: bool = True,
         **beside: Any,
     ) -> Any:
-        images = Images(self.pruning, pixel_values, {**beside, "image_sizes": image_sizes})
-        embed = self.pruning.host_model.model.get_input_embeddings()
-        features = images.encoded(range(len(images.stacks)), None, embed.weight.dtype)
+        host: Any = self.pruning.host_model
+        if described is not None:
+            beside[host.family.beside[0]] = described
+        images = host.family.images(self.pruning, pixel_values, beside)
+        dtype = host.model.get_input_embeddings().weight.dtype
+        features = images.encoded(range(len(images.stock)), None, dtype)
         if release() < (5, 0):
             return features
         from transformers.modeling_outputs import BaseModelOutputWithPooling

@@ -17,6 +17,8 @@ from llava_hvp.pruning.pruning import Pruning
 class Images:
     """The images of one call, cut into tiles and not yet encoded.
 
+    Which of an image's placeholders go does not matter, since positions close up.
+
     Parameters
     ----------
     pruning : Pruning
@@ -27,6 +29,8 @@ class Images:
         the call's arguments, of which the family's describe the pixels; `image_sizes` are (height,
         width)
     """
+
+    columns: list[Tensor] | None = None
 
     def __init__(
         self, pruning: Pruning, pixel_values: Tensor | None, beside: Mapping[str, Any]

@@ -57,6 +57,14 @@ def check_encoded(given: dict[str, Any]) -> None:
         raise _refused("mm_encoder_outputs, encoded elsewhere and not pruned", "give pixel_values")
 
 
+def filled_cache() -> UnsupportedModelError:
+    """The error for images, or a whole conversation, beside a cache, where positions stay."""
+    return _refused(
+        "images or a whole conversation with a filled past_key_values on Qwen2.5-VL",
+        "give the new text's ids alone, or begin with an empty cache",
+    )
+
+
 def check_generation(given: dict[str, Any], configs: list[Any]) -> None:
     """Raise UnsupportedModelError for ways to generate that run past the pruned prompt.
 
