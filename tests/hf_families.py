@@ -58,6 +58,15 @@ def generate(model: Any, inputs: dict[str, Any], tokens: int = 6, **kwargs: Any)
     return ids[:, inputs["input_ids"].shape[1] :]
 
 
+def steps(model: Any, inputs: dict[str, Any], tokens: int = 6, **kwargs: Any) -> Tensor:
+    """(B, tokens, V) logits of each step of `generate`, greedy: ids hardly feel a position."""
+    given = {"do_sample": False, "max_new_tokens": tokens, "min_new_tokens": tokens}
+    output = model.generate(
+        **inputs, **given, **kwargs, output_logits=True, return_dict_in_generate=True
+    )
+    return torch.stack(output.logits, dim=1)
+
+
 def logits(model: Any, inputs: dict[str, Any], **kwargs: Any) -> Tensor:
     """Of a forward pass."""
     with torch.no_grad():

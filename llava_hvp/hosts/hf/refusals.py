@@ -61,7 +61,7 @@ def filled_cache() -> UnsupportedModelError:
     """The error for images, or a whole conversation, beside a cache, where positions stay."""
     return _refused(
         "images or a whole conversation with a filled past_key_values on Qwen2.5-VL",
-        "give the new text's ids alone, or begin with an empty cache",
+        "begin with an empty cache",
     )
 
 
