@@ -181,6 +181,11 @@ def test_features_alone_are_those_that_a_call_sends(model):
         features = getattr(found, "pooler_output", found)
         assert [len(f) for f in features] == [r.kept_tokens for r in pruned.last]
         assert [r.tiles for r in pruned.last] == [1, 1, 2]
+        alone = tiny.pictures(ROWS["one"])
+        by_place = model.model.get_image_features(alone["pixel_values"], alone["image_sizes"])
+        assert len(getattr(by_place, "pooler_output", by_place)) == 1
+        with pytest.raises(UnsupportedModelError, match="vision_feature_layer=-2"):
+            model.model.get_image_features(**given, vision_feature_layer=-2)
 
 
 # What is refused

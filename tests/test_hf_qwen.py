@@ -229,6 +229,15 @@ def test_a_batch_is_what_each_row_is_by_itself_slowly(name, rows, side, model):
 # What stock's callers do
 
 
+def test_features_alone_are_those_that_a_call_sends(model):
+    inputs = tiny.grids(ROWS["2, 0 and 1 images"])
+    with prune(model, HiPrune(r_max=0.3)) as pruned, torch.no_grad():
+        found = model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
+    features = getattr(found, "pooler_output", found)
+    assert [len(tokens) for tokens in features] == [r.kept_tokens for r in pruned.last]
+    assert [r.grid for r in pruned.last] == [LONG, ODD, SMALL]
+
+
 @pytest.mark.parametrize("counted", ["long", "short", "no mask"])
 def test_decoding_by_hand_goes_on_after_the_long_prompts_positions(counted, model):
     inputs = tiny.grids(ROWS["2, 0 and 1 images"] if counted != "no mask" else ROWS["one"])

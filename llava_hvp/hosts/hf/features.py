@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llava_hvp.hosts.hf.refusals import check_settings
 from llava_hvp.hosts.hf.versions import release
 from llava_hvp.pruning.pruning import Pruning
 
@@ -25,16 +26,12 @@ class GetImageFeatures:
 
     @torch.compiler.disable
     def __call__(
-        self,
-        pixel_values: Tensor,
-        described: Any = None,
-        *,
-        return_dict: bool = True,
-        **beside: Any,
+        self, pixel_values: Tensor, *args: Any, return_dict: bool = True, **beside: Any
     ) -> Any:
         host: Any = self.pruning.host_model
-        if described is not None:
-            beside[host.family.beside[0]] = described
+        names = list(self.__signature__.parameters)[1:]
+        beside |= dict(zip(names, args, strict=False))
+        check_settings(beside, host.model.config)
         images = host.family.images(self.pruning, pixel_values, beside)
         dtype = host.model.get_input_embeddings().weight.dtype
         features = images.encoded(range(len(images.stock)), None, dtype)

@@ -27,7 +27,7 @@ from llava_hvp.hosts.hf.short_prompt import ShortPrompt, short_prompt
 from llava_hvp.pruning.pruning import Pruning
 
 IGNORED = -100  # a label that no loss counts
-SEEN = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
+PIXELS = ("pixel_values", "pixel_values_videos")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class ForwardHook:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         # What a compiled decoding step passes through is read here, and no more.
         noted = getattr(kwargs.get("past_key_values"), "llava_hvp", None) is not None
-        if len(args) < 2 and not noted and not any(kwargs.get(x) is not None for x in SEEN):
+        seen = any(kwargs.get(name) is not None for name in PIXELS)
+        if len(args) < 2 and not noted and not seen and not kwargs.get("mm_encoder_outputs"):
             return None
         return _rewritten(self.pruning, module, args, kwargs)
 

@@ -26,13 +26,7 @@ def check_arguments(given: dict[str, Any], config: Any) -> None:
         )
     check_videos(given)
     check_encoded(given)
-    for name in ("vision_feature_layer", "vision_feature_select_strategy", "vision_aspect_ratio"):
-        wanted = given.get(name)
-        if wanted is not None and wanted != getattr(config, name, None):
-            raise _refused(
-                f"{name}={wanted!r}, where the config has {getattr(config, name, None)!r}",
-                f"set the config's {name} before prune(model, method)",
-            )
+    check_settings(given, config)
     for name, value in given.items():
         if name in ("input_ids", "attention_mask", "labels", "position_ids", *PER_TOKEN):
             continue
@@ -42,6 +36,17 @@ def check_arguments(given: dict[str, Any], config: Any) -> None:
         raise _refused(
             "logits_to_keep as indices of the long prompt", "give a number of last columns"
         )
+
+
+def check_settings(given: dict[str, Any], config: Any) -> None:
+    """Raise UnsupportedModelError for features other than the config's."""
+    for name in ("vision_feature_layer", "vision_feature_select_strategy", "vision_aspect_ratio"):
+        wanted = given.get(name)
+        if wanted is not None and wanted != getattr(config, name, None):
+            raise _refused(
+                f"{name}={wanted!r}, where the config has {getattr(config, name, None)!r}",
+                f"set the config's {name} before prune(model, method)",
+            )
 
 
 def check_videos(given: dict[str, Any]) -> None:
