@@ -99,8 +99,9 @@ def prune(
     ----------
     model : Any
         what LLaVA's `load_pretrained_model` gives, transformers' own
-        LlavaForConditionalGeneration or LlavaNextForConditionalGeneration, or a wrapper around one
-        of them (PEFT, DDP)
+        LlavaForConditionalGeneration, LlavaNextForConditionalGeneration,
+        LlavaOnevisionForConditionalGeneration or Qwen2_5_VLForConditionalGeneration, or a wrapper
+        around one of them (PEFT, DDP)
     method : Method
         a Method, as `HIVTP(r_max=0.5)` or `get_method("hivtp", r_max=0.5)`
     inside : LanguageMethod | None

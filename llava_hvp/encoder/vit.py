@@ -1,4 +1,7 @@
-"""Reading and running a CLIP vision transformer up to one layer, on any transformers release."""
+"""Reading and running a vision transformer up to one layer, on any transformers release.
+
+CLIP's, and SigLIP's, which has neither a CLS token nor a norm before the first layer.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +64,9 @@ def layers_of(model: nn.Module) -> Sequence[Any]:
 def read_geometry(model: nn.Module) -> Geometry:
     """The geometry of a ViT; raises UnsupportedModelError for what is not one that we can read."""
     vit = transformer(model)
-    missing = [part for part in ("embeddings", "pre_layrnorm", "encoder") if not hasattr(vit, part)]
+    missing = [part for part in ("embeddings", "encoder") if not hasattr(vit, part)]
+    has_cls = not missing and hasattr(vit.embeddings, "class_embedding")
+    missing += ["pre_layrnorm"] if has_cls and not hasattr(vit, "pre_layrnorm") else []
     layers = getattr(getattr(vit, "encoder", None), "layers", ())
     projections = [
         getattr(getattr(x, "self_attn", None), p, None)
@@ -70,15 +75,15 @@ def read_geometry(model: nn.Module) -> Geometry:
     ]
     if missing or not layers or None in projections:
         raise UnsupportedModelError(
-            f"the vision tower holds a {type(model).__name__}, which is not a CLIP vision "
-            "transformer with q_proj and k_proj in every layer: pruning needs one of LLaVA's own"
+            f"the vision tower holds a {type(model).__name__}, which is not a CLIP or SigLIP "
+            "vision transformer with q_proj and k_proj in every layer: pruning needs one of "
+            "LLaVA's own"
         )
-    has_cls = hasattr(vit.embeddings, "class_embedding")
     return dataclasses.replace(geometry_of(model.config), depth=len(layers), has_cls=has_cls)
 
 
 def geometry_of(config: Any) -> Geometry:
-    """The geometry that a `CLIPVisionConfig` gives."""
+    """The geometry that a `CLIPVisionConfig` or `SiglipVisionConfig` gives."""
     side = config.image_size // config.patch_size
     return Geometry((side, side), config.num_hidden_layers, config.num_attention_heads)
 
@@ -98,7 +103,7 @@ def refuse_sharded(name: str, width: int, hidden: int) -> None:
 
 
 def hidden_states(model: nn.Module, images: Tensor, layer: int, *, fused: bool = False) -> Tensor:
-    """(T, 1 + N, D) output of `layer`; layers past it are not run.
+    """(T, S, D) output of `layer`, S = N, or 1 + N where CLS leads; layers past it are not run.
 
     The same bits as `hidden_states[layer]` of a full pass, unless fused attention replaces eager.
 
@@ -110,7 +115,9 @@ def hidden_states(model: nn.Module, images: Tensor, layer: int, *, fused: bool =
         use torch's fused attention in layers whose own is eager
     """
     vit = transformer(model)
-    hidden = vit.pre_layrnorm(vit.embeddings(images))
+    hidden = vit.embeddings(images)
+    if hasattr(vit, "pre_layrnorm"):
+        hidden = vit.pre_layrnorm(hidden)
     for block in vit.encoder.layers[:layer]:
         if fused and _is_eager(block):
             hidden = _with_fused_attention(block, hidden)
@@ -157,7 +164,7 @@ def _attention_of(block: Any) -> str:
 
 
 def _is_eager(block: Any) -> bool:
-    """Whether a layer is one of CLIP's with eager attention, and nothing watches or moves it."""
+    """Whether a layer of CLIP or SigLIP has eager attention, and nothing watches or moves it."""
     attention = block.self_attn
     # accelerate's hooks carry the hidden states from device to device.
     watched = [m for m in (block, attention) if m._forward_hooks or m._forward_pre_hooks]
@@ -171,7 +178,7 @@ def _is_eager(block: Any) -> bool:
 
 
 def _with_fused_attention(block: Any, hidden: Tensor) -> Tensor:
-    """What a CLIP layer does, with one kernel for its attention."""
+    """What a layer of CLIP's or SigLIP's does, with one kernel for its attention."""
     attention = block.self_attn
     normed = block.layer_norm1(hidden)
     projected = [getattr(attention, name)(normed) for name in ("q_proj", "k_proj", "v_proj")]

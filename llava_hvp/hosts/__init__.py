@@ -14,6 +14,8 @@ MARKS = {
     "hf": (
         "LlavaForConditionalGeneration",
         "LlavaNextForConditionalGeneration",
+        "LlavaOnevisionForConditionalGeneration",
+        "Qwen2_5_VLForConditionalGeneration",
         "LlavaModel",
         "LlavaNextModel",
     ),
@@ -37,8 +39,9 @@ def unknown(model: Any) -> UnsupportedModelError:
     """The error for a model of no framework that is known here."""
     return UnsupportedModelError(
         f"{type(model).__name__} is not a LLaVA model: give what llava.model.builder."
-        "load_pretrained_model returns, or transformers' own LlavaForConditionalGeneration or "
-        "LlavaNextForConditionalGeneration"
+        "load_pretrained_model returns, or transformers' own LlavaForConditionalGeneration, "
+        "LlavaNextForConditionalGeneration, LlavaOnevisionForConditionalGeneration or "
+        "Qwen2_5_VLForConditionalGeneration"
     )
 
 

@@ -266,7 +266,7 @@ class PrunedEncoder:
                 merged = [tokens for tokens in (features, extra) if tokens is not None]
                 whole = torch.stack([tokens.isfinite().all() for tokens in merged]).all()
                 names, finite = [*names, "merged features"], torch.cat((finite, whole[None]))
-        return EncodedTiles(features, _on_cpu(selection, names, finite), extra)
+        return EncodedTiles(features, on_cpu(selection, names, finite), extra)
 
     def _context(
         self,
@@ -317,7 +317,7 @@ def check_method(method: VisionMethod, geometry: Geometry, hidden_state_index: i
     method.check(geometry.grid)
 
 
-def _on_cpu(selection: Selection, names: list[str], finite: Tensor) -> Selection:
+def on_cpu(selection: Selection, names: list[str], finite: Tensor) -> Selection:
     """Bring masks and the look at the scores over, in the one transfer that there is.
 
     Weights of a mix stay where they are; the order that it gives comes in one more.

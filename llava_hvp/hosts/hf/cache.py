@@ -29,12 +29,16 @@ class CacheNote:
         (B, L') as it was sent; the mask int64
     positions : Tensor
         (B, 1), what to take off a position that goes on from the long prompt
+    following : Tensor | None
+        (B, 1), the position of what follows the prompt, where its own stay as they were; there is
+        nothing to take off then
     """
 
     long_ids: Tensor
     ids: Tensor
     mask: Tensor
     positions: Tensor
+    following: Tensor | None = None
 
     def __post_init__(self) -> None:
         assert self.ids.shape == self.mask.shape

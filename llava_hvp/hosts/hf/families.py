@@ -5,13 +5,18 @@ The arithmetic of AnyRes is transformers' own, run on indices.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from llava_hvp.errors import UnsupportedModelError
+from llava_hvp.hosts.hf.images import Images
+from llava_hvp.hosts.hf.qwen.images import QwenImages
+from llava_hvp.hosts.hf.qwen.tower import QwenTower
+from llava_hvp.hosts.hf.tower import PrunedVisionTower
 from llava_hvp.methods.masks import Grid
 from llava_hvp.pruning.layout import NEWLINE, Layout, Size
 
@@ -19,11 +24,15 @@ from llava_hvp.pruning.layout import NEWLINE, Layout, Size
 class Llava:
     """`LlavaForConditionalGeneration`: an image is one tile, its patches in a row."""
 
+    tower: Any = PrunedVisionTower
+    images: Any = Images
     newline = False
+    beside: tuple[str, ...] = ()  # arguments of a call that describe its pixels
+    keeps_positions = False  # whether tokens that stay keep their positions; else these close up
 
     @staticmethod
     def tiles(
-        inner: Any, pixels: Tensor, sizes: Sequence[Size | None]
+        inner: Any, pixels: Tensor, sizes: Sequence[Size | None], beside: Mapping[str, Any]
     ) -> tuple[Tensor, tuple[int, ...]]:
         """All tiles, (T, 3, H, W), and how many each image has."""
         if pixels.ndim != 4:
@@ -47,17 +56,24 @@ class Llava:
 class LlavaNext:
     """`LlavaNextForConditionalGeneration`: a base tile, then the mosaic of AnyRes, unpadded."""
 
+    tower: Any = PrunedVisionTower
+    images: Any = Images
     newline = True
+    beside: tuple[str, ...] = ("image_sizes",)
+    keeps_positions = False
 
-    @staticmethod
+    @classmethod
     def tiles(
-        inner: Any, pixels: Tensor, sizes: Sequence[Size | None]
+        cls, inner: Any, pixels: Tensor, sizes: Sequence[Size | None], beside: Mapping[str, Any]
     ) -> tuple[Tensor, tuple[int, ...]]:
         """All tiles, (T, 3, H, W), and how many each image has; padding tiles left out.
 
         Raises UnsupportedModelError where the tiles are not those of the sizes.
         """
-        counts = tuple(1 + _product(LlavaNext.mosaic(inner, 2, size)) for size in sizes)
+        counts = tuple(
+            1 + _product(cls.mosaic(inner, 2, size)) if cut else 1
+            for size, cut in zip(sizes, cls.cut(len(sizes), beside), strict=True)
+        )
         if pixels.ndim == 5:
             fits = len(pixels) == len(counts) and pixels.shape[1] >= max(counts)
             stacks = [stack[:n] for stack, n in zip(pixels, counts, strict=False)]
@@ -72,6 +88,11 @@ class LlavaNext:
                 "image_grid_pinpoints are the model's"
             )
         return torch.cat(stacks), counts
+
+    @staticmethod
+    def cut(images: int, beside: Mapping[str, Any]) -> Sequence[bool]:
+        """Of each image, whether AnyRes cuts it into tiles."""
+        return [True] * images
 
     @staticmethod
     def mosaic(inner: Any, tiles: int, size: Size | None) -> Grid | None:
@@ -91,14 +112,14 @@ class LlavaNext:
         )
         return int(shape[0]), int(shape[1])
 
-    @staticmethod
-    def layout(inner: Any, grid: Grid, tiles: int, size: Size | None, merge: str) -> Layout:
+    @classmethod
+    def layout(cls, inner: Any, grid: Grid, tiles: int, size: Size | None, merge: str) -> Layout:
         """The tokens of one image: the model's own `pack_image_features` on patches' numbers."""
         rows, columns = grid
         patches = rows * columns
         index = torch.arange(tiles * patches)
         base = index[:patches]
-        arrangement = LlavaNext.mosaic(inner, tiles, size)
+        arrangement = cls.mosaic(inner, tiles, size)
         if arrangement is None or size is None:
             return Layout(base, newline=merge == "stock")
         if merge == "spatial":
@@ -108,12 +129,69 @@ class LlavaNext:
             inner,
             [index.view(tiles, patches, 1)],
             [size[::-1]],
-            vision_feature_select_strategy="default",
             image_newline=torch.tensor([NEWLINE]),
+            **cls.packed_by(inner),
         )
         tokens = packed[0][patches:, 0]
         lines = int((tokens == NEWLINE).sum())
-        return Layout(base, tokens.view(lines, -1)[:, :-1] if lines else tokens[None, :0], True)
+        table = tokens.view(lines, -1)[:, :-1] if lines else tokens[None, :0]
+        cls.check_mosaic(inner, table, rows, size)
+        return Layout(base, table, True)
+
+    @staticmethod
+    def packed_by(inner: Any) -> dict[str, Any]:
+        """Further arguments of `pack_image_features`."""
+        return {"vision_feature_select_strategy": "default"}
+
+    @staticmethod
+    def check_mosaic(inner: Any, table: Tensor, side: int, size: Size) -> None:
+        """Raise UnsupportedModelError for a mosaic that stock does not send patch by patch."""
+
+
+class LlavaOnevision(LlavaNext):
+    """`LlavaOnevisionForConditionalGeneration`: AnyRes of one image in a row; of several, none."""
+
+    beside = ("image_sizes", "batch_num_images")
+
+    @staticmethod
+    def cut(images: int, beside: Mapping[str, Any]) -> Sequence[bool]:
+        """Of each image, whether it stands alone in its row, by `batch_num_images`."""
+        rows = beside.get("batch_num_images")
+        if rows is None:
+            return [True] * images
+        counts = [int(count) for count in rows]
+        if sum(counts) != images:
+            raise UnsupportedModelError(
+                f"batch_num_images={counts} for {images} images: give as many as the rows hold"
+            )
+        return [count == 1 for count in counts for _ in range(count)]
+
+    @staticmethod
+    def packed_by(inner: Any) -> dict[str, Any]:
+        """A limit that no mosaic reaches: numbers of patches cannot be interpolated."""
+        return {"vision_aspect_ratio": "anyres_max_1000000"}
+
+    @staticmethod
+    def check_mosaic(inner: Any, table: Tensor, side: int, size: Size) -> None:
+        """Raise UnsupportedModelError for a picture so large that stock shrinks its features."""
+        limit = inner.config.vision_aspect_ratio
+        tiles = int(limit.removeprefix("anyres_max_"))
+        if math.sqrt(table.numel() / (tiles * side**2)) > 1.1:
+            raise UnsupportedModelError(
+                f"an image of {size[0]} x {size[1]} pixels is more than {limit} lets through: "
+                "LLaVA-OneVision shrinks its features, so that no token is a patch's; give a "
+                "smaller one, or unprune(model) first"
+            )
+
+
+class Qwen:
+    """`Qwen2_5_VLForConditionalGeneration`: an image is one grid of tokens, of its own size."""
+
+    tower: Any = QwenTower
+    images: Any = QwenImages
+    newline = False
+    beside: tuple[str, ...] = ("image_grid_thw",)
+    keeps_positions = True
 
 
 def _product(grid: Grid | None) -> int:
@@ -123,6 +201,8 @@ def _product(grid: Grid | None) -> int:
 FAMILIES: dict[str, Any] = {
     "LlavaForConditionalGeneration": Llava,
     "LlavaNextForConditionalGeneration": LlavaNext,
+    "LlavaOnevisionForConditionalGeneration": LlavaOnevision,
+    "Qwen2_5_VLForConditionalGeneration": Qwen,
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava_hvp.hosts.hf.images import Images
+from llava_hvp.hosts.hf.refusals import check_settings
 from llava_hvp.hosts.hf.versions import release
 from llava_hvp.pruning.pruning import Pruning
 
@@ -26,11 +26,15 @@ class GetImageFeatures:
 
     @torch.compiler.disable
     def __call__(
-        self, pixel_values: Tensor, image_sizes: Any = None, *, return_dict: bool = True, **_: Any
+        self, pixel_values: Tensor, *args: Any, return_dict: bool = True, **beside: Any
     ) -> Any:
-        images = Images(self.pruning, pixel_values, image_sizes)
-        embed = self.pruning.host_model.model.get_input_embeddings()
-        features = images.encoded(range(len(images.stacks)), None, embed.weight.dtype)
+        host: Any = self.pruning.host_model
+        names = list(self.__signature__.parameters)[1:]
+        beside |= dict(zip(names, args, strict=False))
+        check_settings(beside, host.model.config)
+        images = host.family.images(self.pruning, pixel_values, beside)
+        dtype = host.model.get_input_embeddings().weight.dtype
+        features = images.encoded(range(len(images.stock)), None, dtype)
         if release() < (5, 0):
             return features
         from transformers.modeling_outputs import BaseModelOutputWithPooling

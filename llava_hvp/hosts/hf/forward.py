@@ -15,13 +15,19 @@ from torch import Tensor, nn
 
 from llava_hvp.errors import UnsupportedModelError
 from llava_hvp.hosts.hf.cache import CacheNote, length_of, note_of, put_note, short_mask
-from llava_hvp.hosts.hf.images import Images
-from llava_hvp.hosts.hf.refusals import PER_TOKEN, check_arguments, check_encoded
+from llava_hvp.hosts.hf.qwen.positions import positions_of
+from llava_hvp.hosts.hf.refusals import (
+    PER_TOKEN,
+    check_arguments,
+    check_encoded,
+    check_videos,
+    filled_cache,
+)
 from llava_hvp.hosts.hf.short_prompt import ShortPrompt, short_prompt
 from llava_hvp.pruning.pruning import Pruning
 
 IGNORED = -100  # a label that no loss counts
-PIXELS = 1  # where stock's forward takes pixel_values among its positional arguments
+PIXELS = ("pixel_values", "pixel_values_videos")
 
 
 @dataclass(frozen=True)
@@ -34,9 +40,9 @@ class ForwardHook:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         # What a compiled decoding step passes through is read here, and no more.
-        pixels = args[PIXELS] if len(args) > PIXELS else kwargs.get("pixel_values")
         noted = getattr(kwargs.get("past_key_values"), "llava_hvp", None) is not None
-        if pixels is None and not kwargs.get("mm_encoder_outputs") and not noted:
+        seen = any(kwargs.get(name) is not None for name in PIXELS)
+        if len(args) < 2 and not noted and not seen and not kwargs.get("mm_encoder_outputs"):
             return None
         return _rewritten(self.pruning, module, args, kwargs)
 
@@ -50,6 +56,7 @@ def _rewritten(
         kwargs = {**_named(module, args), **kwargs}
     pixels = kwargs.get("pixel_values")
     if pixels is None or len(pixels) == 0:
+        check_videos(kwargs)
         check_encoded(kwargs)
         note = note_of(kwargs.get("past_key_values"))
         return (), kwargs if note is None else {**kwargs, **_next_step(note, kwargs)}
@@ -75,15 +82,23 @@ def short_call(pruning: Pruning, given: dict[str, Any]) -> dict[str, Any]:
     cache = given.get("past_key_values")
     cached, note = length_of(cache), note_of(cache)
     new_mask = None if mask is None else mask[:, -ids.shape[1] :]
-    images = Images(pruning, given["pixel_values"], given.get("image_sizes"))
+    host: Any = pruning.host_model
+    if cached and host.family.keeps_positions:
+        raise filled_cache()
+    images = host.family.images(pruning, given["pixel_values"], given)
     prompt = short_prompt(pruning, ids, new_mask, images)
     rest = {**given, "input_ids": None, "inputs_embeds": prompt.embeds, "pixel_values": None}
-    if "image_sizes" in rest:
-        rest["image_sizes"] = None
+    rest |= {name: None for name in host.family.beside if name in rest}
+    following = None
+    if host.family.keeps_positions:
+        positions = positions_of(host.model.model, given, new_mask, prompt)
+        given = {**given, "position_ids": None}
+        rest["position_ids"], following = positions.ids, positions.next
+        host.model.model.rope_deltas = positions.deltas  # as stock leaves them
     if prompt.removed:
         rest |= _per_token(given, prompt, mask, note, cached)
     if cached == 0 and not pruning.host_model.model.training:
-        _note(rest, ids, prompt, given.get("position_ids"), config)
+        _note(rest, ids, prompt, given.get("position_ids"), following, config)
     return rest
 
 
@@ -143,7 +158,12 @@ def closed_positions(positions: Tensor, real: Tensor, prompt: ShortPrompt) -> Te
 
 
 def _note(
-    rest: dict[str, Any], ids: Tensor, prompt: ShortPrompt, positions: Tensor | None, config: Any
+    rest: dict[str, Any],
+    ids: Tensor,
+    prompt: ShortPrompt,
+    positions: Tensor | None,
+    following: Tensor | None,
+    config: Any,
 ) -> None:
     """Give the call a cache with a note, where stock would make one without."""
     text = config.get_text_config()
@@ -159,7 +179,7 @@ def _note(
     if positions is not None and prompt.removed:
         now = rest["position_ids"].amax(1, keepdim=True).cpu()
         off = positions.amax(1, keepdim=True).expand(rows, 1).cpu() - now
-    put_note(rest["past_key_values"], CacheNote(ids, prompt.ids, prompt.mask, off))
+    put_note(rest["past_key_values"], CacheNote(ids, prompt.ids, prompt.mask, off, following))
 
 
 def _next_step(note: CacheNote, given: dict[str, Any]) -> dict[str, Any]:
@@ -182,7 +202,13 @@ def _next_step(note: CacheNote, given: dict[str, Any]) -> dict[str, Any]:
         ones = torch.ones(len(note.mask), cached + new - note.ids.shape[1], dtype=torch.int64)
         changed["attention_mask"] = torch.cat((note.mask, ones.to(note.mask.device)), dim=1)
     positions = given.get("position_ids")
-    if positions is not None:
+    if note.following is not None:
+        if positions is None:
+            steps = torch.arange(cached - note.ids.shape[1], cached - note.ids.shape[1] + new)
+            changed["position_ids"] = (note.following + steps.to(note.following.device)).expand(
+                3, -1, -1
+            )
+    elif positions is not None:
         changed["position_ids"] = _next_positions(note, positions, cached)
     if given.get("cache_position") is not None:
         place = given["cache_position"].device

@@ -24,12 +24,14 @@ from llava_hvp.hosts.hf.cache import (
     take_note,
 )
 from llava_hvp.hosts.hf.forward import closed_positions
-from llava_hvp.hosts.hf.images import Images
+from llava_hvp.hosts.hf.qwen.positions import BY_TYPES, generating, positions_of
 from llava_hvp.hosts.hf.refusals import (
     PER_TOKEN,
     check_arguments,
     check_encoded,
     check_generation,
+    check_videos,
+    filled_cache,
     setting,
 )
 from llava_hvp.hosts.hf.short_prompt import Before, ShortPrompt, conversation_before, short_prompt
@@ -63,6 +65,7 @@ class Generate:
         given = dict(zip(names, args, strict=False)) | kwargs
         pixels, cache = given.get("pixel_values"), given.get("past_key_values")
         if pixels is None or len(pixels) == 0:
+            check_videos(given)
             check_encoded(given)
             if note_of(cache) is None:
                 return self.stock(*args, **kwargs)
@@ -85,13 +88,17 @@ def _generate(
     cached = length_of(given.get("past_key_values"))
     if given.get("pixel_values") is None and note is not None and not _is_whole(note, ids):
         return _go_on(stock, given, note, cached)
-    images = Images(pruning, given.get("pixel_values"), given.get("image_sizes"))
+    host: Any = pruning.host_model
+    keeps = host.family.keeps_positions
+    if keeps:
+        _check_kept(given, configs, cached)
+    images = host.family.images(pruning, given.get("pixel_values"), given)
     prompt, before = _prompt(pruning, given, told, images, note, cached)
     long, whole, short_whole = ids, prompt.ids, prompt.mask
     if before is not None:
         whole = torch.cat((before.ids, prompt.ids), dim=1)
         short_whole = torch.cat((before.mask.to(prompt.mask.device), prompt.mask), dim=1)
-    call = {k: v for k, v in given.items() if k not in ("pixel_values", "image_sizes")}
+    call = {k: v for k, v in given.items() if k not in ("pixel_values", *host.family.beside)}
     call |= _as_embeds(model, prompt, before, whole)
     removed = long.shape[1] - whole.shape[1]
     if removed or prompt.removed:
@@ -99,15 +106,31 @@ def _generate(
         call |= _lengths(given, configs, removed)
         call |= shown_long(given, long, whole.shape[1])
         call.pop("cache_position", None)
-    result = stock(**call)
-    return _result(result, given, CacheNote(long, whole, short_whole, _off(told, short_whole)))
+    positions = positions_of(model.model, given, told, prompt) if keeps else None
+    if keeps and release() >= BY_TYPES:  # stock asks for positions where a grid is given
+        call["image_grid_thw"] = given["image_grid_thw"]
+    with generating(positions):
+        result = stock(**call)
+    following = None if positions is None else positions.next
+    note = CacheNote(long, whole, short_whole, _off(told, short_whole), following)
+    return _result(result, given, note)
+
+
+def _check_kept(given: dict[str, Any], configs: list[Any], cached: int) -> None:
+    """Raise UnsupportedModelError for what moves tokens that keep their positions."""
+    if cached:
+        raise filled_cache()
+    if given.get("position_ids") is not None:
+        raise UnsupportedModelError("position_ids in generate of Qwen2.5-VL: leave them out")
+    if setting("use_cache", given, configs) is False:
+        raise UnsupportedModelError("use_cache=False in generate of Qwen2.5-VL: leave it out")
 
 
 def _prompt(
     pruning: Pruning,
     given: dict[str, Any],
     mask: Tensor,
-    images: Images,
+    images: Any,
     note: CacheNote | None,
     cached: int,
 ) -> tuple[ShortPrompt, Before | None]:

@@ -24,7 +24,7 @@ from llava_hvp.hosts.hf.features import GetImageFeatures
 from llava_hvp.hosts.hf.forward import ForwardHook
 from llava_hvp.hosts.hf.generate import Generate
 from llava_hvp.hosts.hf.prompt import KNOWN, Marks, marks_of, read_prompt
-from llava_hvp.hosts.hf.tower import PrunedVisionTower
+from llava_hvp.hosts.hf.qwen.positions import RopeIndex
 from llava_hvp.hosts.hf.versions import check_release
 from llava_hvp.hosts.hf.view import HFView
 from llava_hvp.methods.base import Method
@@ -46,7 +46,7 @@ class HFModel:
     def __init__(self, model: Any, pruning: PruningConfig, processor: Any = None) -> None:
         self.model = model
         self.family = family_of(model)
-        self.encoder = PrunedVisionTower(model.model, pruning)
+        self.encoder: Any = self.family.tower(model.model, pruning)
         self.processor = processor
         self.handles: list[Any] = []
         self._marks: tuple[Marks, ...] | None = None
@@ -188,6 +188,8 @@ def attach(
         ]
         model.llava_hvp = pruning
         model.model.get_image_features = GetImageFeatures(pruning)
+        if host.family.keeps_positions:
+            model.model.get_rope_index = RopeIndex(pruning)
         model.generate = Generate(pruning, model.__dict__.get("generate"))
     try:
         pruning.load_text()
@@ -228,7 +230,8 @@ def detach(model: Any) -> None:
         for handle in host.handles:
             handle.remove()
         host.encoder.release()
-        model.model.__dict__.pop("get_image_features", None)
+        for name in ("get_image_features", "get_rope_index"):
+            model.model.__dict__.pop(name, None)
         ours = model.__dict__.pop("generate", None)
         earlier = getattr(ours, "earlier", None)
         if earlier is not None:

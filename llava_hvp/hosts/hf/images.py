@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,15 +17,24 @@ from llava_hvp.pruning.pruning import Pruning
 class Images:
     """The images of one call, cut into tiles and not yet encoded.
 
+    Which of an image's placeholders go does not matter, since positions close up.
+
     Parameters
     ----------
     pruning : Pruning
         of the model
-    pixel_values, image_sizes : Tensor | None | Any
-        as the processor gives them; sizes are (height, width)
+    pixel_values : Tensor | None
+        as the processor gives them
+    beside : Mapping[str, Any]
+        the call's arguments, of which the family's describe the pixels; `image_sizes` are (height,
+        width)
     """
 
-    def __init__(self, pruning: Pruning, pixel_values: Tensor | None, image_sizes: Any) -> None:
+    columns: list[Tensor] | None = None
+
+    def __init__(
+        self, pruning: Pruning, pixel_values: Tensor | None, beside: Mapping[str, Any]
+    ) -> None:
         self.pruning = pruning
         host: Any = pruning.host_model
         family = host.family
@@ -39,13 +48,14 @@ class Images:
                 "pixel_values as a list: give the tensor that the processor makes with "
                 "return_tensors='pt'"
             )
+        image_sizes = beside.get("image_sizes")
         if family.newline and image_sizes is None:
             raise UnsupportedModelError(
                 "pixel_values without image_sizes: LLaVA-NeXT lays out an image's tiles by its "
                 "size; pass on all that the processor gives"
             )
         self.sizes = _sizes(image_sizes if family.newline else None, len(pixel_values))
-        tiles, counts = family.tiles(host.model.model, pixel_values, self.sizes)
+        tiles, counts = family.tiles(host.model.model, pixel_values, self.sizes, beside)
         self.stacks = list(tiles.split(counts))
         self.stock = [
             host.layout(count, size, "stock").stock_tokens

@@ -24,16 +24,9 @@ def check_arguments(given: dict[str, Any], config: Any) -> None:
             f"an attention_mask of shape {shape}, whose columns cannot be told from its ids",
             "give one of (batch, tokens)",
         )
-    if given.get("pixel_values_videos") is not None:
-        raise _refused("pixel_values_videos", "give the frames as images, or unprune(model) first")
+    check_videos(given)
     check_encoded(given)
-    for name in ("vision_feature_layer", "vision_feature_select_strategy"):
-        wanted = given.get(name)
-        if wanted is not None and wanted != getattr(config, name):
-            raise _refused(
-                f"{name}={wanted!r}, where the config has {getattr(config, name)!r}",
-                f"set the config's {name} before prune(model, method)",
-            )
+    check_settings(given, config)
     for name, value in given.items():
         if name in ("input_ids", "attention_mask", "labels", "position_ids", *PER_TOKEN):
             continue
@@ -45,11 +38,36 @@ def check_arguments(given: dict[str, Any], config: Any) -> None:
         )
 
 
+def check_settings(given: dict[str, Any], config: Any) -> None:
+    """Raise UnsupportedModelError for features other than the config's."""
+    for name in ("vision_feature_layer", "vision_feature_select_strategy", "vision_aspect_ratio"):
+        wanted = given.get(name)
+        if wanted is not None and wanted != getattr(config, name, None):
+            raise _refused(
+                f"{name}={wanted!r}, where the config has {getattr(config, name, None)!r}",
+                f"set the config's {name} before prune(model, method)",
+            )
+
+
+def check_videos(given: dict[str, Any]) -> None:
+    """Raise UnsupportedModelError for videos, which are not pruned."""
+    if given.get("pixel_values_videos") is not None:
+        raise _refused("pixel_values_videos", "give the frames as images, or unprune(model) first")
+
+
 def check_encoded(given: dict[str, Any]) -> None:
     """Raise UnsupportedModelError for features that come from elsewhere, and are not pruned."""
     encoded = given.get("mm_encoder_outputs")
     if encoded and any(output is not None for output in encoded.values()):
         raise _refused("mm_encoder_outputs, encoded elsewhere and not pruned", "give pixel_values")
+
+
+def filled_cache() -> UnsupportedModelError:
+    """The error for images, or a whole conversation, beside a cache, where positions stay."""
+    return _refused(
+        "images or a whole conversation with a filled past_key_values on Qwen2.5-VL",
+        "begin with an empty cache",
+    )
 
 
 def check_generation(given: dict[str, Any], configs: list[Any]) -> None:

@@ -1,7 +1,7 @@
 """A batch of token ids with fewer placeholders: which column of the long one each column is.
 
-Pure indexing. Positions close up after it, so that which of an image's placeholders go does not
-matter: the first ones stay.
+Pure indexing. Where positions close up after it, which of an image's placeholders go does not
+matter: the first ones stay. Where they stay as they are, those of the tokens that stay are named.
 """
 
 from __future__ import annotations
@@ -84,6 +84,7 @@ def shorten(
     kept: Sequence[int],
     *,
     pad_left: bool,
+    which: Sequence[Tensor] | None = None,
 ) -> Shortened:
     """Give every image as many columns as tokens of it stay; close the rows up and pad them anew.
 
@@ -99,6 +100,8 @@ def shorten(
         be more
     pad_left : bool
         where rows that are shorter than the longest get their padding
+    which : Sequence[Tensor] | None
+        (kept,) int64 of each image, the placeholders that stay; the first ones by default
 
     Raises
     ------
@@ -112,7 +115,8 @@ def shorten(
     rows, first = [], 0
     for held, row, inside in zip(counts, placeholder, real, strict=True):
         images = slice(first, first + held)
-        rows.append(_row(row, inside, stock[images], kept[images]))
+        chosen = None if which is None else which[images]
+        rows.append(_row(row, inside, stock[images], kept[images], chosen))
         first += held
     length = max(len(row) for row in rows)
     source = torch.full((len(rows), length), PADDING)
@@ -123,13 +127,23 @@ def shorten(
     return Shortened(source, visual, True)
 
 
-def _row(placeholder: Tensor, real: Tensor, stock: Sequence[int], kept: Sequence[int]) -> Tensor:
+def _row(
+    placeholder: Tensor,
+    real: Tensor,
+    stock: Sequence[int],
+    kept: Sequence[int],
+    which: Sequence[Tensor] | None,
+) -> Tensor:
     """(columns,) of one row that stay, in order; a column comes again where tokens are added."""
     times = torch.zeros(len(placeholder), dtype=torch.int64)
     inside = (real | placeholder).nonzero()[:, 0]
     if len(inside):
         times[inside[0] : inside[-1] + 1] = 1
     for image, columns in enumerate(placeholder.nonzero()[:, 0].split(list(stock))):
+        if which is not None:
+            times[columns] = 0
+            times[columns[which[image]]] = 1
+            continue
         stays = min(kept[image], len(columns))
         times[columns[stays:]] = 0
         if stays:

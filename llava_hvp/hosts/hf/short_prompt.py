@@ -10,7 +10,6 @@ from torch import Tensor
 
 from llava_hvp.errors import UnsupportedModelError
 from llava_hvp.hosts.hf.cache import CacheNote, short_mask
-from llava_hvp.hosts.hf.images import Images
 from llava_hvp.hosts.hf.sequence import Shortened, images_of_rows, shorten
 from llava_hvp.pruning.pruning import Pruning
 
@@ -63,7 +62,7 @@ def short_prompt(
     pruning: Pruning,
     ids: Tensor,
     mask: Tensor | None,
-    images: Images,
+    images: Any,
     before: Before | None = None,
 ) -> ShortPrompt:
     """Prune the images of a prompt and put them in.
@@ -74,9 +73,9 @@ def short_prompt(
         (B, L) int64, with as many placeholders for each image as stock sends tokens
     mask : Tensor | None
         (B, L), 1 where a column is no padding; None for all
-    images : Images
-        those of the prompt, or all of the conversation; of the latter, what stands `before` is not
-        encoded again
+    images : Any
+        the family's: those of the prompt, or all of the conversation; of the latter, what stands
+        `before` is not encoded again
     before : Before | None
         of the conversation; none by default
 
@@ -100,6 +99,7 @@ def short_prompt(
         [images.stock[n] for n in new],
         [len(tokens) for tokens in features],
         pad_left=_pads_left(real),
+        which=images.columns,
     )
     short_ids = shortened.take(ids, _padding_id(pruning))
     whole = torch.ones_like(ids) if mask is None else mask.long()
@@ -112,7 +112,7 @@ def short_prompt(
 
 
 def _new_images(
-    placeholder: Tensor, images: Images, before: Before | None, token: int
+    placeholder: Tensor, images: Any, before: Before | None, token: int
 ) -> tuple[list[int], list[int]]:
     """Numbers of the images that the prompt holds, and the row of each."""
     counts = placeholder.sum(1).tolist()

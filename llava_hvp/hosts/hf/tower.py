@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llava_hvp.encoder.vit import read_geometry
+from llava_hvp.encoder.vit import Geometry, read_geometry
 from llava_hvp.errors import UnsupportedModelError
 from llava_hvp.pruning.encoding import PrunedEncoder, check_method
 from llava_hvp.runtime import PruningConfig
@@ -19,7 +19,8 @@ class PrunedVisionTower(PrunedEncoder):
     Parameters
     ----------
     inner : Any
-        a LlavaModel or LlavaNextModel, whose `vision_tower` is a CLIPVisionModel
+        a LlavaModel, LlavaNextModel or LlavaOnevisionModel, whose `vision_tower` is a
+        CLIPVisionModel or SiglipVisionModel
     pruning : PruningConfig
         the method, and how to run it
     """
@@ -27,13 +28,8 @@ class PrunedVisionTower(PrunedEncoder):
     def __init__(self, inner: Any, pruning: PruningConfig) -> None:
         self.inner = inner
         self.prune_method, self.prune_runtime = pruning.method, pruning.runtime
-        check_features(inner.config)
         geometry = read_geometry(self.vit)
-        if not geometry.has_cls:
-            raise UnsupportedModelError(
-                f"the vision tower holds a {type(self.vit).__name__} without CLS, of which "
-                "vision_feature_select_strategy='default' drops the first patch"
-            )
+        check_features(inner.config, geometry)
         check_method(pruning.method, geometry, self.hidden_state_index)
         try:
             self.plan()
@@ -73,15 +69,20 @@ class PrunedVisionTower(PrunedEncoder):
         return next(p.dtype for p in self.vit.parameters() if p.is_floating_point())
 
 
-def check_features(config: Any) -> None:
+def check_features(config: Any, geometry: Geometry) -> None:
     """Raise UnsupportedModelError unless one layer's patches, without CLS, are what goes on."""
     layer, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
     if not isinstance(layer, int):
         raise UnsupportedModelError(
             f"vision_feature_layer={layer!r}: pruning reads the one layer whose patches go on"
         )
-    if strategy != "default":
+    if geometry.has_cls and strategy != "default":
         raise UnsupportedModelError(
             f"vision_feature_select_strategy={strategy!r}: pruning supports 'default', which all "
             "released LLaVA-1.5 and LLaVA-NeXT checkpoints have; 'full' sends CLS as well"
+        )
+    if not geometry.has_cls and strategy != "full":
+        raise UnsupportedModelError(
+            f"vision_feature_select_strategy={strategy!r} on a vision tower without CLS drops the "
+            "first patch: pruning supports 'full' there, which LLaVA-OneVision has"
         )
