@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from llava_hvp.errors import PictureError
 from llava_hvp.methods.masks import Grid
 from llava_hvp.show.frame import Panel
 
@@ -50,3 +52,10 @@ class GridView:
         shown = photo.view(rows * self.side, columns * self.side, 3)
         (panel,) = self.panels(1, None)
         return (dataclasses.replace(panel, photo=shown),)
+
+    def pixels(self, image: Any) -> Tensor:
+        """Raises PictureError: a picture alone does not say what such a tower is given."""
+        raise PictureError(
+            "the commands do not open checkpoints of this model: prune it from Python, and draw "
+            "what was kept with report.overlay(image)"
+        )
