@@ -12,6 +12,7 @@ from llava_hvp.checkpoints.opening import open_checkpoint
 from llava_hvp.checkpoints.variants import variants
 from llava_hvp.cli import main
 from llava_hvp.errors import LayerError, OptionError
+from llava_hvp.runtime import PruningConfig
 from llava_hvp.shapes import checkpoint
 from llava_hvp.shapes.exams import exam, exam_for
 
@@ -120,8 +121,15 @@ def test_what_cannot_be_opened_so_is_said(hf, capsys):
         open_checkpoint(path, "cpu", conv_mode="llava_v0")
     with pytest.raises(OptionError, match="has no base"):
         open_checkpoint(path, "cpu", base="x")
+    with pytest.raises(OptionError, match="tiling='672'"):
+        open_checkpoint(path, "cpu").view("672")
+    assert main(["bench", "--model-path", path]) == 2
+    assert "on LLaVA's own classes only" in capsys.readouterr().err
+    inside = ["accuracy", "--model-path", path, "--methods", "fastv"]
+    assert main(inside) == 2
+    assert "inside the language model" in capsys.readouterr().err
     with pytest.raises(LayerError, match="40"):
-        check_before_loading(path, [HIVTP(r_max=0.5, layers=(40,))])
+        check_before_loading(path, [PruningConfig.checked(HIVTP(r_max=0.5, layers=(40,)))])
 
 
 def test_a_folder_that_cannot_be_loaded_is_said(hf, tmp_path):

@@ -6,11 +6,12 @@ from collections.abc import Iterable
 from typing import Any
 
 from llava_hvp.checkpoints.form import is_transformers, read_config
+from llava_hvp.hosts.hf.host import check_pruning
 from llava_hvp.runtime import PruningConfig
 
 
 def check_before_loading(model_path: str, prunings: Iterable[PruningConfig | None]) -> None:
-    """Raise LayerError or OptionError for a method that the model of a checkpoint cannot have.
+    """Raise a LlavaHvpError for a method that the model of a checkpoint cannot have.
 
     Only files of this machine are read, Hugging Face's cache included. Where they do not tell a
     depth, the check after loading is the first.
@@ -18,10 +19,8 @@ def check_before_loading(model_path: str, prunings: Iterable[PruningConfig | Non
     model = read_config(model_path)
     within = is_transformers(model_path)
     chosen = [pruning for pruning in prunings if pruning is not None]
-    layers = model.get("num_hidden_layers")
     for pruning in chosen:
-        if isinstance(layers, int):
-            check_inside(pruning, layers)
+        check_language(model_path, pruning)
     tower = model if within else read_config(str(model.get("mm_vision_tower")))
     vision = tower.get("vision_config", tower)
     if not isinstance(vision, dict):
@@ -36,6 +35,16 @@ def check_before_loading(model_path: str, prunings: Iterable[PruningConfig | Non
     for pruning in chosen:
         pruning.method.needs(depth, select if select >= 0 else depth + 1 + select)
         pruning.method.check((side, side))
+
+
+def check_language(model_path: str, pruning: PruningConfig | None) -> None:
+    """Raise a LlavaHvpError where what is inside a checkpoint's language model cannot be met."""
+    if pruning is not None and is_transformers(model_path):
+        check_pruning(pruning)
+        return
+    layers = read_config(model_path).get("num_hidden_layers")
+    if isinstance(layers, int):
+        check_inside(pruning, layers)
 
 
 def check_inside(pruning: PruningConfig | None, layers: int) -> None:

@@ -17,7 +17,7 @@ from llava_hvp.accuracy.exam import TEMPLATE, Marks, examine
 from llava_hvp.accuracy.store import Answers, digest, keeping
 from llava_hvp.accuracy.tables import plot, render, scores_of
 from llava_hvp.bench.machine import about
-from llava_hvp.checkpoints.before_loading import check_before_loading, check_inside
+from llava_hvp.checkpoints.before_loading import check_before_loading, check_language
 from llava_hvp.checkpoints.naming import model_name
 from llava_hvp.checkpoints.variants import Variant, variants
 from llava_hvp.cli.arguments import (
@@ -152,11 +152,10 @@ def _variants(args: argparse.Namespace) -> tuple[Variant, ...]:
         chosen = variants(args.methods.split(","), given, options)
         check_before_loading(str(folder.resolve()), [variant.pruning for variant in chosen])
         return tuple(chosen)
-    layers = read_json(folder / "config.json").get("num_hidden_layers")
     found, refused = [], []
     for variant in variants(list_methods(), given, options):
         try:
-            check_inside(variant.pruning, layers)
+            check_language(str(folder.resolve()), variant.pruning)
         except LlavaHvpError as error:
             refused.append(f"{variant} is left out: {error}")
         else:

@@ -21,6 +21,7 @@ from llava_hvp.bench.tables import render
 from llava_hvp.bench.workload import Workload, make_workload, pattern
 from llava_hvp.checkpoints.before_loading import check_before_loading, check_inside
 from llava_hvp.checkpoints.dtypes import DTYPES
+from llava_hvp.checkpoints.form import is_transformers
 from llava_hvp.checkpoints.geometry import get_geometry, list_geometries
 from llava_hvp.checkpoints.naming import named_path
 from llava_hvp.checkpoints.variants import Variant, variants
@@ -218,6 +219,11 @@ def _check_subject(args: argparse.Namespace) -> None:
         raise OptionError(
             "give --geometry NAME (random weights) or --model-path, one of them: geometries are "
             + ", ".join(list_geometries())
+        )
+    if args.model_path is not None and is_transformers(named_path(args.model_path)):
+        raise OptionError(
+            f"--model-path {args.model_path}: phases are timed on LLaVA's own classes only, and "
+            "this is a checkpoint of transformers': write it for them with llava-hvp convert"
         )
     if args.geometry is not None:
         get_geometry(args.geometry)

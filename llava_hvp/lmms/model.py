@@ -23,6 +23,7 @@ from llava_hvp.console import say
 from llava_hvp.errors import LlavaHvpError, OptionError, PrunedStateError
 from llava_hvp.evaluation.model_args import pruning_of
 from llava_hvp.evaluation.results import precisions, speed, visual_tokens
+from llava_hvp.hosts import host_of
 
 # What LLaVA's own generate is given where a task says nothing.
 DEFAULTS = {"max_new_tokens": 1024, "temperature": 0, "top_p": None, "num_beams": 1}
@@ -98,7 +99,6 @@ class LlavaHvp(lmms):
         check_before_loading(pretrained, [pruning])
         # LLaVA comes only now: whatever was typed wrong has been said.
         from llava_hvp.checkpoints.opening import open_checkpoint
-        from llava_hvp.hosts.llava.host import attach
 
         self.checkpoint = open_checkpoint(
             pretrained,
@@ -111,7 +111,8 @@ class LlavaHvp(lmms):
             device_map=device_map or str(self._device),
         )
         if pruning is not None:
-            attach(self.model, **pruning.arguments, tokenizer=self.tokenizer)
+            attach = host_of(self.model).attach
+            attach(self.model, **pruning.arguments, tokenizer=self.checkpoint.reader)
         elif "llava_hvp" in vars(self.model):
             raise PrunedStateError(
                 "the model was loaded pruned, as LLAVA_HVP asks, where unpruned LLaVA was wanted: "

@@ -168,7 +168,7 @@ def attach(
     """Prune a transformers LLaVA; see `llava_hvp.prune`."""
     check_release()
     chosen = PruningConfig.checked(method, runtime, inside)
-    _refuse(chosen)
+    check_pruning(chosen)
     model = find(model)
     with CHANGING:
         if "llava_hvp" in model.__dict__:
@@ -197,7 +197,7 @@ def attach(
     return pruning
 
 
-def _refuse(chosen: PruningConfig) -> None:
+def check_pruning(chosen: PruningConfig) -> None:
     """Raise a LlavaHvpError for methods inside, and for a tiling: the processor has cut already."""
     if chosen.inside is not None:
         raise UnsupportedModelError(
