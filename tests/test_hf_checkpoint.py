@@ -1,5 +1,7 @@
 """A checkpoint of transformers' own classes, opened and asked as LLaVA's is: the same answers."""
 
+import json
+
 import pytest
 import torch
 from hf_models import needs_release
@@ -17,6 +19,7 @@ from llava_hvp.shapes import checkpoint
 from llava_hvp.shapes.exams import exam, exam_for
 
 pytestmark = needs_release
+COUNTED = ["method", "options", "batch", "tiles", "kept_tokens", "stock_tokens", "kept_of_patches"]
 MODELS = ["llava-shapes", "llava-shapes-next"]
 
 
@@ -123,8 +126,6 @@ def test_what_cannot_be_opened_so_is_said(hf, capsys):
         open_checkpoint(path, "cpu", base="x")
     with pytest.raises(OptionError, match="tiling='672'"):
         open_checkpoint(path, "cpu").view("672")
-    assert main(["bench", "--model-path", path]) == 2
-    assert "on LLaVA's own classes only" in capsys.readouterr().err
     inside = ["accuracy", "--model-path", path, "--methods", "fastv"]
     assert main(inside) == 2
     assert "inside the language model" in capsys.readouterr().err
@@ -139,3 +140,20 @@ def test_a_folder_that_cannot_be_loaded_is_said(hf, tmp_path):
     (tmp_path / "broken" / "model.safetensors").write_bytes(b"half")
     with pytest.raises(OptionError, match="transformers cannot load it"):
         open_checkpoint(str(tmp_path / "broken"), "cpu")
+
+
+@pytest.mark.parametrize("kind", ["llava-1.5-llama", "llava-next-llama"])
+def test_bench_counts_what_it_counts_of_llavas_form(kind, hf, checkpoints, tmp_path):
+    flags = "--methods hivtp,fopru --r-max 0.25 --rounds 2 --new-tokens 2 --device cpu"
+    flags += " --conv-mode vicuna_v1 --image-size 200x120 --batch 1,2 --all-attentions"
+    rows = []
+    for number, path in enumerate((checkpoints(kind), hf(kind).path)):
+        out = tmp_path / str(number)
+        line = ["bench", "--model-path", str(path), "--out", str(out), *flags.split()]
+        assert main(line) == 0
+        rows.append(json.loads(next(out.glob("*.json")).read_text())["rows"])
+    counted = [name for name in rows[0][0] if name in COUNTED]
+    assert counted == COUNTED
+    assert [[row[n] for n in counted] for row in rows[0]] == [
+        [row[n] for n in counted] for row in rows[1]
+    ]

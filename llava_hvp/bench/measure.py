@@ -14,6 +14,7 @@ import torch
 from llava_hvp.bench.phases import Bench
 from llava_hvp.checkpoints.geometry import Vision
 from llava_hvp.checkpoints.variants import Floor, Variant
+from llava_hvp.encoder.vit import read_geometry
 from llava_hvp.pruning.report import ImageReport
 from llava_hvp.runtime import PruningConfig
 
@@ -137,7 +138,7 @@ def _look(bench: Bench, variant: Variant) -> tuple[Measurements, Floor | None]:
         if pruning is None:
             work = bench.work
             tokens = prepared["inputs_embeds"].shape[1] - work.text_tokens
-            patches = work.tiles * bench.model.get_vision_tower().num_patches
+            patches = work.tiles * read_geometry(bench.checkpoint.vit).patches
             measured = Measurements(variant, *(work.batch * tokens,) * 2, *(patches,) * 2)
         else:
             reports = list(pruning.last)  # of the peaks' answer: its prompt has run

@@ -36,17 +36,14 @@ class Bench:
 
     @property
     def model(self) -> Any:
-        """The LLaVA model."""
+        """The model."""
         return self.checkpoint.model
 
     @torch.inference_mode()
     def prepare(self) -> dict[str, Any]:
         """From prompts and images to what the language model gets."""
         work = self.work
-        _, positions, mask, _, embeds, _ = self.model.prepare_inputs_labels_for_multimodal(
-            work.ids, None, None, None, None, work.images, work.sizes
-        )
-        return {"position_ids": positions, "attention_mask": mask, "inputs_embeds": embeds}
+        return self.checkpoint.prepare(work.ids, work.images, work.sizes)
 
     @torch.inference_mode()
     def prefill(self, prepared: dict[str, Any]) -> None:
@@ -56,7 +53,7 @@ class Bench:
     def generate(self, new_tokens: int, first: Call | None = None) -> None:
         """A greedy answer of a fixed length; `first` is a logits processor."""
         work = self.work
-        self.model.generate(
+        self.checkpoint.generate(
             work.ids,
             images=work.images,
             image_sizes=work.sizes,
@@ -76,9 +73,9 @@ class Bench:
         seconds = {"encode": 0.0}
 
         def timed(encode: Call) -> Call:
-            def call(*args: Any) -> Any:
+            def call(*args: Any, **kwargs: Any) -> Any:
                 started = self.clock.now()
-                result = encode(*args)
+                result = encode(*args, **kwargs)
                 seconds["encode"] += self.clock.now() - started
                 return result
 
@@ -110,9 +107,9 @@ class Bench:
         peaks = {"encode": 0}
 
         def measured(encode: Call) -> Call:
-            def call(*args: Any) -> Any:
-                peaks["encode"] = self.clock.peak_bytes(lambda: encode(*args))
-                return encode(*args)
+            def call(*args: Any, **kwargs: Any) -> Any:
+                peaks["encode"] = self.clock.peak_bytes(lambda: encode(*args, **kwargs))
+                return encode(*args, **kwargs)
 
             return call
 
@@ -127,7 +124,7 @@ class Bench:
     def _around_encode(self, pruning: Any, wrap: Callable[[Call], Call]) -> Iterator[None]:
         """Wrap what encodes images: the tower, or pruned all that stands in its place."""
         owner, name = (
-            (self.model.get_vision_tower(), "forward") if pruning is None else (pruning, "encode")
+            (self.checkpoint.stock_tower, "forward") if pruning is None else (pruning, "encode")
         )
         setattr(owner, name, wrap(getattr(owner, name)))
         try:

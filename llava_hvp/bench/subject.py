@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -60,7 +60,7 @@ def of_geometry(
     model = build_model(geometry, device, dtype, tower_dtype=tower_dtype, bits=bits)
     generator = torch.Generator().manual_seed(seed)
     prompt = random_prompt(text_tokens, LLAMA_VOCAB_SIZE, generator)
-    words = f"{name} with random weights, {_dtypes(model, dtype, bits)}"
+    words = f"{name} with random weights, {_dtypes(model.get_vision_tower().dtype, dtype, bits)}"
     tokenizer, clip_text = build_text(geometry, device)
     made = Checkpoint(
         name, tokenizer, model, None, dtype, default_template(name), clip_text=clip_text
@@ -78,23 +78,24 @@ def of_checkpoint(
     conv_mode: str | None,
     question: str,
 ) -> Subject:
-    """By LLaVA's own loader, with its conversation template around the question.
+    """By its framework's own loader, with its conversation template around the question.
 
     Raises OptionError for what cannot be loaded, or a template that LLaVA does not know.
     """
     from llava_hvp.checkpoints.opening import open_checkpoint
-    from llava_hvp.checkpoints.synthetic import geometry_of
+    from llava_hvp.checkpoints.synthetic import shapes_of
 
     opened = open_checkpoint(path, device, base=base, bits=bits, dtype=dtype, conv_mode=conv_mode)
     name, model = model_name(path), opened.model
-    tiles = 5 if getattr(model.config, "image_aspect_ratio", "") == "anyres" else 1
-    words = f"{name}, {_dtypes(model, dtype, bits)}"
-    return Subject(name, words, opened, geometry_of(model, name, tiles), opened.prompt(question))
+    tiles = 5 if opened.cuts_tiles else 1
+    geometry = shapes_of(opened.vit, opened.select_layer, model, name, tiles)
+    words = f"{name}, {_dtypes(opened.tower[1], dtype, bits)}"
+    return Subject(name, words, opened, geometry, opened.prompt(question))
 
 
-def _dtypes(model: Any, dtype: torch.dtype, bits: int | None) -> str:
+def _dtypes(tower: torch.dtype, dtype: torch.dtype, bits: int | None) -> str:
     def short(dtype: torch.dtype) -> str:
         return str(dtype).removeprefix("torch.")
 
     weights = short(dtype) if bits is None else f"{bits} bit, {short(dtype)} activations"
-    return f"{weights}, vision tower {short(model.get_vision_tower().dtype)}"
+    return f"{weights}, vision tower {short(tower)}"

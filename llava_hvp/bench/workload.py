@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +66,7 @@ def make_workload(
     new_tokens: int,
     device: torch.device,
     dtype: torch.dtype,
+    processed: Callable[[Sequence[Any]], Any] | None = None,
 ) -> Workload:
     """Process one PIL picture for each row of the batch as LLaVA does.
 
@@ -73,10 +74,15 @@ def make_workload(
     ----------
     prompt : Tensor
         (L,) int64, with one image token
+    processed : Callable[[Sequence[Any]], Any] | None
+        what makes images of pictures; by default LLaVA's own code
     """
     from llava_hvp.hosts.llava.pictures import send
 
-    images = send(pictures, model.get_vision_tower().image_processor, model, dtype)
+    if processed is None:
+        images = send(pictures, model.get_vision_tower().image_processor, model, dtype)
+    else:
+        images = processed(pictures)
     ids = prompt.to(device).expand(len(pictures), -1)
     return Workload(ids, images, [picture.size for picture in pictures], new_tokens)
 

@@ -80,6 +80,12 @@ class Checkpoint:
         return model
 
     @property
+    def stock_tower(self) -> nn.Module:
+        """What encodes images where nothing prunes."""
+        tower: nn.Module = self.model.get_vision_tower()
+        return tower
+
+    @property
     def select_layer(self) -> int:
         """The layer that goes on, as an index into the hidden states."""
         return int(self.model.get_vision_tower().select_layer)

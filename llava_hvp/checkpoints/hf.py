@@ -51,6 +51,11 @@ class HFCheckpoint(Checkpoint):
         return model
 
     @property
+    def stock_tower(self) -> nn.Module:
+        """What encodes images where nothing prunes."""
+        return self.vit
+
+    @property
     def select_layer(self) -> int:
         """The layer that goes on, as an index into the hidden states."""
         return int(self.model.config.vision_feature_layer)

@@ -107,10 +107,18 @@ def geometry_of(model: Any, name: str, tiles: int) -> LlavaGeometry:
     tiles : int
         that the encoder sees of one image
     """
-    tower, config = model.get_vision_tower(), model.config
-    vision = tower.vision_tower.config
+    tower = model.get_vision_tower()
+    return shapes_of(tower.vision_tower, tower.select_layer, model, name, tiles)
+
+
+def shapes_of(
+    vit: nn.Module, select_layer: int, model: Any, name: str, tiles: int
+) -> LlavaGeometry:
+    """The shapes of a model of either host, whose vision transformer this is."""
+    vision: Any = vit.config
+    config = getattr(model.config, "text_config", model.config)
     layers = vision.num_hidden_layers
-    select = tower.select_layer if tower.select_layer >= 0 else layers + 1 + tower.select_layer
+    select = select_layer if select_layer >= 0 else layers + 1 + select_layer
     return LlavaGeometry(
         name,
         Vision(

@@ -40,6 +40,7 @@ from llava_hvp.cli.arguments import (
 )
 from llava_hvp.cli.extras import can_plot, need
 from llava_hvp.errors import OptionError
+from llava_hvp.hosts import host_of
 from llava_hvp.methods import list_methods
 from llava_hvp.options import unpruned
 from llava_hvp.tables import MARKDOWN, TERMINAL
@@ -220,11 +221,6 @@ def _check_subject(args: argparse.Namespace) -> None:
             "give --geometry NAME (random weights) or --model-path, one of them: geometries are "
             + ", ".join(list_geometries())
         )
-    if args.model_path is not None and is_transformers(named_path(args.model_path)):
-        raise OptionError(
-            f"--model-path {args.model_path}: phases are timed on LLaVA's own classes only, and "
-            "this is a checkpoint of transformers': write it for them with llava-hvp convert"
-        )
     if args.geometry is not None:
         get_geometry(args.geometry)
     elif args.tower_dtype:
@@ -251,13 +247,15 @@ def run(settings: BenchSettings) -> int:
     """Measure and print; the exit code."""
     pictures = _pictures(settings, max(settings.batches))
     # LLaVA and the model come only now: whatever was typed wrong has been said.
-    from llava_hvp.hosts.llava import compat, grid
+    from llava_hvp.hosts.llava import compat
 
     compat.bridge()  # unpruned LLaVA runs on no newer transformers without
     what = _subject(settings)
+    within = settings.model_path is not None and is_transformers(settings.model_path)
     device, rows = torch.device(settings.device), []
     for batch in settings.batches:
-        with grid.fixed(what.checkpoint.model, settings.variants[0].runtime.tiling):
+        model, tiling = what.checkpoint.model, settings.variants[0].runtime.tiling
+        with host_of(model).tiled(model, tiling):
             work = make_workload(
                 what.checkpoint.model,
                 pictures[:batch],
@@ -265,6 +263,7 @@ def run(settings: BenchSettings) -> int:
                 new_tokens=settings.new_tokens,
                 device=device,
                 dtype=what.checkpoint.dtype,
+                processed=what.checkpoint.images if within else None,
             )
         rows += _measure(settings, what, work)
     facts = about(
