@@ -13,8 +13,18 @@ from hf_families import FULL_LAYERS, IMAGE, generate, logits, steps
 from hf_models import needs_release
 from PIL import Image
 
-from llava_hvp import HIVTP, FasterVLM, HiPrune, Random, Selection, Uniform, prune, unprune
-from llava_hvp.errors import LlavaHvpError, UnsupportedModelError
+from llava_hvp import (
+    HIVTP,
+    FasterVLM,
+    HiPrune,
+    Random,
+    Runtime,
+    Selection,
+    Uniform,
+    prune,
+    unprune,
+)
+from llava_hvp.errors import LlavaHvpError, OptionError, UnsupportedModelError
 from llava_hvp.hosts.hf.versions import release
 
 pytestmark = needs_release
@@ -390,6 +400,16 @@ def test_a_picture_of_a_report(model):
 
 
 # What is refused
+
+
+def test_a_runtime_is_refused(model):
+    before = set(vars(model))
+    for runtime in (Runtime(tower_attention="stock"), Runtime(patch_merge="spatial")):
+        with pytest.raises(OptionError, match="takes no Runtime"):
+            prune(model, HIVTP(r_max=0.5), runtime=runtime)
+    assert set(vars(model)) == before
+    with prune(model, HIVTP(r_max=0.5), runtime=Runtime()):
+        pass
 
 
 def test_methods_that_read_what_is_not_there_are_refused(model):

@@ -181,6 +181,11 @@ def attach(
             )
         processor = tokenizer if hasattr(tokenizer, "tokenizer") else None
         host = HFModel(model, chosen, processor)
+        if host.family.keeps_positions and chosen.runtime != Runtime():
+            raise OptionError(
+                f"{type(model).__name__} takes no Runtime: its images are one grid each, and its "
+                "tower runs as it was loaded: leave runtime out"
+            )
         pruning = Pruning(host, getattr(tokenizer, "tokenizer", tokenizer), clip_text)
         hook = ForwardHook(pruning)
         host.handles += [
