@@ -15,8 +15,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from llava_hvp.accuracy.exam import TEMPLATE, Marks, examine
+from llava_hvp.accuracy.scores import VariantScore, scores_of, wilson_interval
 from llava_hvp.accuracy.store import Answers
-from llava_hvp.accuracy.tables import VariantScore, no_better, scores_of, wilson_interval
+from llava_hvp.accuracy.tables import no_better
 from llava_hvp.checkpoints.opening import open_checkpoint
 from llava_hvp.checkpoints.variants import variants
 from llava_hvp.cli import main

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from llava_hvp.accuracy.exam import TEMPLATE, Marks, examine
+from llava_hvp.accuracy.scores import scores_of
 from llava_hvp.accuracy.store import Answers, digest, keeping
-from llava_hvp.accuracy.tables import plot, render, scores_of
+from llava_hvp.accuracy.tables import plot, render
 from llava_hvp.bench.machine import about
 from llava_hvp.checkpoints.before_loading import check_before_loading, check_language
 from llava_hvp.checkpoints.naming import model_name
