@@ -9,7 +9,8 @@ import pytest
 from benchdata import WRITERS
 from evaluation import environment
 
-from llava_hvp.accuracy.tables import VariantScore, render
+from llava_hvp.accuracy.scores import VariantScore
+from llava_hvp.accuracy.tables import render
 from llava_hvp.cli import main
 from llava_hvp.cli.extras import HOST, NEEDED, is_there
 from llava_hvp.errors import OptionError

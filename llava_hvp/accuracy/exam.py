@@ -38,6 +38,8 @@ class Marks:
         sum over images of kept patches / (N x tiles)
     seconds : float
         of all its batches, from images and prompts to answers
+    each : list[bool]
+        of every question, whether its answer is right; for all variants in one order
     """
 
     variant: Variant
@@ -46,12 +48,15 @@ class Marks:
     kept: float = 0.0
     kept_of_patches: float = 0.0
     seconds: float = 0.0
+    each: list[bool] = field(default_factory=list)
 
     def add(self, questions: Sequence[Question], answered: Answered) -> None:
         """Mark the answers to a sheet of questions."""
         for said, question in zip(answered.said, questions, strict=True):
+            right = is_right(said, question)
             self.asked[question.task] += 1
-            self.right[question.task] += is_right(said, question)
+            self.right[question.task] += right
+            self.each.append(right)
         self.kept += answered.kept
         self.kept_of_patches += answered.kept_of_patches
         self.seconds += answered.seconds
@@ -63,8 +68,16 @@ class Marks:
 
 
 @dataclass(frozen=True)
-class _Sheet:
-    """Questions that make a batch without padding, on pictures of one size."""
+class Sheet:
+    """Questions that make a batch without padding, on pictures of one size.
+
+    Parameters
+    ----------
+    ids : torch.Tensor
+        (B, L) int64, a prompt in each row
+    pictures : list[Any]
+        PIL pictures, one for each row
+    """
 
     ids: torch.Tensor
     pictures: list[Any]
@@ -95,7 +108,7 @@ def examine(
     answers = Answers() if answers is None else answers
     marks = [Marks(variant) for variant in variants]
     warm: set[str] = set()
-    for number, sheet in enumerate(_sheets(opened, list(asked), batch)):
+    for number, sheet in enumerate(sheets(opened, list(asked), batch)):
         images: dict[str, Any] = {}
         for mark in marks:
             answered = answers.find(number, str(mark.variant))
@@ -113,7 +126,7 @@ def examine(
     return marks
 
 
-def _answer(opened: Checkpoint, sheet: _Sheet, images: Any, variant: Variant) -> Answered:
+def _answer(opened: Checkpoint, sheet: Sheet, images: Any, variant: Variant) -> Answered:
     kept, kept_of_patches = 0.0, 0.0
     with opened.pruned_by(variant) as pruning, torch.inference_mode():
         started = time.perf_counter()
@@ -136,9 +149,7 @@ def _answer(opened: Checkpoint, sheet: _Sheet, images: Any, variant: Variant) ->
     return Answered([text.strip() for text in said], kept, kept_of_patches, seconds)
 
 
-def _sheets(
-    opened: Checkpoint, asked: list[tuple[Scene, Question]], batch: int
-) -> Iterator[_Sheet]:
+def sheets(opened: Checkpoint, asked: list[tuple[Scene, Question]], batch: int) -> Iterator[Sheet]:
     """Batches of equal prompt length and picture size; every question is in one."""
     groups: dict[Any, list[tuple[torch.Tensor, Any, Question]]] = defaultdict(list)
     for scene, question in asked:
@@ -148,4 +159,4 @@ def _sheets(
         for start in range(0, len(group), batch):
             part = group[start : start + batch]
             ids = torch.stack([ids for ids, _, _ in part])
-            yield _Sheet(ids, [picture for _, picture, _ in part], [q for _, _, q in part])
+            yield Sheet(ids, [picture for _, picture, _ in part], [q for _, _, q in part])

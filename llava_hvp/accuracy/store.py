@@ -48,8 +48,28 @@ class Answered:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """What one variant chose on one sheet's pictures, and in what time.
+
+    Parameters
+    ----------
+    kept : int
+        patches, in float32
+    common : dict[str, int]
+        dtype -> how many of them are kept in that dtype too; without those that cannot be computed
+    floor, encode : float
+        seconds of the image encode: with these patches known beforehand, and with the choice
+    """
+
+    kept: int
+    common: dict[str, int]
+    floor: float
+    encode: float
+
+
 class Answers:
-    """Answers by sheet and variant; with a file, each is a line of it.
+    """Answers and choices by sheet and variant; with a file, each is a line of it.
 
     Parameters
     ----------
@@ -60,6 +80,7 @@ class Answers:
     def __init__(self, folder: Path | None = None, file: TextIO | None = None) -> None:
         self.folder, self._file = folder, file
         self._found: dict[tuple[int, str], Answered] = {}
+        self._chosen: dict[tuple[int, str], Chosen] = {}
 
     def find(self, sheet: int, variant: str) -> Answered | None:
         """What is there already."""
@@ -68,8 +89,24 @@ class Answers:
     def add(self, sheet: int, variant: str, answered: Answered) -> None:
         """Remember; once this returns, a kill loses it no more."""
         self._found[sheet, variant] = answered
+        self._write(sheet, variant, answered)
+
+    def chosen(self, sheet: int, variant: str) -> Chosen | None:
+        """What is there already; sheets of choices are numbered by themselves."""
+        return self._chosen.get((sheet, variant))
+
+    def all_chosen(self, variant: str) -> list[Chosen]:
+        """Of a variant, on every sheet."""
+        return [chosen for (_, name), chosen in self._chosen.items() if name == variant]
+
+    def add_chosen(self, sheet: int, variant: str, chosen: Chosen) -> None:
+        """Remember, as `add` does."""
+        self._chosen[sheet, variant] = chosen
+        self._write(sheet, variant, chosen)
+
+    def _write(self, sheet: int, variant: str, found: Answered | Chosen) -> None:
         if self._file is not None:
-            line = json.dumps({"sheet": sheet, "variant": variant, **asdict(answered)})
+            line = json.dumps({"sheet": sheet, "variant": variant, **asdict(found)})
             self._file.write(line + "\n")
             self._file.flush()
 
@@ -77,7 +114,10 @@ class Answers:
         """Take in lines of an earlier run."""
         for record in map(json.loads, lines):
             key = record.pop("sheet"), record.pop("variant")
-            self._found[key] = Answered(**record)
+            if "said" in record:
+                self._found[key] = Answered(**record)
+            else:
+                self._chosen[key] = Chosen(**record)
 
     def __len__(self) -> int:
         return sum(len(answered.said) for answered in self._found.values())

@@ -1,13 +1,11 @@
-"""Marks as rows, tables and a plot."""
+"""Scores as tables and a plot."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from llava_hvp.accuracy.exam import Marks
+from llava_hvp.accuracy.scores import Difference, VariantScore
 from llava_hvp.tables import MARKDOWN, text_table
 
 EXPLAINED = (
@@ -17,117 +15,121 @@ EXPLAINED = (
     "layers), `time`: of all questions, from image to answer, as ratio to "
     "unpruned, taken in turns."
 )
-Z_95 = 1.959964  # 95 % of a normal distribution are within so many standard deviations
+CHOICES_EXPLAINED = (
+    "On {looked_at} of the pictures, each with its question: `choice`: what scoring, choosing and "
+    "merging add to the image encode, the prompt's own encoding included, as a share of the encode "
+    "with these patches known beforehand, which runs right before; the median, good to a few "
+    "percent (`random` and `uniform` add nothing). {halves}: share of the patches kept in float32 "
+    "that the model kept in this dtype too, weights and images rounded to it, with the vision "
+    "tower's own attention{missing}{inside}."
+)
 REFERENCES = ("random", "uniform")
-
-
-@dataclass(frozen=True)
-class VariantScore:
-    """The score of one variant.
-
-    Parameters
-    ----------
-    tasks : dict[str, float]
-        task -> percent right
-    overall, half_width : float
-        percent right of all, and half the width of its 95 % interval
-    kept_tokens : float | None
-        of an image, mean; None for unpruned LLaVA, which sends all
-    time : float
-        ratio to unpruned
-    """
-
-    method: str
-    options: str
-    tasks: dict[str, float]
-    overall: float
-    half_width: float
-    questions: int
-    kept_tokens: float | None
-    kept_of_patches: float
-    time: float
-
-
-def scores_of(marks: Sequence[Marks]) -> list[VariantScore]:
-    """One a variant; the first is unpruned."""
-    return [_score(mark, marks[0]) for mark in marks]
-
-
-def _score(mark: Marks, none: Marks) -> VariantScore:
-    asked = mark.images
-    right = sum(mark.right.values())
-    low, high = wilson_interval(right, asked)
-    is_none = not mark.variant.prunes
-    return VariantScore(
-        method=mark.variant.name,
-        options=mark.variant.options,
-        tasks={task: 100 * mark.right[task] / count for task, count in mark.asked.items()},
-        overall=100 * right / asked,
-        half_width=100 * (high - low) / 2,
-        questions=asked,
-        kept_tokens=None if is_none else mark.kept / asked,
-        kept_of_patches=1.0 if is_none else mark.kept_of_patches / asked,
-        time=mark.seconds / none.seconds,
-    )
-
-
-def wilson_interval(right: int, asked: int) -> tuple[float, float]:
-    """Bounds of the share of right answers, with 95 % confidence: Wilson's score interval.
-
-    Unlike the normal approximation it has a width where all answers are right, or none.
-    """
-    square = Z_95**2 / asked
-    share = right / asked
-    middle = (share + square / 2) / (1 + square)
-    half = math.sqrt(square * (share * (1 - share) + square / 4)) / (1 + square)
-    return middle - half, middle + half
+COLOURED = 7  # lines of a plot that eyes can follow
 
 
 def render(about: dict[str, Any], scores: Sequence[VariantScore], style: str) -> str:
     """The command and the machine, then a row for each variant."""
-    code = "    " if style == MARKDOWN else ""
     tasks = list(scores[0].tasks)
     table = [
         {
-            "method": score.method,
-            "options": score.options,
-            "kept": "" if score.kept_tokens is None else f"{score.kept_tokens:.1f}",
-            "of patches": f"{score.kept_of_patches:.1%}",
+            **kept_columns(score),
             **{task: f"{score.tasks[task]:.1f}" for task in tasks},
             "all": f"{score.overall:.1f} ± {score.half_width:.1f}",
             "time": f"{score.time:.2f}",
+            **(choice_columns(score, scores)),
         }
         for score in scores
     ]
     parts = [
-        f"{code}{about['command']}",
-        f"{about['machine']}; {about['versions']}.",
-        about["model"],
+        *heading(about, style),
         EXPLAINED.format(**about),
+        *choices_explained(about, scores),
         text_table(table, style),
         *no_better(scores),
     ]
     return "\n\n".join(parts) + "\n"
 
 
+def heading(about: dict[str, Any], style: str) -> list[str]:
+    """Paragraphs: the command, the machine, the model."""
+    code = "    " if style == MARKDOWN else ""
+    return [
+        f"{code}{about['command']}",
+        f"{about['machine']}; {about['versions']}.",
+        about["model"],
+    ]
+
+
+def kept_columns(score: VariantScore) -> dict[str, str]:
+    """Cells that say what was run, and how much it keeps."""
+    return {
+        "method": score.method,
+        "options": score.options,
+        "kept": "" if score.kept_tokens is None else f"{score.kept_tokens:.1f}",
+        "of patches": f"{score.kept_of_patches:.1%}",
+    }
+
+
+def choice_columns(score: VariantScore, scores: Sequence[VariantScore]) -> dict[str, str]:
+    """Cells on the choice of patches; none where nothing in the table chose any."""
+    halves = next((other.stability for other in scores if other.stability), {})
+    if not halves:
+        return {}
+    shares = {name: score.stability.get(name) for name in halves}
+    return {
+        "choice": "" if score.choice is None else f"{score.choice:+.0%}",
+        **{name: "" if share is None else f"{share:.1%}" for name, share in shares.items()},
+    }
+
+
+def choices_explained(about: dict[str, Any], scores: Sequence[VariantScore]) -> list[str]:
+    """The paragraph on those cells."""
+    stabilities = [score.stability for score in scores if score.stability]
+    if not stabilities:
+        return []
+    inside = any(score.choice is None and score.budget for score in scores)
+    missing = any(share is None for stability in stabilities for share in stability.values())
+    return [
+        CHOICES_EXPLAINED.format(
+            looked_at=about["looked_at"],
+            halves=", ".join(f"`{name}`" for name in stabilities[0]),
+            missing="; none where that cannot be computed" if missing else "",
+            inside="; none of what is chosen inside the language model" if inside else "",
+        )
+    ]
+
+
+def best_reference(score: VariantScore, scores: Sequence[VariantScore]) -> VariantScore | None:
+    """The better of `random` and `uniform` at the budget of another method."""
+    if score.method in ("none", *REFERENCES):
+        return None
+    beside = [s for s in scores if s.method in REFERENCES and s.budget == score.budget]
+    return max(beside, key=lambda s: s.overall, default=None)
+
+
 def no_better(scores: Sequence[VariantScore]) -> list[str]:
-    """Where a method is not above the better reference at its budget, by more than chance."""
+    """A paragraph on methods that are not above the better reference by more than chance."""
     lines = []
-    for score in scores:
-        if score.method in ("none", *REFERENCES):
-            continue
-        beside = [s for s in scores if s.method in REFERENCES and s.options == score.options]
-        best = max(beside, key=lambda s: s.overall, default=None)
-        if best is None:
-            continue
-        noise = math.hypot(score.half_width, best.half_width)
-        if score.overall - best.overall <= noise:
-            word = "below" if best.overall - score.overall > noise else "no better than"
-            lines.append(
-                f"- {score.method} {score.options} ({score.overall:.1f}) is {word} "
-                f"{best.method} ({best.overall:.1f})"
-            )
-    return ["Beside `random` and `uniform`:\n\n" + "\n".join(lines)] if lines else []
+    for budget in dict.fromkeys(score.budget for score in scores):
+        found: dict[str, list[str]] = {"below": [], "no better than": []}
+        best = None
+        for score in (score for score in scores if score.budget == budget):
+            reference = best_reference(score, scores)
+            if reference is None:
+                continue
+            best, over = reference, Difference.of(score, reference)
+            if over.points <= 0 or not over.is_told:
+                word = "below" if over.is_told else "no better than"
+                found[word].append(f"{score.label} ({score.overall:.1f})")
+        if best is not None:
+            lines += [
+                f"- {budget}: {word} {best.method} ({best.overall:.1f}): {', '.join(named)}"
+                for word, named in found.items()
+                if named
+            ]
+    return [
+        "Beside the better of `random` and `uniform`, paired by question:\n\n" + "\n".join(lines)
+    ] * bool(lines)
 
 
 def plot(title: str, scores: Sequence[VariantScore], file: BinaryIO) -> None:
@@ -147,20 +149,40 @@ def plot(title: str, scores: Sequence[VariantScore], file: BinaryIO) -> None:
             return score.overall if panel == "all" else score.tasks[panel]
 
         axis.axhline(of(none), color="grey", linewidth=1, label="unpruned")
-        for name in dict.fromkeys(score.method for score in pruned):
-            found = sorted((s for s in pruned if s.method == name), key=lambda s: s.kept_of_patches)
-            axis.plot(
-                [100 * s.kept_of_patches for s in found],
-                [of(s) for s in found],
-                marker="o",
-                linestyle=":" if name in REFERENCES else "-",
-                label=name,
-            )
+        for name, look in _looks(pruned).items():
+            found = sorted((s for s in pruned if s.label == name), key=lambda s: s.kept_of_patches)
+            axis.plot([100 * s.kept_of_patches for s in found], [of(s) for s in found], **look)
         axis.set_title(panel)
         axis.grid(alpha=0.3)
+    axes[0].set_ylabel("% right")
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
-    axes[0].set_ylabel("% right")
-    axes[0].legend(fontsize="small")
+    lines, names = axes[0].get_legend_handles_labels()
+    if len(panels) < len(axes):
+        axes[-1].legend(lines, names, loc="center")
+    else:
+        axes[0].legend(lines, names, fontsize="small")
     figure.supxlabel("patches kept, %", fontsize="medium")
     figure.savefig(file, format="png", dpi=100)
+
+
+def _looks(pruned: Sequence[VariantScore]) -> dict[str, dict[str, Any]]:
+    """How the line of each method is drawn; of many, colours are for the best on average."""
+
+    def mean(name: str) -> float:
+        found = [score.overall for score in pruned if score.label == name]
+        return sum(found) / len(found)
+
+    names = sorted(dict.fromkeys(score.label for score in pruned), key=mean, reverse=True)
+    rivals = [name for name in names if name not in REFERENCES]
+    looks: dict[str, dict[str, Any]] = {}
+    # What is drawn first lies below.
+    for rank, name in reversed(list(enumerate(rivals[COLOURED:]))):
+        label = f"{len(rivals) - COLOURED} others" if rank == 0 else None
+        looks[name] = {"color": "lightgrey", "linewidth": 1, "label": label}
+    for name, style in zip(REFERENCES, (":", "--"), strict=True):
+        if name in names:
+            looks[name] = {"color": "black", "linestyle": style, "label": name}
+    for name in rivals[:COLOURED]:
+        looks[name] = {"marker": "o", "markersize": 4, "label": name}
+    return looks

@@ -70,19 +70,8 @@ class Bench:
         launched : until the last kernel of the prefill was launched; as long as `prefill` where
             the device waits for the host
         """
-        seconds = {"encode": 0.0}
-
-        def timed(encode: Call) -> Call:
-            def call(*args: Any, **kwargs: Any) -> Any:
-                started = self.clock.now()
-                result = encode(*args, **kwargs)
-                seconds["encode"] += self.clock.now() - started
-                return result
-
-            return call
-
-        with self._around_encode(pruning, timed):
-            prepared = self.prepare()
+        prepared, encode = time_encode(self.checkpoint, self.work, pruning, self.clock)
+        seconds = {"encode": encode}
         started = self.clock.now()
         self.prefill(prepared)
         seconds["launched"] = time.perf_counter() - started
@@ -113,21 +102,50 @@ class Bench:
 
             return call
 
-        with self._around_encode(pruning, measured):
+        with _around_encode(self.checkpoint, pruning, measured):
             prepared = self.prepare()
         peaks["prefill"] = self.clock.peak_bytes(functools.partial(self.prefill, prepared))
         del prepared  # the answer makes its own
         peaks["answer"] = self.clock.peak_bytes(lambda: self.generate(2))
         return peaks
 
-    @contextlib.contextmanager
-    def _around_encode(self, pruning: Any, wrap: Callable[[Call], Call]) -> Iterator[None]:
-        """Wrap what encodes images: the tower, or pruned all that stands in its place."""
-        owner, name = (
-            (self.checkpoint.stock_tower, "forward") if pruning is None else (pruning, "encode")
-        )
-        setattr(owner, name, wrap(getattr(owner, name)))
-        try:
-            yield
-        finally:
-            delattr(owner, name)
+
+@torch.inference_mode()
+def time_encode(
+    checkpoint: Checkpoint, work: Workload, pruning: Any, clock: Clock
+) -> tuple[dict[str, Any], float]:
+    """What the language model gets, and the seconds of the image encode, selection included.
+
+    Parameters
+    ----------
+    pruning : Pruning | None
+        what prunes the model; None for stock
+    """
+    seconds = 0.0
+
+    def timed(encode: Call) -> Call:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal seconds
+            started = clock.now()
+            result = encode(*args, **kwargs)
+            seconds += clock.now() - started
+            return result
+
+        return call
+
+    with _around_encode(checkpoint, pruning, timed):
+        prepared = checkpoint.prepare(work.ids, work.images, work.sizes)
+    return prepared, seconds
+
+
+@contextlib.contextmanager
+def _around_encode(
+    checkpoint: Checkpoint, pruning: Any, wrap: Callable[[Call], Call]
+) -> Iterator[None]:
+    """Wrap what encodes images: the tower, or pruned all that stands in its place."""
+    owner, name = (checkpoint.stock_tower, "forward") if pruning is None else (pruning, "encode")
+    setattr(owner, name, wrap(getattr(owner, name)))
+    try:
+        yield
+    finally:
+        delattr(owner, name)

@@ -9,13 +9,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llava_hvp.accuracy.exam import TEMPLATE, Marks, examine
+from llava_hvp.accuracy.choice import Opened, is_looked_at, look, spread
+from llava_hvp.accuracy.exam import TEMPLATE, Marks, examine, sheets
+from llava_hvp.accuracy.ranking import is_ranked, render_ranking
+from llava_hvp.accuracy.scores import scores_of
 from llava_hvp.accuracy.store import Answers, digest, keeping
-from llava_hvp.accuracy.tables import plot, render, scores_of
+from llava_hvp.accuracy.tables import plot, render
 from llava_hvp.bench.machine import about
 from llava_hvp.checkpoints.before_loading import check_before_loading, check_language
 from llava_hvp.checkpoints.naming import model_name
@@ -34,6 +37,7 @@ from llava_hvp.cli.extras import can_plot, need
 from llava_hvp.console import say
 from llava_hvp.errors import LlavaHvpError, OptionError
 from llava_hvp.evaluation.files import read_json
+from llava_hvp.files import write_whole
 from llava_hvp.methods import list_methods
 from llava_hvp.shapes import checkpoint, list_checkpoints
 from llava_hvp.shapes.exams import EXAMS, exam, exam_for
@@ -41,6 +45,9 @@ from llava_hvp.shapes.questions import Question
 from llava_hvp.shapes.scenes import Scene
 from llava_hvp.shapes.weights import SHIPPED, TOWER
 from llava_hvp.tables import MARKDOWN, TERMINAL
+
+if TYPE_CHECKING:
+    from llava_hvp.checkpoints.checkpoint import Checkpoint
 
 BUDGETS = "0.75,0.5,0.4,0.25,0.11"  # of r_max
 
@@ -184,7 +191,7 @@ def run(settings: AccuracySettings) -> int:
         if len(answers):
             say(f"{len(answers)} answers are there; {answers.folder}")
         try:
-            scores = scores_of(_ask(settings, asked, answers))
+            scores = scores_of(_measure(settings, asked, answers), answers)
         except KeyboardInterrupt:
             say(
                 "stopped; with --out FOLDER it could have gone on from here"
@@ -192,6 +199,7 @@ def run(settings: AccuracySettings) -> int:
                 else "stopped; the same command goes on from the answers that are there"
             )
             return INTERRUPTED
+        facts["looked_at"] = str(len(spread(asked)))
         print(render(facts, scores, TERMINAL))
         if base is not None:
             title = f"{facts['model']} {facts['machine']}"
@@ -201,6 +209,10 @@ def run(settings: AccuracySettings) -> int:
                 render(facts, scores, MARKDOWN),
                 partial(plot, title, scores) if settings.plots and len(scores) > 1 else None,
             )
+            if is_ranked(scores):
+                page = base.with_name(f"{base.name}-ranking.md")
+                write_whole(page, render_ranking(facts, scores).encode())
+                say(f"wrote {page}")
             answers.throw_away()
     return 0
 
@@ -236,19 +248,33 @@ def _tower_of(checkpoint: Path) -> list[Path]:
     return [tower] if tower.is_dir() else []
 
 
-def _ask(
+def _measure(
     settings: AccuracySettings, asked: Sequence[tuple[Scene, Question]], answers: Answers
 ) -> list[Marks]:
+    """The marks; what was chosen lies in `answers`."""
     # LLaVA comes only now: whatever was typed wrong has been said.
     from llava_hvp.checkpoints.opening import open_checkpoint
 
     chosen = settings.variants
     with tempfile.TemporaryDirectory(prefix="llava-hvp-") as folder:
-        path = settings.model_path or checkpoint(folder, settings.model)
-        opened = open_checkpoint(
-            str(path.resolve()), settings.device, dtype=torch.float32, conv_mode=TEMPLATE
-        )
+        path = (settings.model_path or checkpoint(folder, settings.model)).resolve()
+
+        def opened_in(dtype: torch.dtype) -> Checkpoint:
+            return open_checkpoint(str(path), settings.device, dtype=dtype, conv_mode=TEMPLATE)
+
+        opened = opened_in(torch.float32)
         with progress(len(asked) * len(chosen), settings.model, "answer") as bar:
-            return examine(
+            marks = examine(
                 opened, asked, chosen, batch=settings.batch, tick=bar.more, answers=answers
             )
+        looked_at = list(sheets(opened, spread(asked), settings.batch))
+        looks = len(looked_at) * sum(map(is_looked_at, chosen))
+        with progress(looks, settings.model, "choice") as bar:
+            look(
+                lambda sheet: Opened.of(opened, sheet, opened_in),
+                looked_at,
+                chosen,
+                answers,
+                tick=bar.more,
+            )
+    return marks
