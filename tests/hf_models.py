@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from llava.constants import IMAGE_TOKEN_INDEX
 from PIL import Image
 
 from llava_hvp.checkpoints.convert import to_transformers
@@ -113,3 +114,23 @@ def batch(bundle: HFBundle, photos: list[Image.Image], side: str = "left") -> tu
     held = [pictures[:1], pictures[1:], None]
     rows = [bundle.inputs([t], p, side) for t, p in zip(texts, held, strict=True)]
     return bundle.inputs(texts, pictures, side), rows
+
+
+def as_llavas(bundle, inputs):
+    """Ids with one mark an image, pixels and (width, height) as LLaVA takes them."""
+    token, rows = bundle.model.config.image_token_id, []
+    for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True):
+        ids = ids[mask.bool()]
+        first = torch.cat((torch.tensor([False]), ids[1:] == ids[:-1])) & (ids == token)
+        rows.append(ids[~first].masked_fill(ids[~first] == token, IMAGE_TOKEN_INDEX))
+    length = max(map(len, rows))
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
+    mask = torch.zeros(len(rows), length, dtype=torch.bool)
+    for n, row in enumerate(rows):
+        ids[n, length - len(row) :], mask[n, length - len(row) :] = row, True
+    pixels = inputs["pixel_values"]
+    if not bundle.is_next:
+        return ids, mask, pixels, [(112, 112)] * len(pixels)
+    sizes = [(width, height) for height, width in inputs["image_sizes"].tolist()]
+    tiles = [int(stack.flatten(1).any(1).sum()) for stack in pixels]
+    return ids, mask, [s[:n] for s, n in zip(pixels, tiles, strict=True)], sizes

@@ -10,12 +10,11 @@ import torch
 from hf_models import QUESTIONS, ask, needs_release, sized, state
 
 import llava_hvp
-from llava_hvp import HIVTP, FastV, HiPrune, Runtime, VisionZip, get_method, prune, unprune
+from llava_hvp import HIVTP, HiPrune, Runtime, VisionZip, get_method, prune, unprune
 from llava_hvp.errors import (
     OptionError,
     PrunedStateError,
     TextEncoderError,
-    UnsupportedModelError,
 )
 from llava_hvp.hosts.hf.host import CLIP
 from llava_hvp.hosts.hf.versions import release
@@ -173,14 +172,6 @@ def test_one_tiling_for_all_pictures_is_the_processors_to_set(hf, photos):
     with prune(own.model, METHOD) as pruned:
         own.generate(inputs)
         assert all(report.kept_tokens < report.stock_tokens for report in pruned.last)
-
-
-@pytest.mark.parametrize("methods", [(FastV(r_max=0.5),), (METHOD, FastV(r_max=0.5))])
-def test_methods_inside_the_language_model_are_refused(methods, hf):
-    bundle = hf(KINDS[0])
-    with pytest.raises(UnsupportedModelError, match="inside the language model"):
-        prune(bundle.model, *methods)
-    assert "llava_hvp" not in vars(bundle.model)
 
 
 def test_the_tower_in_the_models_dtype(hf, photos):

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from hf_models import KINDS, QUESTIONS, needs_release, sized
-from llava.constants import IMAGE_TOKEN_INDEX
+from hf_models import KINDS, QUESTIONS, as_llavas, needs_release, sized
 
 from llava_hvp import (
     HiRED,
@@ -38,26 +37,6 @@ RUNTIMES = {
     "hivtp all newlines": Runtime(newline="all"),
     "hivtp no newlines": Runtime(newline="none"),
 }
-
-
-def as_llavas(bundle, inputs):
-    """Ids with one mark an image, pixels and (width, height) as LLaVA takes them."""
-    token, rows = bundle.model.config.image_token_id, []
-    for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True):
-        ids = ids[mask.bool()]
-        first = torch.cat((torch.tensor([False]), ids[1:] == ids[:-1])) & (ids == token)
-        rows.append(ids[~first].masked_fill(ids[~first] == token, IMAGE_TOKEN_INDEX))
-    length = max(map(len, rows))
-    ids = torch.zeros(len(rows), length, dtype=torch.long)
-    mask = torch.zeros(len(rows), length, dtype=torch.bool)
-    for n, row in enumerate(rows):
-        ids[n, length - len(row) :], mask[n, length - len(row) :] = row, True
-    pixels = inputs["pixel_values"]
-    if not bundle.is_next:
-        return ids, mask, pixels, [(112, 112)] * len(pixels)
-    sizes = [(width, height) for height, width in inputs["image_sizes"].tolist()]
-    tiles = [int(stack.flatten(1).any(1).sum()) for stack in pixels]
-    return ids, mask, [s[:n] for s, n in zip(pixels, tiles, strict=True)], sizes
 
 
 @pytest.fixture(scope="module")

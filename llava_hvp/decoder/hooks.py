@@ -101,7 +101,7 @@ class DecoderHooks:
         set_current(None)
         cache, embeds = kwargs.get("past_key_values"), kwargs.get("inputs_embeds")
         check_cache(cache)
-        known: Generation | None = getattr(cache, "llava_hvp", None)
+        known: Generation | None = getattr(cache, "llava_hvp_inside", None)
         if known is not None:
             check_step(embeds if embeds is not None else kwargs["input_ids"], cache, known)
             run = StepRun(module, known, check_window(module.config, cache, 1))
@@ -167,7 +167,7 @@ class DecoderHooks:
         if output is None or not isinstance(run, PromptRun):  # None after an error
             return
         if run.cache is not None:
-            run.cache.llava_hvp = run.generation
+            run.cache.llava_hvp_inside = run.generation
         run.announced.ran = True
         if run.announced.on_prefill is not None:
             run.announced.on_prefill(run.generation.levels)

@@ -73,6 +73,11 @@ def announce(embeds: Tensor, prompt: Prompt, decoder: Any) -> None:
     _NEWEST.set((weakref.ref(decoder), weakref.ref(embeds)))
 
 
+def withdraw() -> None:
+    """Of what this thread announced last, no copies come any more."""
+    _NEWEST.set(None)
+
+
 def find(embeds: Tensor, decoder: Any) -> tuple[Prompt, int] | None:
     """The prompt that embeddings are, and how often each row of it stands in them.
 

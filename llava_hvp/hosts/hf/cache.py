@@ -69,6 +69,13 @@ def put_note(cache: Any, note: CacheNote) -> None:
         setattr(cache, NOTE, note)
 
 
+def new_cache(config: Any) -> Any:
+    """An empty cache as stock makes one, for the language model's config."""
+    from transformers import DynamicCache
+
+    return DynamicCache(config=config)
+
+
 def length_of(cache: Any) -> int:
     """Columns that a cache holds; raises UnsupportedModelError for what is no Cache."""
     if cache is None:

@@ -29,6 +29,7 @@ class Llava:
     newline = False
     beside: tuple[str, ...] = ()  # arguments of a call that describe its pixels
     keeps_positions = False  # whether tokens that stay keep their positions; else these close up
+    prunes_inside = True  # whether a method may drop tokens inside the language model
 
     @staticmethod
     def tiles(
@@ -61,6 +62,7 @@ class LlavaNext:
     newline = True
     beside: tuple[str, ...] = ("image_sizes",)
     keeps_positions = False
+    prunes_inside = True
 
     @classmethod
     def tiles(
@@ -152,6 +154,7 @@ class LlavaOnevision(LlavaNext):
     """`LlavaOnevisionForConditionalGeneration`: AnyRes of one image in a row; of several, none."""
 
     beside = ("image_sizes", "batch_num_images")
+    prunes_inside = False
 
     @staticmethod
     def cut(images: int, beside: Mapping[str, Any]) -> Sequence[bool]:
@@ -192,6 +195,7 @@ class Qwen:
     newline = False
     beside: tuple[str, ...] = ("image_grid_thw",)
     keeps_positions = True
+    prunes_inside = False
 
 
 def _product(grid: Grid | None) -> int:

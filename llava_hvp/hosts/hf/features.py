@@ -34,7 +34,11 @@ class GetImageFeatures:
         check_settings(beside, host.model.config)
         images = host.family.images(self.pruning, pixel_values, beside)
         dtype = host.model.get_input_embeddings().weight.dtype
-        features = images.encoded(range(len(images.stock)), None, dtype)
+        every = range(len(images.stock))
+        packed = images.packed(every, None, dtype) if every else None
+        features = [] if packed is None else packed.features
+        if packed is not None and self.pruning.inside is None:
+            self.pruning.record(packed.reports)  # else no prompt says what becomes of them
         if release() < (5, 0):
             return features
         from transformers.modeling_outputs import BaseModelOutputWithPooling

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from llava_hvp.errors import UnsupportedModelError
-from llava_hvp.hosts.hf.cache import CacheNote, length_of, note_of, put_note, short_mask
+from llava_hvp.hosts.hf.cache import (
+    CacheNote,
+    length_of,
+    new_cache,
+    note_of,
+    put_note,
+    short_mask,
+)
+from llava_hvp.hosts.hf.inside import announce
 from llava_hvp.hosts.hf.qwen.positions import positions_of
 from llava_hvp.hosts.hf.refusals import (
     PER_TOKEN,
@@ -99,6 +107,7 @@ def short_call(pruning: Pruning, given: dict[str, Any]) -> dict[str, Any]:
         rest |= _per_token(given, prompt, mask, note, cached)
     if cached == 0 and not pruning.host_model.model.training:
         _note(rest, ids, prompt, given.get("position_ids"), following, config)
+    announce(pruning, prompt, given, cached=cached)
     return rest
 
 
@@ -171,9 +180,7 @@ def _note(
     if not (text.use_cache if use is None else use):
         return
     if rest.get("past_key_values") is None:
-        from transformers import DynamicCache
-
-        rest["past_key_values"] = DynamicCache(config=text)
+        rest["past_key_values"] = new_cache(text)
     rows, removed = len(ids), ids.shape[1] - prompt.ids.shape[1]
     off = torch.full((rows, 1), removed)
     if positions is not None and prompt.removed:

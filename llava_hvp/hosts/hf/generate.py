@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llava_hvp.decoder.prompt import withdraw
 from llava_hvp.errors import UnsupportedModelError
 from llava_hvp.hosts.hf.cache import (
     CacheNote,
@@ -24,6 +25,7 @@ from llava_hvp.hosts.hf.cache import (
     take_note,
 )
 from llava_hvp.hosts.hf.forward import closed_positions
+from llava_hvp.hosts.hf.inside import announce
 from llava_hvp.hosts.hf.qwen.positions import BY_TYPES, generating, positions_of
 from llava_hvp.hosts.hf.refusals import (
     PER_TOKEN,
@@ -109,8 +111,13 @@ def _generate(
     positions = positions_of(model.model, given, told, prompt) if keeps else None
     if keeps and release() >= BY_TYPES:  # stock asks for positions where a grid is given
         call["image_grid_thw"] = given["image_grid_thw"]
-    with generating(positions):
-        result = stock(**call)
+    announce(pruning, prompt, given, cached=cached)
+    try:
+        with generating(positions):
+            result = stock(**call)
+    finally:
+        # A call that failed may be held on to, with its embeddings, and text come next.
+        withdraw()
     following = None if positions is None else positions.next
     note = CacheNote(long, whole, short_whole, _off(told, short_whole), following)
     return _result(result, given, note)

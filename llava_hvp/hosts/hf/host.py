@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llava_hvp.decoder import hooks as decoder_hooks
 from llava_hvp.encoder.text import ClipText
 from llava_hvp.encoder.vit import attention_of, read_geometry
 from llava_hvp.errors import (
@@ -19,6 +20,7 @@ from llava_hvp.errors import (
     UnsupportedModelError,
 )
 from llava_hvp.hosts import unknown
+from llava_hvp.hosts.hf.cache import new_cache
 from llava_hvp.hosts.hf.families import family_of
 from llava_hvp.hosts.hf.features import GetImageFeatures
 from llava_hvp.hosts.hf.forward import ForwardHook
@@ -168,7 +170,7 @@ def attach(
     """Prune a transformers LLaVA; see `llava_hvp.prune`."""
     check_release()
     chosen = PruningConfig.checked(method, runtime, inside)
-    check_pruning(chosen)
+    check_tiling(chosen.runtime.tiling)
     model = find(model)
     with CHANGING:
         if "llava_hvp" in model.__dict__:
@@ -187,6 +189,8 @@ def attach(
                 "tower runs as it was loaded: leave runtime out"
             )
         pruning = Pruning(host, getattr(tokenizer, "tokenizer", tokenizer), clip_text)
+        if chosen.inside is not None:
+            pruning.hooks = _hooks(host, chosen.inside)
         hook = ForwardHook(pruning)
         host.handles += [
             part.register_forward_pre_hook(hook, with_kwargs=True) for part in (model, model.model)
@@ -204,14 +208,19 @@ def attach(
     return pruning
 
 
-def check_pruning(chosen: PruningConfig) -> None:
-    """Raise a LlavaHvpError for methods inside, and for a tiling: the processor has cut already."""
-    if chosen.inside is not None:
-        raise UnsupportedModelError(
-            f"{chosen.inside.name} prunes inside the language model, so far on LLaVA's own classes "
-            "only: on transformers' give a method at the vision tower, as HIVTP(r_max=0.5)"
-        )
-    check_tiling(chosen.runtime.tiling)
+def _hooks(host: HFModel, method: LanguageMethod) -> decoder_hooks.DecoderHooks:
+    """Let a method inside drop tokens of this model's language model."""
+    try:
+        if not host.family.prunes_inside:
+            raise UnsupportedModelError(
+                f"{method.name} prunes inside the language model, which of transformers' own "
+                "classes is done for LLaVA-1.5 and LLaVA-NeXT: give this "
+                f"{type(host.model).__name__} a method at the vision tower, as HiPrune(r_max=0.5)"
+            )
+        return decoder_hooks.attach(host.model.model.language_model, method, new_cache)
+    except BaseException:
+        host.encoder.release()
+        raise
 
 
 def check_tiling(tiling: str) -> None:
@@ -234,6 +243,8 @@ def detach(model: Any) -> None:
         host = pruning.host_model
         for handle in host.handles:
             handle.remove()
+        if pruning.hooks is not None:
+            pruning.hooks.remove()
         host.encoder.release()
         for name in ("get_image_features", "get_rope_index"):
             model.model.__dict__.pop(name, None)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llava_hvp.errors import UnsupportedModelError
 from llava_hvp.pruning.layout import Size
-from llava_hvp.pruning.packing import pack
+from llava_hvp.pruning.packing import PackedImages, pack
 from llava_hvp.pruning.pruning import Pruning
 
 
@@ -62,10 +62,10 @@ class Images:
             for count, size in zip(counts, self.sizes, strict=True)
         ]
 
-    def encoded(
+    def packed(
         self, which: Sequence[int], rows: list[Tensor] | None, dtype: torch.dtype
-    ) -> list[Tensor]:
-        """(tokens, D) of these images, pruned, as the language model takes them.
+    ) -> PackedImages:
+        """These images, at least one, pruned.
 
         Parameters
         ----------
@@ -77,10 +77,8 @@ class Images:
         dtype : torch.dtype
             the language model's
         """
-        if not which:
-            return []
         stacks = [self.stacks[n] for n in which]
-        packed = pack(
+        return pack(
             self.pruning,
             torch.cat(stacks).to(dtype),
             tuple(len(stack) for stack in stacks),
@@ -88,8 +86,6 @@ class Images:
             rows,
             laid_out=True,
         )
-        self.pruning.record(packed.reports)
-        return packed.features
 
 
 def _sizes(image_sizes: Any, images: int) -> list[Size | None]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from llava_hvp.errors import UnsupportedModelError
 from llava_hvp.hosts.hf.cache import CacheNote, short_mask
 from llava_hvp.hosts.hf.sequence import Shortened, images_of_rows, shorten
+from llava_hvp.pruning.packing import PackedImages
 from llava_hvp.pruning.pruning import Pruning
 
 
@@ -28,12 +29,18 @@ class ShortPrompt:
         (B, L') int64
     embeds : Tensor
         (B, L', D)
+    packed : PackedImages | None
+        the images that were put in; None where there are none
+    images_of_rows : tuple[tuple[int, ...], ...]
+        of each row, their numbers
     """
 
     shortened: Shortened
     ids: Tensor
     mask: Tensor
     embeds: Tensor
+    packed: PackedImages | None
+    images_of_rows: tuple[tuple[int, ...], ...]
 
     @property
     def removed(self) -> bool:
@@ -92,7 +99,8 @@ def short_prompt(
     inside = real if before is None else _with(before.long_ids, real)
     rows = [conversation[row][inside[row].to(ids.device)] for row in held]
     embed = pruning.host_model.model.get_input_embeddings()
-    features = images.encoded(new, rows, _dtype(embed))
+    packed = images.packed(new, rows, _dtype(embed)) if new else None
+    features = [] if packed is None else packed.features
     shortened = shorten(
         placeholder,
         real,
@@ -105,10 +113,13 @@ def short_prompt(
     whole = torch.ones_like(ids) if mask is None else mask.long()
     embeds = embed(short_ids)
     if features:
-        packed = torch.cat(features).to(embeds.device, embeds.dtype)
+        tokens = torch.cat(features).to(embeds.device, embeds.dtype)
         visual = shortened.visual.to(embeds.device)[..., None]
-        embeds = embeds.masked_scatter(visual, packed)
-    return ShortPrompt(shortened, short_ids, shortened.take(whole, 0), embeds)
+        embeds = embeds.masked_scatter(visual, tokens)
+    places = tuple(
+        tuple(n for n, place in enumerate(held) if place == row) for row in range(len(ids))
+    )
+    return ShortPrompt(shortened, short_ids, shortened.take(whole, 0), embeds, packed, places)
 
 
 def _new_images(

@@ -12,11 +12,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from llava.constants import IGNORE_INDEX
 from torch import Tensor
 
-from llava_hvp.hosts.llava import inside
 from llava_hvp.hosts.llava.grid import check_tiles
+from llava_hvp.hosts.llava.prompt import images_of_rows
 from llava_hvp.hosts.llava.tiling import sizes_of
+from llava_hvp.pruning import expected
 from llava_hvp.pruning.packing import PackedImages, pack
 
 
@@ -54,19 +56,22 @@ def prepare_inputs_labels_for_multimodal(
         return stock(images, attention_mask, labels)
     prompts = _without_padding(input_ids, attention_mask)
     packed = _pack(self, images, image_sizes, prompts)
-    rows = inside.rows_inside(self.llava_hvp, packed, prompts)
-    if rows is None:
-        inside.record_all(self.llava_hvp, packed)
+    # To count images waits for the device: only for a method inside.
+    counted = self.llava_hvp.hooks is not None
+    rows = images_of_rows(prompts, len(packed.features)) if counted else ()
+    drops = expected.drops(self.llava_hvp, packed, rows)
+    if not drops:
+        expected.record_all(self.llava_hvp, packed)
         if not packed.pruned or labels is not None or len(prompts) == 1:
             return stock(packed, attention_mask, labels)
     elif labels is not None:
-        raise inside.no_labels(self.llava_hvp)
+        raise expected.no_labels(self.llava_hvp)
     # Stock returns no mask where it got none, and pads on the right: generation from a ragged
     # batch would attend to the padding and go on after it.
     mask = (
         torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask
     )
-    marks = None if rows is None else torch.zeros_like(input_ids)
+    marks = torch.zeros_like(input_ids) if drops else None
     nothing, positions, mask, cache, embeds, marks = stock(packed, mask, marks)
     is_full = bool(mask.all())
     if not is_full:
@@ -75,8 +80,11 @@ def prepare_inputs_labels_for_multimodal(
         positions = None if positions is None else positions.gather(1, source)
         mask = mask.gather(1, source)
         marks = None if marks is None else marks.gather(1, source)
-    if rows is not None and marks is not None:
-        inside.expect(self.llava_hvp, packed, rows, embeds, marks, mask.bool())
+    if marks is not None:
+        valid = mask.bool()
+        expected.expect(
+            self.llava_hvp, packed, rows, embeds, (marks == IGNORE_INDEX) & valid, valid
+        )
     is_none = is_full and attention_mask is None
     return nothing, positions, None if is_none else mask, cache, embeds, None
 

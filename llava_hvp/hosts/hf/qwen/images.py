@@ -12,6 +12,7 @@ from llava_hvp.errors import UnsupportedModelError
 from llava_hvp.hosts.hf.qwen.view import GridView
 from llava_hvp.methods.base import Selection, VisionContext
 from llava_hvp.pruning.encoding import on_cpu
+from llava_hvp.pruning.packing import PackedImages
 from llava_hvp.pruning.pruning import Pruning
 from llava_hvp.pruning.report import ImageReport
 
@@ -61,18 +62,17 @@ class QwenImages:
         merged = encoder.vit.config.spatial_merge_size**2
         self.stock = (self.grids.prod(1) // merged).tolist()
 
-    def encoded(
+    def packed(
         self, which: Sequence[int], rows: list[Tensor] | None, dtype: torch.dtype
-    ) -> list[Tensor]:
-        """(tokens, D) of all images, pruned, as the language model takes them."""
-        if not which or self.pixels is None:
-            return []
+    ) -> PackedImages:
+        """All images, at least one, pruned."""
+        assert self.pixels is not None
         encoder: Any = self.pruning.host_model.encoder
         tokens, contexts = encoder.see(self.pixels, self.grids)
         selections = [self._select(context) for context in contexts]
         self.columns = [selection.keep[0].nonzero()[:, 0] for selection in selections]
         side = encoder.vit.config.patch_size * encoder.vit.config.spatial_merge_size
-        self.pruning.record(
+        reports = [
             ImageReport(
                 self.pruning.method.name,
                 1,
@@ -87,11 +87,13 @@ class QwenImages:
             for count, columns, context, selection in zip(
                 self.stock, self.columns, contexts, selections, strict=True
             )
-        )
-        return [
+        ]
+        features = [
             states if len(columns) == len(states) else states[columns.to(states.device)]
             for states, columns in zip(tokens, self.columns, strict=True)
         ]
+        pruned = any(report.kept_tokens < report.stock_tokens for report in reports)
+        return PackedImages(features, pruned, reports, self.columns)
 
     @torch.no_grad()
     def _select(self, context: VisionContext) -> Selection:

@@ -1,4 +1,4 @@
-"""Where the tokens of images stand in LLaVA's prompts, for a method inside the language model."""
+"""A prompt on its way into a language model that drops tokens of it: announced, then recorded."""
 
 from __future__ import annotations
 
@@ -6,30 +6,24 @@ import itertools
 from collections.abc import Sequence
 
 import torch
-from llava.constants import IGNORE_INDEX
 from torch import Tensor
 
 from llava_hvp.decoder.prompt import Prompt
 from llava_hvp.decoder.sequence import Level
 from llava_hvp.errors import DecodingError
-from llava_hvp.hosts.llava.prompt import images_of_rows
 from llava_hvp.pruning.inside import in_all_layers, in_layers
 from llava_hvp.pruning.packing import PackedImages
 from llava_hvp.pruning.pruning import Pruning
 
-Rows = tuple[tuple[int, ...], ...]  # the images of each row
+Rows = Sequence[Sequence[int]]  # the images of each row
 
 
-def rows_inside(pruning: Pruning, packed: PackedImages, prompts: list[Tensor]) -> Rows | None:
-    """The images of each row, where the language model drops some of their tokens.
-
-    None where it drops nothing, so that what stock gives can be given.
-    """
+def drops(pruning: Pruning, packed: PackedImages, rows: Rows) -> bool:
+    """Whether the language model drops any token; else what stock gives can be given."""
     if pruning.hooks is None:
-        return None
-    rows = images_of_rows(prompts, len(packed.features))
+        return False
     counts = tuple(tuple(len(packed.features[image]) for image in row) for row in rows)
-    return rows if pruning.hooks.drops(counts) else None
+    return pruning.hooks.drops(counts)
 
 
 def record_all(pruning: Pruning, packed: PackedImages) -> None:
@@ -54,7 +48,7 @@ def expect(
     packed: PackedImages,
     rows: Rows,
     embeds: Tensor,
-    marks: Tensor,
+    visual: Tensor,
     valid: Tensor,
 ) -> None:
     """Let the language model drop tokens of these embeddings, and record it when it has.
@@ -65,18 +59,17 @@ def expect(
         the images of each row
     embeds : Tensor
         (B, n, D), padded on the left
-    marks : Tensor
-        (B, n) int64, IGNORE_INDEX where stock put in tokens of an image
+    visual : Tensor
+        (B, n) bool, tokens of images, newlines included
     valid : Tensor
         (B, n) bool, all but padding
     """
     hooks = pruning.hooks
     assert hooks is not None
-    visual = (marks == IGNORE_INDEX) & valid
     behind = torch.where(visual.any(1), visual.flip(1).int().argmax(1), valid.sum(1))
     counted = torch.stack((valid.sum(1), visual.sum(1), behind)).tolist()
     lengths, counts, tails = (tuple(values) for values in counted)
-    # Stock cuts what is too long for the model at its end.
+    # LLaVA's own classes cut what is too long for the model at its end.
     sent = tuple(
         _shared([len(packed.features[image]) for image in row], count)
         for row, count in zip(rows, counts, strict=True)
