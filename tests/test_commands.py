@@ -14,7 +14,17 @@ import llava_hvp.cli as cli
 from llava_hvp.cli import main
 from llava_hvp.version import installed, version_of
 
-WITH_SETTINGS = ("accuracy", "bench", "evaluate", "reproduce", "run", "shapes", "show", "table")
+WITH_SETTINGS = (
+    "accuracy",
+    "bench",
+    "convert",
+    "evaluate",
+    "reproduce",
+    "run",
+    "shapes",
+    "show",
+    "table",
+)
 WITHOUT = ("doctor", "methods")
 
 

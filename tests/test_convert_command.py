@@ -161,6 +161,7 @@ def test_what_is_wrong_is_said_and_nothing_is_left(
     assert sorted(work.rglob("*")) == before
 
 
+@needs_release
 def test_a_template_for_llavas_form_is_refused(checkpoints, hf, tmp_path, capsys):
     source = str(hf("llava-1.5-llama").path)
     flags = ["--conv-mode", "vicuna_v1"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import errno
+import functools
 import os
 import platform
 import signal
@@ -53,8 +54,8 @@ def leave_report(
     ----------
     state : str
         "started", "done", "failed", or "unrecorded" where all was done but the record; "forked" for
-        a fork, whose end nobody can tell from a kill: it may go by os._exit, as the workers of
-        multiprocessing do
+        a fork or a child of multiprocessing, whose end nobody can tell from a kill: it may go by
+        os._exit, and a pool ends its workers by SIGTERM
 
     Raises RecordError where that cannot be written.
     """
@@ -132,7 +133,7 @@ class PruningAudit:
         )
         say(f"{what} ({versions})")
         self._await_the_end()
-        self._report("forked" if self._forked else "started")
+        self._report("forked" if self._is_child else "started")
         self.answers.claim()
 
     def watch(self, pruning: Pruning) -> None:
@@ -147,7 +148,7 @@ class PruningAudit:
                 self._facts = self._facts or _facts(pruning.model)
             self._see_fork()
             self.totals.add(reports)
-            if self._forked:
+            if self._is_child:
                 self._report("forked")
 
         pruning.on_record = on_record
@@ -158,7 +159,7 @@ class PruningAudit:
         self.begin()
         self._facts = self._facts or _facts(model)
         self.totals.add_unpruned(images, tokens)
-        if self._forked:
+        if self._is_child:
             self._report("forked")
 
     def _refuse_training(self, model: Any) -> None:
@@ -211,7 +212,8 @@ class PruningAudit:
         sys.excepthook = excepthook
         # Python sets handlers in the main thread only; a server may load its model in another.
         is_main = threading.current_thread() is threading.main_thread()
-        if is_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        is_ours = not self._is_child and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        if is_main and is_ours:
 
             def on_signal(number: int, frame: Any) -> None:
                 if self._telling:  # how it ends is just being told, and then it ends
@@ -222,6 +224,7 @@ class PruningAudit:
                 os.kill(os.getpid(), number)
 
             signal.signal(signal.SIGTERM, on_signal)
+            os.register_at_fork(after_in_child=functools.partial(_without, on_signal))
 
     def fails(self, reason: str) -> None:
         """The process ends by an error: there will be no record."""
@@ -249,10 +252,8 @@ class PruningAudit:
         if self._crash is not None:
             if self.totals.images:
                 say(f"{self._summary()}; stopped by {self._crash}")
-            # How multiprocessing ends the workers of a pool, when they are done.
-            is_dismissed = self._crash == "SIGTERM" and _parent_process() is not None
             with contextlib.suppress(RecordError):  # it fails as it is, and has said why
-                self._report(*(("done",) if is_dismissed else ("failed", self._crash)))
+                self._report("failed", self._crash)
             return
         try:
             say(f"{self._summary()}{self._write_record()}")
@@ -319,8 +320,23 @@ class PruningAudit:
             "counts": self.totals.as_dict(),
         }
 
+    @property
+    def _is_child(self) -> bool:
+        """Whether this was forked, or is multiprocessing's, which ends workers by SIGTERM.
+
+        Such a process leaves a report as it goes, and dies of the signal: a handler in Python does
+        not run where the signal comes just before a wait for a lock, and the pool would hang.
+        """
+        return self._forked or _parent_process() is not None
+
     def _report(self, state: str, reason: str | None = None) -> None:
         leave_report(self.request, self.command, state, self.totals, reason)
+
+
+def _without(handler: Any) -> None:
+    """Die of SIGTERM again where this handler was inherited."""
+    if signal.getsignal(signal.SIGTERM) is handler:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _parent_process() -> Any:

@@ -208,16 +208,16 @@ def attach(
     return pruning
 
 
-def _hooks(host: HFModel, method: LanguageMethod) -> decoder_hooks.DecoderHooks:
+def _hooks(host: HFModel, inside: LanguageMethod) -> decoder_hooks.DecoderHooks:
     """Let a method inside drop tokens of this model's language model."""
     try:
         if not host.family.prunes_inside:
             raise UnsupportedModelError(
-                f"{method.name} prunes inside the language model, which of transformers' own "
+                f"{inside.name} prunes inside the language model, which of transformers' own "
                 "classes is done for LLaVA-1.5 and LLaVA-NeXT: give this "
                 f"{type(host.model).__name__} a method at the vision tower, as HiPrune(r_max=0.5)"
             )
-        return decoder_hooks.attach(host.model.model.language_model, method, new_cache)
+        return decoder_hooks.attach(host.model.model.language_model, inside, new_cache)
     except BaseException:
         host.encoder.release()
         raise
