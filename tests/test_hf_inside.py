@@ -400,6 +400,8 @@ class TestRefusedCalls:
         mask = torch.cat((torch.ones_like(text["input_ids"]), one["attention_mask"]), 1)
         given = {**one, "attention_mask": mask, "past_key_values": cache}
         self.refused(bundle.model, "a new cache", **given)
+        given["input_ids"] = torch.cat((text["input_ids"], one["input_ids"]), 1)
+        self.refused(bundle.model.generate, "a new cache|an empty cache", **given)
 
     def test_a_cache_that_was_cut(self, bundle, inputs):
         with torch.no_grad():

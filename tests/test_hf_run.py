@@ -7,7 +7,7 @@ import pytest
 from evaluation import call
 from hf_models import needs_release
 
-from llava_hvp import HIVTP, prune
+from llava_hvp import HIVTP, FastV, prune
 from llava_hvp.hosts.hf.versions import OLDEST, release
 
 FLAGS = "--prune-method hivtp --r-max 0.5"
@@ -43,6 +43,7 @@ model.load_state_dict(kept.state_dict())
 SCRIPTS = {
     "auto": LOAD + "ask(model)",
     "next": LOAD + "ask(model)",
+    "both": LOAD + "ask(model)",
     "class": START + "from transformers import LlavaForConditionalGeneration\n"
     "kind = LlavaForConditionalGeneration\n"
     "model, info = kind.from_pretrained({path!r}, dtype=torch.float32, output_loading_info=True)\n"
@@ -105,6 +106,7 @@ print("child ended with", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 }
 ENVIRONMENTS = {
     "earlier": {},
+    "both": {"LLAVA_HVP": f"{FLAGS} --prune-inside fastv --inside-r-max 0.75"},
     "none": {"LLAVA_HVP": "--prune-method none"},
     "trained-pruned": {"LLAVA_HVP": f"{FLAGS} --prune-train"},
     "deep": {"LLAVA_HVP": f"{FLAGS} --prune-opt layers=(40,)"},
@@ -131,9 +133,9 @@ def ended(hf, checkpoints, photos, tmp_path_factory):
     return end
 
 
-def pruned_here(bundle, photo):
+def pruned_here(bundle, photo, *methods):
     """The ids that `prune` in this process gives, and how many tokens it keeps."""
-    with prune(bundle.model, HIVTP(r_max=0.5)) as pruned:
+    with prune(bundle.model, HIVTP(r_max=0.5), *methods) as pruned:
         ids = bundle.generate(bundle.ask(QUESTION, pictures=[photo]))[0].tolist()
         return ids, pruned.last[0]
 
@@ -149,6 +151,16 @@ def test_whoever_loads_it_gets_it_pruned(ended, hf, photos, name):
     assert lines[0].startswith("llava-hvp: pruning on: hivtp r_max=0.5 (llava-hvp ")
     assert f"1 image, kept {report.kept_of_stock:.1%} of stock's visual tokens" in lines[-1]
     assert "llava-torch" not in lines[0]
+
+
+@needs_release
+def test_a_method_inside_the_language_model_prunes_too(ended, hf, photos):
+    ids, report = pruned_here(hf("llava-1.5-llama"), photos[0], FastV(r_max=0.75))
+    assert ended("both").returncode == 0, ended("both").stderr
+    assert ast.literal_eval(ended("both").stdout) == ids
+    before, after = report.layer_tokens
+    assert f"{before} -> {after} after layer 1" in ended("both").stderr.splitlines()[-1]
+    assert after < before == report.kept_tokens
 
 
 @needs_release

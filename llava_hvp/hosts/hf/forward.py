@@ -107,7 +107,7 @@ def short_call(pruning: Pruning, given: dict[str, Any]) -> dict[str, Any]:
         rest |= _per_token(given, prompt, mask, note, cached)
     if cached == 0 and not pruning.host_model.model.training:
         _note(rest, ids, prompt, given.get("position_ids"), following, config)
-    announce(pruning, prompt, given, cached=cached)
+    announce(pruning, prompt, given)
     return rest
 
 

@@ -111,7 +111,7 @@ def _generate(
     positions = positions_of(model.model, given, told, prompt) if keeps else None
     if keeps and release() >= BY_TYPES:  # stock asks for positions where a grid is given
         call["image_grid_thw"] = given["image_grid_thw"]
-    announce(pruning, prompt, given, cached=cached)
+    announce(pruning, prompt, given)
     try:
         with generating(positions):
             result = stock(**call)

@@ -13,17 +13,13 @@ from llava_hvp.pruning.expected import drops, expect, no_labels, record_all
 from llava_hvp.pruning.pruning import Pruning
 
 
-def announce(
-    pruning: Pruning, prompt: ShortPrompt, given: dict[str, Any], *, cached: int = 0
-) -> None:
+def announce(pruning: Pruning, prompt: ShortPrompt, given: dict[str, Any]) -> None:
     """Record the images of a prompt; where the language model drops tokens of it, once it has.
 
     Parameters
     ----------
     given : dict[str, Any]
         the arguments of the call
-    cached : int
-        columns that a cache holds before the prompt
 
     Raises
     ------
@@ -41,12 +37,6 @@ def announce(
         raise no_labels(pruning)
     if pruning.model.training and torch.is_grad_enabled():
         raise _refused(pruning, "this model is in training mode", "call model.eval() first")
-    if cached:
-        raise _refused(
-            pruning,
-            f"past_key_values holds {cached} columns already",
-            "start each turn of a conversation with a new cache",
-        )
     visual, valid = prompt.shortened.visual, prompt.mask.bool().cpu()
     _check_padding(pruning, visual, valid)
     place = prompt.embeds.device
