@@ -271,6 +271,7 @@ def test_the_result_has_means_over_images_and_leaves_the_warm_up_out(textvqa):
             type(answer)(answer.line, answer.record, {"kept_of_patches": 1} | each)
         ]
     settings = {"model_path": "a/b", "method": None, "options": None, "given": [], "versions": {}}
+    settings["tiling"] = "stock"
     result = make_result(benchmark, settings, Score({}, "x"), store, (), command="c")
     assert (result["kept_tokens"], result["stock_tokens"], result["kept_of_stock"]) == (32, 64, 0.5)
     assert result["ttft_ms"] == pytest.approx(100)

@@ -68,7 +68,8 @@ def test_the_line_and_the_hook_agree(monkeypatch, words, environ, imports, wakes
     monkeypatch.setattr(sys, "argv", argv)
     monkeypatch.setattr(sys, "orig_argv", ["python", *arguments])
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
-    monkeypatch.delitem(sys.modules, "llava", raising=False)
+    for name in ("llava", *startup.TRANSFORMERS):  # waking would prune what is there
+        monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setattr(startup, "_finder", None)
     for name in ("sys.addaudithook", "atexit.register"):
         monkeypatch.setattr(name, lambda *arguments: None)

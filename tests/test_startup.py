@@ -34,7 +34,8 @@ def started(monkeypatch):
         monkeypatch.setattr(sys, "argv", list(argv))
         monkeypatch.setattr(sys, "orig_argv", orig or ["python", *argv])
         monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
-        monkeypatch.delitem(sys.modules, "llava", raising=False)
+        for name in ("llava", *startup.TRANSFORMERS):  # waking would prune what is there
+            monkeypatch.delitem(sys.modules, name, raising=False)
         monkeypatch.setattr(startup, "_finder", None)
         for name in ("sys.addaudithook", "atexit.register"):  # neither could be taken back
             monkeypatch.setattr(name, lambda *arguments: None)

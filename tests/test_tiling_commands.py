@@ -206,7 +206,7 @@ def test_an_exam_cuts_the_pictures_of_each_variant_by_its_tiling(checkpoints):
 def test_none_has_the_protocol_of_its_neighbours(options, runtime):
     none = variants(["hivtp"], [{}], options)[0]
     assert none.pruning == (None if runtime is None else PruningConfig(Unpruned(), runtime))
-    assert none.method is None
+    assert not none.prunes
     assert none.name == "none"
 
 

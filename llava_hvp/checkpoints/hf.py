@@ -161,7 +161,7 @@ class HFCheckpoint(Checkpoint):
         sizes = list(image_sizes or [None] * len(images))
         if host.family.newline:
             call["image_sizes"] = torch.tensor([size[::-1] for size in sizes])
-        _, tiles = host.family.tiles(self.model.model, images, sizes)
+        _, tiles = host.family.tiles(self.model.model, images, sizes, call)
         stock = iter(
             host.layout(count, size, "stock").stock_tokens
             for count, size in zip(tiles, sizes, strict=True)

@@ -54,8 +54,8 @@ def leave_report(
     ----------
     state : str
         "started", "done", "failed", or "unrecorded" where all was done but the record; "forked" for
-        a fork or a child of multiprocessing, whose end nobody can tell from a kill: it may go by
-        os._exit, and a pool ends its workers by SIGTERM
+        a fork, whose end nobody can tell from a kill: it may go by os._exit, and a pool ends its
+        workers by SIGTERM
 
     Raises RecordError where that cannot be written.
     """
@@ -133,7 +133,7 @@ class PruningAudit:
         )
         say(f"{what} ({versions})")
         self._await_the_end()
-        self._report("forked" if self._is_child else "started")
+        self._report("forked" if self._forked else "started")
         self.answers.claim()
 
     def watch(self, pruning: Pruning) -> None:
@@ -148,7 +148,7 @@ class PruningAudit:
                 self._facts = self._facts or _facts(pruning.model)
             self._see_fork()
             self.totals.add(reports)
-            if self._is_child:
+            if self._forked:
                 self._report("forked")
 
         pruning.on_record = on_record
@@ -159,7 +159,7 @@ class PruningAudit:
         self.begin()
         self._facts = self._facts or _facts(model)
         self.totals.add_unpruned(images, tokens)
-        if self._is_child:
+        if self._forked:
             self._report("forked")
 
     def _refuse_training(self, model: Any) -> None:
@@ -210,9 +210,11 @@ class PruningAudit:
                 before(kind, error, traceback)
 
         sys.excepthook = excepthook
+        # A fork has left its report as it went, and dies of the signal: a handler in Python may not
+        # run where the signal comes just before a wait for a lock, and its pool would hang.
         # Python sets handlers in the main thread only; a server may load its model in another.
         is_main = threading.current_thread() is threading.main_thread()
-        is_ours = not self._is_child and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        is_ours = not self._forked and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
         if is_main and is_ours:
 
             def on_signal(number: int, frame: Any) -> None:
@@ -252,8 +254,10 @@ class PruningAudit:
         if self._crash is not None:
             if self.totals.images:
                 say(f"{self._summary()}; stopped by {self._crash}")
+            # How multiprocessing ends the workers of a pool, when they are done.
+            is_dismissed = self._crash == "SIGTERM" and _parent_process() is not None
             with contextlib.suppress(RecordError):  # it fails as it is, and has said why
-                self._report("failed", self._crash)
+                self._report(*(("done",) if is_dismissed else ("failed", self._crash)))
             return
         try:
             say(f"{self._summary()}{self._write_record()}")
@@ -319,15 +323,6 @@ class PruningAudit:
             **self._facts,
             "counts": self.totals.as_dict(),
         }
-
-    @property
-    def _is_child(self) -> bool:
-        """Whether this was forked, or is multiprocessing's, which ends workers by SIGTERM.
-
-        Such a process leaves a report as it goes, and dies of the signal: a handler in Python does
-        not run where the signal comes just before a wait for a lock, and the pool would hang.
-        """
-        return self._forked or _parent_process() is not None
 
     def _report(self, state: str, reason: str | None = None) -> None:
         leave_report(self.request, self.command, state, self.totals, reason)
