@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from llava_hvp.accuracy.choice import HALVES
 from llava_hvp.accuracy.exam import Marks
 from llava_hvp.accuracy.store import Answers, Chosen
-from llava_hvp.checkpoints.variants import Variant
-from llava_hvp.runtime import BUDGET
 
 Z_95 = 1.959964  # 95 % of a normal distribution are within so many standard deviations
 
@@ -83,7 +81,7 @@ def _score(mark: Marks, none: Marks, chosen: Sequence[Chosen]) -> VariantScore:
     return VariantScore(
         method=mark.variant.name,
         options=mark.variant.options,
-        budget=_budget(mark.variant),
+        budget="" if mark.variant.pruning is None else mark.variant.pruning.budget,
         tasks={task: 100 * mark.right[task] / count for task, count in mark.asked.items()},
         overall=100 * right / asked,
         half_width=100 * (high - low) / 2,
@@ -95,11 +93,6 @@ def _score(mark: Marks, none: Marks, chosen: Sequence[Chosen]) -> VariantScore:
         stability={name: _in_common(name, chosen) for name in HALVES} if chosen else {},
         each=f"{int(''.join('01'[right] for right in mark.each), 2):x}",
     )
-
-
-def _budget(variant: Variant) -> str:
-    given = {} if variant.pruning is None else variant.pruning.given
-    return " ".join(f"{name}={given[name]}" for name in BUDGET if name in given)
 
 
 def _in_common(dtype: str, chosen: Sequence[Chosen]) -> float | None:
