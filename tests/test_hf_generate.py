@@ -159,7 +159,8 @@ def test_a_pipeline_with_a_chat_template(bundle, photos):
     chat = [{"role": "user", "content": content}]
     pipe = pipeline("image-text-to-text", model=bundle.model, processor=bundle.processor)
     given = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
-    inputs = bundle.ask(QUESTIONS[0], pictures=photos[:1])
+    prompt = bundle.processor.apply_chat_template(chat, add_generation_prompt=True)
+    inputs = bundle.processor(images=photos[0], text=prompt, return_tensors="pt")
     with prune(bundle.model, METHOD) as pruned:
         said = pipe(text=chat, generate_kwargs=given, return_full_text=False)
         assert pruned.last[0].kept_tokens < pruned.last[0].stock_tokens
