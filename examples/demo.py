@@ -109,17 +109,18 @@ def run(path: Path, picture: Path, asked: dict[str, str], out: Path, rounds: int
     stock = statistics.median(first_token() for _ in range(rounds))
     print(f"\n{path.name}, {picture.name}: {photo.width} x {photo.height} pixels")
     print(f"asked: {' | '.join(asked)}")
-    header = f"{'method':<10} {'r_max':>5} {'kept':>5} {'of':>5} {'tokens':>7} {'patches':>8}"
+    header = f"{'method':<11} {'r_max':>5} {'kept':>5} {'of':>5} {'tokens':>7} {'patches':>8}"
     print(f"{header} {'TTFT':>8} {'ratio':>6}  answers, wrong ones in brackets")
-    blank = f"{'none':<10} {'':>5} {'':>5} {'':>5} {'':>7} {'':>8}"
+    blank = f"{'none':<11} {'':>5} {'':>5} {'':>5} {'':>7} {'':>8}"
     print(f"{blank} {stock:>6.3f} s {1:>6.2f}  {answers()}")
     for name in list_methods():
         # One method at every budget, the others at a quarter: more is what `accuracy` is for.
         for r_max in BUDGETS if name == "hivtp" else (QUARTER,):
             seconds, ratio, said, report = beside_stock(get_method(name, r_max=r_max))
             print(
-                f"{name:<10} {r_max:>5} {report.kept_tokens:>5} {report.stock_tokens:>5} "
-                f"{report.kept_of_stock:>7.1%} {report.kept_of_patches:>8.1%} {seconds:>6.3f} s "
+                f"{name:<11} {r_max:>5} {report.average_tokens:>5.0f} {report.stock_tokens:>5} "
+                f"{report.average_tokens / report.stock_tokens:>7.1%} "
+                f"{report.kept_of_patches:>8.1%} {seconds:>6.3f} s "
                 f"{ratio:>6.2f}  {said}"
             )
             if r_max == QUARTER:
