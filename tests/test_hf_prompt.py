@@ -9,7 +9,8 @@ from hf_models import needs_release, sized
 from llava_hvp import get_method, prune
 from llava_hvp.encoder.text import ClipText
 from llava_hvp.errors import TextEncoderError
-from llava_hvp.hosts.hf.prompt import KNOWN, Marks, last_user_turn, marks_of
+from llava_hvp.hosts.hf.prompt import KNOWN, marks_of
+from llava_hvp.pruning.turns import Marks, last_user_turn
 
 pytestmark = needs_release
 ASKED = "What is on the left of the cup?"

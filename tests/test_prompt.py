@@ -11,10 +11,15 @@ from transformers import CLIPModel, CLIPTokenizer
 from llava_hvp import HiPrunePlus, prune
 from llava_hvp.encoder.text import ClipText, cosine_relevance
 from llava_hvp.hosts.llava.host import attach
-from llava_hvp.hosts.llava.prompt import last_user_turn, read_prompt, rows_of_images
+from llava_hvp.hosts.llava.prompt import IMAGE_MARKS, read_prompt, rows_of_images, templates
+from llava_hvp.pruning.turns import last_user_turn
 
 QUESTION = "Is there a red car, or a USER manual?"
 CHATS = {name: t for name, t in conv_templates.items() if t.sep_style != SeparatorStyle.PLAIN}
+
+
+def turn(text):
+    return last_user_turn(text, templates(), IMAGE_MARKS)
 
 
 def conversation(template, *turns):
@@ -29,9 +34,9 @@ def conversation(template, *turns):
 @pytest.mark.parametrize("name", CHATS)
 def test_last_user_turn_in_every_template(name):
     one = conversation(CHATS[name], "<image>\n" + QUESTION)
-    assert last_user_turn(one) == QUESTION
+    assert turn(one) == QUESTION
     several = conversation(CHATS[name], "<image>\nWho?", "Nobody, I think.", QUESTION)
-    assert last_user_turn(several) == QUESTION
+    assert turn(several) == QUESTION
 
 
 @pytest.mark.parametrize("name", ["vicuna_v1", "mistral_instruct", "chatml_direct", "v0_mmtag"])
@@ -40,14 +45,14 @@ def test_a_message_that_quotes_a_role_stays_whole(name):
     marks = {SeparatorStyle.MPT: template.roles[1].strip(), SeparatorStyle.LLAMA_2: "[/INST]"}
     mark = marks.get(template.sep_style, template.roles[1] + ":")
     question = f"What does {mark} mean here?"
-    assert last_user_turn(conversation(template, "<image>\n" + question)) == question
+    assert turn(conversation(template, "<image>\n" + question)) == question
 
 
 def test_special_tokens_decoded_with_a_space_after_them():
     text = (
         "<|im_start|> system\nAnswer.<|im_end|> <|im_start|> user\n<image>\nWhat is it?<|im_end|>"
     )
-    assert last_user_turn(text + " <|im_start|> assistant\n") == "What is it?"
+    assert turn(text + " <|im_start|> assistant\n") == "What is it?"
 
 
 def test_special_tokens_that_are_role_marks(loaded):
@@ -63,12 +68,12 @@ def test_special_tokens_that_are_role_marks(loaded):
 
 
 def test_text_in_no_template_is_the_prompt():
-    assert last_user_turn("<image>\nA cat on a mat") == "A cat on a mat"
+    assert turn("<image>\nA cat on a mat") == "A cat on a mat"
 
 
 def test_training_text_with_its_answer():
     text = conversation(CHATS["vicuna_v1"], "<image>\n" + QUESTION) + " No, there is not.</s>"
-    assert last_user_turn(text) == QUESTION
+    assert turn(text) == QUESTION
 
 
 def test_prompt_from_ids(loaded):

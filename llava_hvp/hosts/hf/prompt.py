@@ -6,32 +6,12 @@ published checkpoints, and what the tokenizer's own chat template puts there.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from llava_hvp.errors import TextEncoderError
-
-
-@dataclass(frozen=True)
-class Marks:
-    """What stands around a user's message.
-
-    Parameters
-    ----------
-    user, answer : str
-        before the message, and between it and the answer
-    ends : tuple[str, ...]
-        what may end a message
-    """
-
-    user: str
-    answer: str
-    ends: tuple[str, ...] = ()
-
+from llava_hvp.pruning.turns import Marks, read_pieces
 
 KNOWN = (
     Marks("USER:", "ASSISTANT:", ("</s>",)),
@@ -94,34 +74,6 @@ def _between(text: str) -> tuple[Marks, ...]:
     return (Marks(user, answer),) if user and answer else ()
 
 
-def last_user_turn(text: str, marks: Sequence[Marks]) -> str:
-    """The last user message of a conversation, without system text and role names.
-
-    Text in no template is one message.
-    """
-    best = (-1, text)
-    for known in marks:
-        answers = [match.start() for match in _pattern(known.answer).finditer(text)]
-        if not answers or answers[-1] <= best[0]:
-            continue
-        # A turn starts at the first user mark after the answer before it; a message that quotes
-        # the answer's mark has none there, so look one answer further back.
-        for before in [*reversed(answers[:-1]), 0]:
-            start = _pattern(known.user).search(text, before, answers[-1])
-            if start is not None:
-                message = text[start.end() : answers[-1]].strip()
-                for end in known.ends:
-                    message = message.removesuffix(end).strip()
-                best = (answers[-1], message)
-                break
-    return re.sub(r"<<SYS>>.*?<</SYS>>", "", best[1], flags=re.DOTALL).strip()
-
-
-def _pattern(mark: str) -> re.Pattern[str]:
-    # Slow tokenizers decode special tokens with a space after them: "<|im_start|> user".
-    return re.compile(re.escape(mark).replace(">", r">\s*"))
-
-
 def read_prompt(ids: Tensor, tokenizer: Any, image_token: int, marks: Sequence[Marks]) -> str:
     """The last user turn of one row of `input_ids`, (tokens,) with padding taken off.
 
@@ -133,16 +85,4 @@ def read_prompt(ids: Tensor, tokenizer: Any, image_token: int, marks: Sequence[M
             pieces[-1].append(token)
         elif pieces[-1]:
             pieces.append([])
-    text = " ".join(
-        tokenizer.decode(piece, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        for piece in pieces
-    )
-    prompt = last_user_turn(text, marks)
-    for special in tokenizer.all_special_tokens:
-        prompt = prompt.replace(special, " ").strip()
-    if not prompt:
-        raise TextEncoderError(
-            "the conversation's last user turn has no text, and this method keeps what the prompt "
-            "asks about: ask something, or use one that does not read it, as hiprune"
-        )
-    return prompt
+    return read_pieces(pieces, tokenizer, marks)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,9 +16,9 @@ from llava.constants import (
 from llava.conversation import SeparatorStyle, conv_templates
 from torch import Tensor
 
-from llava_hvp.errors import TextEncoderError
+from llava_hvp.pruning.turns import Marks, read_pieces
 
-_IMAGE_MARKS = (
+IMAGE_MARKS = (
     DEFAULT_IMAGE_TOKEN,
     DEFAULT_IMAGE_PATCH_TOKEN,
     DEFAULT_IM_START_TOKEN,
@@ -30,17 +28,8 @@ _IMAGE_MARKS = (
 )
 
 
-@dataclass(frozen=True)
-class _Marks:
-    """What stands before a user's message, and what stands between it and the answer."""
-
-    user: re.Pattern[str]
-    answer: re.Pattern[str]
-    ends: tuple[str, ...]
-
-
 @functools.cache
-def _templates() -> tuple[_Marks, ...]:
+def templates() -> tuple[Marks, ...]:
     """The marks of every conversation that this LLaVA knows."""
     found = set()
     for template in conv_templates.values():
@@ -52,36 +41,7 @@ def _templates() -> tuple[_Marks, ...]:
             found.add((user.strip(), answer.strip(), ends))
         elif style == SeparatorStyle.LLAMA_2:
             found.add(("[INST]", "[/INST]", ends))
-    return tuple(_Marks(_pattern(u), _pattern(a), ends) for u, a, ends in sorted(found))
-
-
-def _pattern(mark: str) -> re.Pattern[str]:
-    # Slow tokenizers decode special tokens with a space after them: "<|im_start|> user".
-    return re.compile(re.escape(mark).replace(">", r">\s*"))
-
-
-def last_user_turn(text: str) -> str:
-    """The last user message of a conversation in any of LLaVA's templates, without system text,
-    role names and image tokens. Text in no template is one message."""
-    best = (-1, text)
-    for marks in _templates():
-        answers = [match.start() for match in marks.answer.finditer(text)]
-        if not answers or answers[-1] <= best[0]:
-            continue
-        # A turn starts at the first user mark after the answer before it; a message that quotes
-        # the answer's mark has none there, so look one answer further back.
-        for before in [*reversed(answers[:-1]), 0]:
-            start = marks.user.search(text, before, answers[-1])
-            if start is not None:
-                message = text[start.end() : answers[-1]].strip()
-                for end in marks.ends:
-                    message = message.removesuffix(end).strip()
-                best = (answers[-1], message)
-                break
-    message = re.sub(r"<<SYS>>.*?<</SYS>>", "", best[1], flags=re.DOTALL)
-    for mark in _IMAGE_MARKS:
-        message = message.replace(mark, " ")
-    return message.strip()
+    return tuple(Marks(*each) for each in sorted(found))
 
 
 def read_prompt(ids: Tensor, tokenizer: Any) -> str:
@@ -95,19 +55,7 @@ def read_prompt(ids: Tensor, tokenizer: Any) -> str:
             pieces.append([])
         elif token >= 0:
             pieces[-1].append(token)
-    text = " ".join(
-        tokenizer.decode(piece, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        for piece in pieces
-    )
-    prompt = last_user_turn(text)
-    for special in tokenizer.all_special_tokens:
-        prompt = prompt.replace(special, " ").strip()
-    if not prompt:
-        raise TextEncoderError(
-            "the conversation's last user turn has no text, and this method keeps what the prompt "
-            "asks about: ask something, or use one that does not read it, as hiprune"
-        )
-    return prompt
+    return read_pieces(pieces, tokenizer, templates(), IMAGE_MARKS)
 
 
 def rows_of_images(rows: list[Tensor], images: int) -> list[Tensor]:
