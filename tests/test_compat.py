@@ -28,10 +28,11 @@ def unchecked():
     versions.check_versions.cache_clear()
 
 
-@pytest.mark.parametrize("version", ["4.31.0", "6.0.1", "none"])
+@pytest.mark.parametrize("version", ["4.31.0", "6.0.1", None])
 def test_an_unsupported_transformers_is_named(version, unchecked, monkeypatch):
-    monkeypatch.setattr(versions, "_version", lambda name: version)
-    with pytest.raises(UnsupportedVersionError, match=rf"transformers {version}.*4\.37\.2, 4\.57"):
+    monkeypatch.setattr(versions, "version_of", lambda name: version)
+    named = rf"transformers {version or 'none'}.*4\.37\.2, 4\.57"
+    with pytest.raises(UnsupportedVersionError, match=named):
         versions.check_versions()
 
 

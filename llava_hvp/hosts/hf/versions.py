@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llava_hvp.errors import UnsupportedVersionError
-from llava_hvp.version import version_of
+from llava_hvp.version import release_of, version_of
 
 OLDEST, NEWEST = (4, 57), (6, 0)  # the second excluded
 TESTED = "4.57.6 and 5.23.0"
@@ -11,11 +11,7 @@ TESTED = "4.57.6 and 5.23.0"
 
 def release() -> tuple[int, int]:
     """(major, minor) of the installed transformers; (0, 0) where there is none."""
-    found = version_of("transformers")
-    if found is None:
-        return 0, 0
-    major, minor = found.split(".")[:2]
-    return int(major), int(minor)
+    return release_of(version_of("transformers"))
 
 
 def check_release() -> None:

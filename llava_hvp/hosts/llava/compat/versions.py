@@ -10,7 +10,7 @@ import sys
 import types
 
 from llava_hvp.errors import UnsupportedVersionError
-from llava_hvp.version import version_of
+from llava_hvp.version import release_of, version_of
 
 OLDEST, NEWEST = (4, 36), (6, 0)  # transformers, the second excluded
 SUPPORTED = (
@@ -46,11 +46,7 @@ def _version(distribution: str) -> str:
 
 def transformers_version() -> tuple[int, int]:
     """(major, minor) of the installed transformers; (0, 0) where there is none."""
-    version = _version("transformers")
-    if version == "none":
-        return 0, 0
-    major, minor = version.split(".")[:2]
-    return int(major), int(minor)
+    return release_of(version_of("transformers"))
 
 
 @functools.cache
