@@ -103,6 +103,18 @@ class ClipText:
 
 
 @torch.no_grad()
+def load_tokenizer(checkpoint: str, remedy: str, **options: Any) -> Any:
+    """A language model's tokenizer; raises TextEncoderError with a remedy where there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint, **options)
+    except Exception as error:  # hub, file format, missing library: there is no tokenizer
+        raise TextEncoderError(
+            f"no tokenizer to read the prompt with in {checkpoint!r} ({error}): {remedy}"
+        ) from error
+
+
 def cosine_relevance(patches: Tensor, prompts: Tensor) -> Tensor:
     """Cosine of each patch and its tile's prompt.
 

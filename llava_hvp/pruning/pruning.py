@@ -189,6 +189,15 @@ class Pruning:
             if self.model.__dict__.get("llava_hvp") is self:
                 self.host_model.detach()
 
+    def with_text(self) -> Pruning:
+        """Itself once its text is loaded; where that fails, the model is as it was."""
+        try:
+            self.load_text()
+        except BaseException:
+            self.take_back()
+            raise
+        return self
+
     def load_text(self) -> None:
         """Load what a prompt-aware method reads the prompt with; raises TextEncoderError."""
         encoder = self.host_model.encoder

@@ -10,16 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llava_hvp import hosts
 from llava_hvp.decoder import hooks as decoder_hooks
-from llava_hvp.encoder.text import ClipText
+from llava_hvp.encoder.text import ClipText, load_tokenizer
 from llava_hvp.encoder.vit import attention_of, read_geometry
 from llava_hvp.errors import (
     OptionError,
-    PrunedStateError,
     TextEncoderError,
     UnsupportedModelError,
 )
-from llava_hvp.hosts import unknown
 from llava_hvp.hosts.hf.cache import new_cache
 from llava_hvp.hosts.hf.families import family_of
 from llava_hvp.hosts.hf.features import GetImageFeatures
@@ -142,16 +141,8 @@ class HFModel:
 
     def load_tokenizer(self) -> Any:
         """The model's own tokenizer; raises TextEncoderError where there is none."""
-        from transformers import AutoTokenizer
-
-        checkpoint = self.model.config._name_or_path
-        try:
-            return AutoTokenizer.from_pretrained(checkpoint)
-        except Exception as error:  # hub, file format, missing library: there is no tokenizer
-            raise TextEncoderError(
-                f"no tokenizer to read the prompt with in {checkpoint!r} ({error}): pass it or the "
-                "processor, as prune(model, method, tokenizer=processor)"
-            ) from error
+        remedy = "pass it or the processor, as prune(model, method, tokenizer=processor)"
+        return load_tokenizer(self.model.config._name_or_path, remedy)
 
     def detach(self) -> None:
         """Give the model back as it was."""
@@ -173,14 +164,7 @@ def attach(
     check_tiling(chosen.runtime.tiling)
     model = find(model)
     with CHANGING:
-        if "llava_hvp" in model.__dict__:
-            raise PrunedStateError(
-                "this model is pruned already: unprune(model) first, or leave its `with` block"
-            )
-        if "get_image_features" in model.model.__dict__:
-            raise PrunedStateError(
-                "get_image_features of this model is patched by something else: undo that first"
-            )
+        hosts.check_unpruned("llava_hvp" in vars(model), model.model, ["get_image_features"])
         processor = tokenizer if hasattr(tokenizer, "tokenizer") else None
         host = HFModel(model, chosen, processor)
         if host.family.keeps_positions and chosen.runtime != Runtime():
@@ -200,12 +184,7 @@ def attach(
         if host.family.keeps_positions:
             model.model.get_rope_index = RopeIndex(pruning)
         model.generate = Generate(pruning, model.__dict__.get("generate"))
-    try:
-        pruning.load_text()
-    except BaseException:
-        pruning.take_back()
-        raise
-    return pruning
+    return pruning.with_text()
 
 
 def _hooks(host: HFModel, inside: LanguageMethod) -> decoder_hooks.DecoderHooks:
@@ -237,9 +216,8 @@ def detach(model: Any) -> None:
     """Give a transformers LLaVA back as it was; see `llava_hvp.unprune`."""
     model = find(model)
     with CHANGING:
-        pruning = model.__dict__.pop("llava_hvp", None)
-        if pruning is None:
-            raise PrunedStateError("this model is not pruned: nothing to undo")
+        pruning = hosts.pruning_of(model)
+        del model.__dict__["llava_hvp"]
         host = pruning.host_model
         for handle in host.handles:
             handle.remove()
@@ -283,10 +261,4 @@ def find(model: Any) -> Any:
 
     Raises UnsupportedModelError where there is none.
     """
-    if family_of(model) is not None:
-        return model
-    modules = model.modules() if isinstance(model, nn.Module) else ()
-    for module in modules:
-        if family_of(module) is not None:
-            return module
-    raise unknown(model)
+    return hosts.find(model, lambda part: family_of(part) is not None)

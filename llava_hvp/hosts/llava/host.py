@@ -12,11 +12,11 @@ from typing import Any
 from llava.model.llava_arch import LlavaMetaForCausalLM
 from torch import Tensor, nn
 
+from llava_hvp import hosts
 from llava_hvp.decoder import hooks as decoder_hooks
 from llava_hvp.encoder.partitioned import gathered
-from llava_hvp.encoder.text import ClipText
-from llava_hvp.errors import PrunedStateError, TextEncoderError, UnsupportedModelError
-from llava_hvp.hosts import unknown
+from llava_hvp.encoder.text import ClipText, load_tokenizer
+from llava_hvp.errors import UnsupportedModelError
 from llava_hvp.hosts.llava import compat, grid, overrides, tiling
 from llava_hvp.hosts.llava.prompt import read_prompt, rows_of_images
 from llava_hvp.hosts.llava.tiling import TilingConfig
@@ -111,16 +111,8 @@ class LlavaModel:
 
     def load_tokenizer(self) -> Any:
         """The language model's own tokenizer; raises TextEncoderError where there is none."""
-        from transformers import AutoTokenizer
-
-        checkpoint = self.model.config._name_or_path
-        try:
-            return AutoTokenizer.from_pretrained(checkpoint, use_fast=False)
-        except Exception as error:  # hub, file format, missing library: there is no tokenizer
-            raise TextEncoderError(
-                f"no tokenizer to read the prompt with in {checkpoint!r} ({error}): pass it, as "
-                "prune(model, method, tokenizer=tokenizer)"
-            ) from error
+        remedy = "pass it, as prune(model, method, tokenizer=tokenizer)"
+        return load_tokenizer(self.model.config._name_or_path, remedy, use_fast=False)
 
     def detach(self) -> None:
         """Give the model back as it was."""
@@ -154,12 +146,7 @@ def attach(
         except BaseException:
             tower.release()
             raise
-    try:
-        pruning.load_text()
-    except BaseException:
-        pruning.take_back()
-        raise
-    return pruning
+    return pruning.with_text()
 
 
 def _unpruned_tower(model: Any) -> Any:
@@ -169,15 +156,8 @@ def _unpruned_tower(model: Any) -> Any:
         raise UnsupportedModelError(
             f"this {type(model).__name__} has no vision tower: load a LLaVA checkpoint"
         )
-    if "llava_hvp" in model.__dict__ or isinstance(tower, PrunedCLIPVisionTower):
-        raise PrunedStateError(
-            "this model is pruned already: unprune(model) first, or leave its `with` block"
-        )
-    patched = [f.__name__ for f in OVERRIDES if f.__name__ in model.__dict__]
-    if patched:
-        raise PrunedStateError(
-            f"{', '.join(patched)} of this model is patched by something else: undo that first"
-        )
+    pruned = "llava_hvp" in vars(model) or isinstance(tower, PrunedCLIPVisionTower)
+    hosts.check_unpruned(pruned, model, [override.__name__ for override in OVERRIDES])
     return tower
 
 
@@ -227,12 +207,11 @@ def detach(model: Any) -> None:
     """Give a LLaVA model back as it was; see `llava_hvp.unprune`."""
     model = find_llava(model)
     with CHANGING:
-        if "llava_hvp" not in model.__dict__:
-            raise PrunedStateError("this model is not pruned: nothing to undo")
+        pruning = hosts.pruning_of(model)
         for override in (*OVERRIDES, *compat.instance_bridges()):
             model.__dict__.pop(override.__name__, None)
-        if model.llava_hvp.hooks is not None:
-            model.llava_hvp.hooks.remove()
+        if pruning.hooks is not None:
+            pruning.hooks.remove()
         del model.__dict__["llava_hvp"]
         grid.release(model)
         tower = model.get_vision_tower()
@@ -255,10 +234,4 @@ def find_llava(model: Any) -> Any:
 
     Raises UnsupportedModelError where there is none.
     """
-    if isinstance(model, LlavaMetaForCausalLM):
-        return model
-    modules = model.modules() if isinstance(model, nn.Module) else ()
-    for module in modules:
-        if isinstance(module, LlavaMetaForCausalLM):
-            return module
-    raise unknown(model)
+    return hosts.find(model, lambda part: isinstance(part, LlavaMetaForCausalLM))
