@@ -144,6 +144,21 @@ def test_listeners_hear_of_a_prompt_once_it_has_run(deep, photos):
     assert report.average_tokens == sum(report.layer_tokens) / DEPTH <= 16
 
 
+def test_what_a_budget_keeps_is_searched_once_for_prompts_alike(deep, photos, monkeypatch):
+    bundle, searched, keeps = deep(), [], PyramidDrop.keeps
+
+    def spy(method, visual, depth, images=1):
+        searched.append((visual, images))
+        return keeps(method, visual, depth, images)
+
+    with prune(bundle.model, PyramidDrop(r_max=0.5)) as pruned:
+        monkeypatch.setattr(PyramidDrop, "keeps", spy)
+        for images in (1, 2, 1):
+            generated(bundle, QUESTIONS[:1], [photos[:images]])
+            assert pruned.last[0].layer_tokens[-1] < 64
+    assert searched == [(64, 1), (128, 2)]
+
+
 def test_a_copy_prunes_by_itself(deep, photos):
     bundle = deep()
     with prune(bundle.model, FastV(r_max=0.4)):

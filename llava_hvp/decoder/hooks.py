@@ -58,6 +58,7 @@ class DecoderHooks:
         self.stages = method.stages(self.depth)
         method.check(self.depth)
         self._new_cache = new_cache
+        self._keeps: dict[tuple[int, int], tuple[int, ...]] = {}
         self._handles = [
             self.decoder.register_forward_pre_hook(self._begin, with_kwargs=True),
             self.decoder.register_forward_hook(self._end, always_call=True),
@@ -90,12 +91,15 @@ class DecoderHooks:
 
     def _kept(self, images: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
         """Visual tokens that the method keeps of each row at each stage."""
-        return tuple(
-            self.method.keeps(sum(row), self.depth, len(row))
-            if sum(row)
-            else (0,) * len(self.stages)
-            for row in images
-        )
+        return tuple(self._of_row(sum(row), len(row)) for row in images)
+
+    def _of_row(self, visual: int, images: int) -> tuple[int, ...]:
+        if not visual:
+            return (0,) * len(self.stages)
+        # A search in some methods, and wanted twice of a prompt: by `drops`, and where it begins.
+        if (visual, images) not in self._keeps:
+            self._keeps[visual, images] = self.method.keeps(visual, self.depth, images)
+        return self._keeps[visual, images]
 
     def _begin(self, module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         set_current(None)
