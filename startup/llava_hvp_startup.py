@@ -27,7 +27,17 @@ EVALUATING = {
     "llava.eval.run_llava",
 }
 TRAINING = {"llava.train.train", "llava.train.train_mem", "llava.train.train_xformers"}
-FLAGS = ("--prune-method", "--prune-opt", "--prune-train", "--r-max", "--num-tokens")
+FLAGS = (
+    "--prune-method",
+    "--r-max",
+    "--num-tokens",
+    "--prune-opt",
+    "--prune-inside",
+    "--inside-r-max",
+    "--inside-num-tokens",
+    "--inside-opt",
+    "--prune-train",
+)
 VARIABLES = ("LLAVA_HVP", "LLAVA_HVP_DEVICE")
 # Where transformers has LLaVA classes of its own.
 TRANSFORMERS = (

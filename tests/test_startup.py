@@ -8,6 +8,8 @@ from pathlib import Path
 import llava_hvp_startup as startup
 import pytest
 
+from llava_hvp import config
+
 LOADED = "import sys; print([m for m in ('torch', 'llava', 'llava_hvp') if m in sys.modules])"
 
 
@@ -56,6 +58,12 @@ def module(*arguments, interpreter=()):
 def test_it_wakes_for_our_flags_on_a_llava_command(started, command, flag):
     argv, orig = module(command, "--model-path", "x", flag, "hivtp")
     assert started(*argv, orig=orig)
+
+
+def test_it_knows_every_flag_of_ours():
+    parser = config.parser()
+    config.add_flags(parser, device=False)
+    assert set(startup.FLAGS) == {word for a in parser._actions for word in a.option_strings}
 
 
 def test_it_wakes_for_scripts_of_a_checkout(started, tmp_path):
