@@ -63,11 +63,6 @@ class Request:
             )
 
     @property
-    def prunes(self) -> bool:
-        """Whether a method was named."""
-        return self.pruning is not None
-
-    @property
     def asked(self) -> bool:
         """Whether a method was named, or `none`."""
         return self.pruning is not None or self.unpruned

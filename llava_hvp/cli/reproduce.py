@@ -83,7 +83,7 @@ def parse(args: argparse.Namespace) -> ReproduceSettings:
         gpus = tuple((args.gpus or "0").split(","))
     else:
         request = completed(request)
-        if request.prunes:
+        if request.pruning is not None:
             raise OptionError("LLAVA_HVP names a method, but the table does: unset it")
         gpus = gpus_of(args.gpus, request)
     return ReproduceSettings(

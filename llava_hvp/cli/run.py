@@ -90,7 +90,7 @@ def run(settings: RunSettings) -> int:
                 "A training some of whose ranks do not prune ends with an error"
             )
         code = execute(settings.command, environ)
-        failed = tell(read_reports(Path(reports)), code, pruned=request.prunes)
+        failed = tell(read_reports(Path(reports)), code, pruned=request.pruning is not None)
     if code < 0:
         _die_of(-code)
     return code or (FAILED if failed else 0)
