@@ -188,7 +188,7 @@ def open_hf(
     *,
     base: str | None,
     bits: int | None,
-    dtype: torch.dtype | None,
+    dtype: torch.dtype,
     conv_mode: str | None,
     device_map: str | None,
 ) -> HFCheckpoint:
@@ -204,8 +204,6 @@ def open_hf(
             f"--conv-mode {conv_mode}: for a checkpoint in transformers' form give one of "
             f"{', '.join(TEMPLATES)}, or none for its own chat template"
         )
-    on_cpu = torch.device(device).type == "cpu"
-    dtype = dtype or (torch.float32 if on_cpu and bits is None else torch.float16)
     given: dict[str, Any] = {"dtype": dtype, "device_map": device_map or device}
     from transformers import AutoModelForImageTextToText, AutoProcessor
 

@@ -57,6 +57,8 @@ def open_checkpoint(
         raise OptionError(f"--model-path {path}: no such folder")
     name = get_model_name_from_path(path)
     fetch_config(path)
+    on_cpu = torch.device(device).type == "cpu"
+    dtype = dtype or (torch.float32 if on_cpu and bits is None else torch.float16)
     if is_transformers(path):
         return open_hf(
             path,
@@ -77,8 +79,6 @@ def open_checkpoint(
         known = ", ".join(sorted(conv_templates))
         raise OptionError(f"--conv-mode {conv_mode}: LLaVA knows {known}")
     tokenizer, model, processor = _load(path, base, name, bits, device, device_map)
-    on_cpu = torch.device(device).type == "cpu"
-    dtype = dtype or (torch.float32 if on_cpu and bits is None else torch.float16)
     if bits is None and dtype != torch.float16:
         tower = model.get_vision_tower()
         before = tower.dtype
