@@ -191,6 +191,12 @@ def hf(checkpoints):
     return get
 
 
+@pytest.fixture(params=hf_models.KINDS[:2])
+def bundle(request, hf):
+    """A LLaVA-1.5 and a LLaVA-NeXT of transformers' own classes."""
+    return hf(request.param)
+
+
 @pytest.fixture(scope="session")
 def photos() -> list[Image.Image]:
     """Four real photos of different sizes: 640x427, 512x512, 600x400, 451x300."""

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hf_models import QUESTIONS, batch, needs_release, sized
+from hf_models import KINDS, QUESTIONS, batch, needs_release, sized
 
 from llava_hvp import HIVTP, get_method, prune
 from llava_hvp.errors import UnsupportedModelError
@@ -11,12 +11,6 @@ from llava_hvp.hosts.hf.versions import release
 
 pytestmark = needs_release
 METHOD = HIVTP(r_max=0.25)
-KINDS = ["llava-1.5-llama", "llava-next-llama"]
-
-
-@pytest.fixture(params=KINDS)
-def bundle(request, hf):
-    return hf(request.param)
 
 
 def first_turn(bundle, photos):

@@ -4,18 +4,12 @@ import threading
 
 import pytest
 import torch
-from hf_models import QUESTIONS, batch, load, needs_release, sized
+from hf_models import KINDS, QUESTIONS, batch, load, needs_release, sized
 
 from llava_hvp import HIVTP, prune
 
 pytestmark = needs_release
 METHOD = HIVTP(r_max=0.25)
-KINDS = ["llava-1.5-llama", "llava-next-llama"]
-
-
-@pytest.fixture(params=KINDS)
-def bundle(request, hf):
-    return hf(request.param)
 
 
 def tail(out, inputs):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_models import QUESTIONS, ask, needs_release, sized, state
+from hf_models import KINDS, QUESTIONS, ask, needs_release, sized, state
 
 import llava_hvp
 from llava_hvp import HIVTP, HiPrune, Runtime, VisionZip, get_method, prune, unprune
@@ -21,12 +21,6 @@ from llava_hvp.hosts.hf.versions import release
 
 pytestmark = needs_release
 METHOD = HIVTP(r_max=0.25)
-KINDS = ["llava-1.5-llama", "llava-next-llama"]
-
-
-@pytest.fixture(params=KINDS)
-def bundle(request, hf):
-    return hf(request.param)
 
 
 def test_unpruning_gives_the_model_back_as_it_was(bundle, photos):

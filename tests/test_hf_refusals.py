@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hf_models import ask, needs_release, state
+from hf_models import KINDS, ask, needs_release, state
 
 from llava_hvp import HIVTP, prune
 from llava_hvp.errors import UnsupportedModelError
@@ -10,12 +10,6 @@ from llava_hvp.hosts.hf.versions import release
 
 pytestmark = needs_release
 METHOD = HIVTP(r_max=0.25)
-KINDS = ["llava-1.5-llama", "llava-next-llama"]
-
-
-@pytest.fixture(params=KINDS)
-def bundle(request, hf):
-    return hf(request.param)
 
 
 def refused(given):

@@ -2,18 +2,12 @@
 
 import pytest
 import torch
-from hf_models import QUESTIONS, ask, needs_release, sized
+from hf_models import KINDS, QUESTIONS, ask, needs_release, sized
 
 from llava_hvp import HIVTP, get_method, prune
 
 pytestmark = needs_release
 METHOD = HIVTP(r_max=0.25)
-KINDS = ["llava-1.5-llama", "llava-next-llama"]
-
-
-@pytest.fixture(params=KINDS)
-def bundle(request, hf):
-    return hf(request.param)
 
 
 def test_labels_line_up_with_the_pruned_sequence(bundle, photos):

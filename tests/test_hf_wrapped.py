@@ -5,19 +5,13 @@ import io
 
 import pytest
 import torch
-from hf_models import ask, load, needs_release
+from hf_models import KINDS, ask, load, needs_release
 
 from llava_hvp import HIVTP, Runtime, prune, unprune
 from llava_hvp.hosts.hf.versions import release
 
 pytestmark = needs_release
 METHOD = HIVTP(r_max=0.25)
-KINDS = ["llava-1.5-llama", "llava-next-llama"]
-
-
-@pytest.fixture(params=KINDS)
-def bundle(request, hf):
-    return hf(request.param)
 
 
 @pytest.mark.parametrize("how", ["torch.compile", "compile", "forward"])
