@@ -318,15 +318,20 @@ def check_method(method: VisionMethod, geometry: Geometry, hidden_state_index: i
 
 
 def on_cpu(selection: Selection, names: list[str], finite: Tensor) -> Selection:
-    """Bring masks and the look at the scores over, in the one transfer that there is.
+    """Bring masks, the order of a mix and the look at the scores over, in one transfer.
 
-    Weights of a mix stay where they are; the order that it gives comes in one more.
+    Weights of a mix stay where they are.
     """
     masks = torch.stack([selection.keep, *selection.roles.values()])
-    packed = torch.cat([masks.flatten(), finite.to(masks.device)]).cpu()
-    raise_unless_finite(names, packed[masks.numel() :].tolist())
-    keep, *roles = packed[: masks.numel()].view(masks.shape)
-    mix = selection.mix
-    if mix is not None and mix.rank is not None:
-        mix = replace(mix, rank=mix.rank.cpu())
+    mix, device = selection.mix, masks.device
+    rank = None if mix is None else mix.rank
+    order = masks.new_empty(0, dtype=torch.int32) if rank is None else rank.int()
+    parts = masks.flatten(), finite.to(device), order.flatten()
+    packed = torch.cat([part.view(torch.uint8) for part in parts]).cpu()
+    flags, scores, ranked = packed.split([part.nbytes for part in parts])
+    raise_unless_finite(names, scores.bool().tolist())
+    keep, *roles = flags.view(torch.bool).view(masks.shape)
+    if mix is not None and rank is not None:
+        # Copied, as the numbers may begin at any byte.
+        mix = replace(mix, rank=ranked.clone().view(torch.int32).view(rank.shape).long())
     return Selection(keep, dict(zip(selection.roles, roles, strict=True)), mix)

@@ -77,6 +77,10 @@ def pack(
         tokens_of(place, selection, method, runtime.newline)
         for place, selection in zip(layouts, selections, strict=True)
     ]
+    # Not only where one is left: where the ranks hold a part of it each, all of them gather it.
+    has_ends = runtime.newline != "none" and any(place.newline for place in layouts)
+    # Before the reports are written: the device projects meanwhile.
+    features = _project(model, encoded, tiles, kept, model.newline() if has_ends else None)
     view, name = model.view(), pruning.config.name
     reports = [
         ImageReport(
@@ -96,9 +100,6 @@ def pack(
             tiles, layouts, kept, sizes, selections, strict=True
         )
     ]
-    # Not only where one is left: where the ranks hold a part of it each, all of them gather it.
-    has_ends = runtime.newline != "none" and any(place.newline for place in layouts)
-    features = _project(model, encoded, tiles, kept, model.newline() if has_ends else None)
     pruned = encoded.selection.mix is not None or any(
         len(tokens) < place.stock_tokens for tokens, place in zip(kept, layouts, strict=True)
     )
