@@ -6,6 +6,7 @@ import base64
 import csv
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -17,6 +18,18 @@ import skimage
 
 PICTURES = ("rocket.jpg", "astronaut.png", "coffee.png", "chelsea.png")
 GREEDY = "--temperature 0 --conv-mode vicuna_v1"
+PYTHON = shlex.quote(sys.executable)
+RUNNER = """
+import shlex, sys
+from llava_hvp.cli import main
+for line in sys.stdin:
+    try:
+        code = main(shlex.split(line))
+    except SystemExit as error:
+        code = error.code
+    for stream in (sys.stdout, sys.stderr):
+        print("CODE", code, file=stream, flush=True)
+"""
 
 
 @dataclass(frozen=True)
@@ -89,7 +102,7 @@ def write_data(folder: Path) -> Path:
 def python_line(name: str, checkpoint: Path, answers: Path, extra: str = "") -> str:
     """What a shell script would say to write `answers/NAME.jsonl`."""
     return (
-        f"{shlex.quote(sys.executable)} -m llava.eval.{COMMANDS[name].line} "
+        f"{PYTHON} -m llava.eval.{COMMANDS[name].line} "
         f"--model-path {checkpoint} --answers-file {answers / name}.jsonl {extra}"
     )
 
@@ -114,6 +127,21 @@ def call(line: str, cwd: Path, **environ: str) -> subprocess.CompletedProcess[st
         check=False,
         timeout=600,
     )
+
+
+def run_all(folder: Path, lines: list[str]) -> list[tuple[int, str, str]]:
+    """(code, what it printed, what it said) of each of our commands, all in one process.
+
+    A start takes seconds.
+    """
+    (folder / "runner.py").write_text(RUNNER)
+    result = call(f"{PYTHON} runner.py <<'END'\n" + "\n".join(lines) + "\nEND", folder)
+    streams = [
+        re.split(r"(?m)^CODE (\d+)\n", stream)[:-1] for stream in (result.stdout, result.stderr)
+    ]
+    assert [len(stream) for stream in streams] == [2 * len(lines)] * 2, result.stderr
+    out, err = streams
+    return list(zip(map(int, out[1::2]), out[::2], err[::2], strict=True))
 
 
 def read_answers(path: Path) -> list[dict]:

@@ -7,13 +7,12 @@ import json
 import re
 import shlex
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from benchdata import write_pope
-from evaluation import GREEDY, call, read_answers, write_data
+from evaluation import GREEDY, PYTHON, call, read_answers, run_all, write_data
 from PIL import Image
 
 import llava_hvp
@@ -26,7 +25,6 @@ from llava_hvp.pruning.report import ImageReport
 from llava_hvp.runtime import PruningConfig
 from llava_hvp.shapes import checkpoint
 
-PYTHON = shlex.quote(sys.executable)
 PACKAGE = Path(llava_hvp.__file__).parent
 PICTURE = PACKAGE.parent / "docs" / "shapes.png"
 LAYERS, PATCHES = 5, 144  # of the shipped checkpoint
@@ -118,31 +116,7 @@ def test_training_is_refused_before_anything_is_loaded(folder):
     assert "--prune-train: fastv prunes inside the language model" in result.stderr
 
 
-# --- our own commands, in one process where they can be ---
-
-RUNNER = """
-import shlex, sys
-from llava_hvp.cli import main
-for line in sys.stdin:
-    try:
-        code = main(shlex.split(line))
-    except SystemExit as error:
-        code = error.code
-    for stream in (sys.stdout, sys.stderr):
-        print("CODE", code, file=stream, flush=True)
-"""
-
-
-def run_all(folder, lines):
-    """(code, what it printed, what it said) of each line of ours."""
-    (folder / "runner.py").write_text(RUNNER)
-    result = call(f"{PYTHON} runner.py <<'END'\n" + "\n".join(lines) + "\nEND", folder)
-    streams = [
-        re.split(r"(?m)^CODE (\d+)\n", stream)[:-1] for stream in (result.stdout, result.stderr)
-    ]
-    assert [len(stream) for stream in streams] == [2 * len(lines)] * 2, result.stderr
-    out, err = streams
-    return list(zip(map(int, out[1::2]), out[::2], err[::2], strict=True))
+# --- our own commands ---
 
 
 def test_show_bench_and_accuracy_take_three_combinations_at_one_budget(folder, shapes):

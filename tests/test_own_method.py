@@ -4,12 +4,11 @@ import json
 import re
 import shlex
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 from benchdata import write_pope
-from evaluation import GREEDY, call, read_answers, write_data
+from evaluation import GREEDY, PYTHON, call, read_answers, run_all, write_data
 
 from llava_hvp.hook.audit import record_path
 
@@ -17,7 +16,6 @@ from llava_hvp.hook.audit import record_path
 PAGE = Path(__file__).parent.parent / "docs" / "own-method.md"
 EXAMPLE, ON_SCORES = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
 MINE = "mine:Dominant"
-PYTHON = shlex.quote(sys.executable)
 
 
 @pytest.fixture
@@ -80,31 +78,7 @@ def test_the_launcher_hands_it_to_its_children_wherever_they_go(where, folder, s
     assert_pruned(folder, call(run, folder))
 
 
-# --- our own commands; many in one process, since each start takes seconds ---
-
-RUNNER = """
-import shlex, sys
-from llava_hvp.cli import main
-for line in sys.stdin:
-    try:
-        code = main(shlex.split(line))
-    except SystemExit as error:
-        code = error.code
-    for stream in (sys.stdout, sys.stderr):
-        print("CODE", code, file=stream, flush=True)
-"""
-
-
-def run_all(folder, lines):
-    """(code, what it printed, what it said) of each line of ours."""
-    (folder / "runner.py").write_text(RUNNER)
-    result = call(f"{PYTHON} runner.py <<'END'\n" + "\n".join(lines) + "\nEND", folder)
-    streams = [
-        re.split(r"(?m)^CODE (\d+)\n", stream)[:-1] for stream in (result.stdout, result.stderr)
-    ]
-    assert [len(stream) for stream in streams] == [2 * len(lines)] * 2, result.stderr
-    out, err = streams
-    return list(zip(map(int, out[1::2]), out[::2], err[::2], strict=True))
+# --- our own commands ---
 
 
 def test_show_bench_and_accuracy_take_it_beside_ours(folder, checkpoints):
