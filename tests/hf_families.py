@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llava_hvp import HIVTP, HiPrune, Selection, prune
+
 PADDING, IMAGE, VIDEO, FIRST_WORD = 0, 500, 501, 510
 VOCABULARY = 600
 TEXT = {
@@ -71,6 +73,30 @@ def logits(model: Any, inputs: dict[str, Any], **kwargs: Any) -> Tensor:
     """Of a forward pass."""
     with torch.no_grad():
         return model(**inputs, **kwargs).logits
+
+
+class KeepEverything(HiPrune):
+    """Goes the whole way, capture included, and keeps every patch. Not registered: no own name."""
+
+    def choose(self, context: Any, budget: Any) -> Selection:
+        scores = next(iter(context.received_attention.values()))
+        keep = torch.ones_like(scores, dtype=torch.bool)
+        none = torch.zeros_like(keep)
+        return Selection.from_roles({"anchor": keep, "buffer": none, "register": none})
+
+
+KEEPERS = {"r_max=1": HIVTP(r_max=1), "choose keeps all": KeepEverything(r_max=0.5)}
+
+
+def assert_keeping_all_is_stock(model: Any, inputs: dict[str, Any]) -> None:
+    """Logits and ids bit for bit, while pruned and after."""
+    expected, ids = logits(model, inputs), generate(model, inputs)
+    for keeper, method in KEEPERS.items():
+        with prune(model, method) as pruned:
+            assert torch.equal(expected, logits(model, inputs)), keeper
+            assert torch.equal(ids, generate(model, inputs)), keeper
+        assert all(r.kept_tokens == r.stock_tokens for r in pruned.last)
+    assert torch.equal(expected, logits(model, inputs))
 
 
 # LLaVA-OneVision

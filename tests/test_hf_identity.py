@@ -2,14 +2,13 @@
 
 import pytest
 import torch
+from hf_families import KeepEverything
 from hf_models import KINDS, QUESTIONS, needs_release, sized
 
 from llava_hvp import (
     HIVTP,
-    HiPrune,
     Random,
     Runtime,
-    Selection,
     VisionMethod,
     get_method,
     list_methods,
@@ -17,15 +16,6 @@ from llava_hvp import (
 )
 
 pytestmark = needs_release
-
-
-class KeepEverything(HiPrune):
-    """Goes the whole way, capture included, and keeps every patch. Not registered: no own name."""
-
-    def choose(self, context, budget):
-        keep = torch.ones_like(context.received_attention[9], dtype=torch.bool)
-        none = torch.zeros_like(keep)
-        return Selection.from_roles({"anchor": keep, "buffer": none, "register": none})
 
 
 KEEPERS = {

@@ -6,10 +6,10 @@ import hf_families as tiny
 import pytest
 import reference
 import torch
-from hf_families import DEPTH, PATCHES, generate, logits
+from hf_families import DEPTH, PATCHES, assert_keeping_all_is_stock, generate, logits
 from hf_models import needs_release
 
-from llava_hvp import HIVTP, FasterVLM, HiPrune, Random, Runtime, Selection, Uniform, prune
+from llava_hvp import HIVTP, FasterVLM, HiPrune, Random, Runtime, Uniform, prune
 from llava_hvp.errors import UnsupportedModelError
 
 pytestmark = needs_release
@@ -37,29 +37,10 @@ def eager(model):
     return copied
 
 
-class KeepEverything(HiPrune):
-    """Goes the whole way, capture included, and keeps every patch. Not registered: no own name."""
-
-    def choose(self, context, budget):
-        keep = torch.ones_like(context.received_attention[DEPTH], dtype=torch.bool)
-        none = torch.zeros_like(keep)
-        return Selection.from_roles({"anchor": keep, "buffer": none, "register": none})
-
-
-KEEPERS = {"r_max=1": HIVTP(r_max=1), "choose keeps all": KeepEverything(r_max=0.5)}
-
-
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("rows", ROWS)
 def test_keeping_everything_is_stock_bit_for_bit(rows, side, model):
-    inputs = tiny.pictures(ROWS[rows], side)
-    expected, ids = logits(model, inputs), generate(model, inputs)
-    for keeper, method in KEEPERS.items():
-        with prune(model, method) as pruned:
-            assert torch.equal(expected, logits(model, inputs)), keeper
-            assert torch.equal(ids, generate(model, inputs)), keeper
-        assert all(r.kept_tokens == r.stock_tokens for r in pruned.last)
-    assert torch.equal(expected, logits(model, inputs))
+    assert_keeping_all_is_stock(model, tiny.pictures(ROWS[rows], side))
 
 
 def hivtp(maps, budget):
