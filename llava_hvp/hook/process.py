@@ -24,14 +24,13 @@ from llava_hvp.config import Request
 from llava_hvp.console import say
 from llava_hvp.errors import LlavaHvpError, OptionError, RecordError, UnsupportedModelError
 from llava_hvp.hook.audit import PruningAudit, leave_report
-from llava_hvp.hook.ranks import watch_trainers
+from llava_hvp.hook.training import UNPRUNED, Training
 from llava_hvp.pruning.monkeypatch import MonkeyPatcher
 from llava_hvp.pruning.record import Totals
 from llava_hvp.runtime import PruningConfig
 from llava_hvp.version import __version__, version_of
 
 USAGE, FAILED = 2, 1  # exit codes: what was asked for is wrong, or could not be done
-_UNPRUNED_TRAINING = "training stays unpruned: give --prune-train to prune it too"
 _current: PrunedProcess | None = None
 
 
@@ -93,7 +92,8 @@ class PrunedProcess:
         self._is_on = False
         self._met: set[str] = set()  # modules of transformers' own LLaVA
         self._patched: list[type] = []
-        self._patches, self._trainer_bridge = MonkeyPatcher(), MonkeyPatcher()
+        self._patches = MonkeyPatcher()
+        self._training = Training(command)
 
     @property
     def prunes(self) -> bool:
@@ -150,7 +150,7 @@ class PrunedProcess:
             return
         self._is_on = True
         if self.command.startswith("llava.train.") and self.prunes and not self.request.train:
-            say(_UNPRUNED_TRAINING)
+            say(UNPRUNED)
             self.request = dataclasses.replace(self.request, pruning=None, unpruned=True)
         pruning, asked = self.request.pruning, self.request.asked
         if not asked and self.request.device != "cpu" and self.request.part is None:
@@ -265,67 +265,20 @@ class PrunedProcess:
     # --- where the process trains ---
 
     def training_imported(self) -> None:
-        """Bridge the trainer's gaps for whoever imports it. It does not mean that they train."""
-        from llava_hvp.hosts.llava.compat.training import bridge_training
-
-        if self._account is not None:
-            bridge_training(self._trainer_bridge)
-            if self.request.train or not self.prunes:
-                watch_trainers(self._trainer_bridge, self._account)
-        elif self.request.device == "cpu":
-            bridge_training(MonkeyPatcher())
-        if self.command in startup.TRAINING:
-            self._take_training_command()
-
-    def _take_training_command(self) -> None:
-        """Make of the script's arguments what this transformers takes, and this device."""
-        from llava_hvp.hosts.llava.compat.arguments import named_now, on_cpu
-        from llava_hvp.hosts.llava.compat.device import bridge_deepspeed_to_cpu
-
-        sys.argv[1:] = named_now(sys.argv[1:])
-        if self.request.device == "cpu":
-            sys.argv[1:] = on_cpu(sys.argv[1:])
-            has_config = any(word.partition("=")[0] == "--deepspeed" for word in sys.argv)
-            if has_config or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-                bridge_deepspeed_to_cpu(trains=True)
+        """Whoever trains is about to import LLaVA's trainer."""
+        self._training.imported(self.request, self._account)
 
     def watch_training(self, trainer: Any) -> None:
-        """LLaVA's `train` leaves pruning off while it runs, unless it was to be pruned too.
-
-        Parameters
-        ----------
-        trainer : Any
-            the module llava.train.train
-        """
-        if self.request.device == "cpu":
-            from llava_hvp.hosts.llava.compat.device import without_flash_attention
-
-            trainer.train = without_flash_attention(trainer.train)
-        pruning, account, stock = self.request.pruning, self._account, trainer.train
-        if pruning is None or account is None or self.request.train:
-            return
-
-        @functools.wraps(stock)
-        def train(*args: Any, **kwargs: Any) -> Any:
-            say(_UNPRUNED_TRAINING)
-            self._uninstall()
-            try:
-                return stock(*args, **kwargs)
-            finally:
-                self._trainer_bridge.undo()
-                self._install(pruning, account)
-                self.training_imported()
-
-        trainer.train = train
+        """The module llava.train.train is there; see `Training.watch`."""
+        account, uninstall, install = self._account, self._uninstall, self._install
+        self._training.watch(trainer, self.request, account, uninstall, install)
 
     def _uninstall(self) -> None:
-        """What is loaded from now on is stock; the trainer's gaps stay bridged."""
+        """What is loaded from now on is stock."""
         from llava_hvp.hosts.llava import builder
 
-        self._trainer_bridge.undo()
         self._patches.undo()
         builder.uninstall()
-        self.training_imported()
 
     # --- where it loads a model ---
 
