@@ -6,15 +6,11 @@ folder that it named.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import errno
-import functools
 import os
 import platform
-import signal
 import sys
-import threading
 import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -25,9 +21,10 @@ import torch
 from llava_hvp import config
 from llava_hvp.config import Request
 from llava_hvp.console import say
-from llava_hvp.errors import LlavaHvpError, OptionError, RecordError, UnsupportedModelError
+from llava_hvp.errors import OptionError, RecordError, UnsupportedModelError
 from llava_hvp.files import write_json
 from llava_hvp.hook.answers import AnswersFile
+from llava_hvp.hook.ending import await_end, await_multiprocessing, await_sigterm, parent_process
 from llava_hvp.hosts import host_of
 from llava_hvp.methods import NONE
 from llava_hvp.pruning.record import UNWRITTEN, Totals, record_path
@@ -189,44 +186,22 @@ class PruningAudit:
         self.totals, self.unpruned = Totals(), 0
         self._ended, self._crash = False, None
         if self._begun:
-            self._await_multiprocessing()
-
-    def _await_multiprocessing(self) -> None:
-        """Its children run what is registered there, and nothing that is registered in atexit."""
-        util = sys.modules.get("multiprocessing.util")
-        if util is not None and _parent_process() is not None:
-            util.Finalize(None, self.finish, exitpriority=0)
+            await_multiprocessing(self.finish)
 
     def _await_the_end(self) -> None:
-        atexit.register(self.finish)
-        self._await_multiprocessing()
-        before = sys.excepthook
-
-        def excepthook(kind: Any, error: BaseException, traceback: Any) -> None:
-            self.fails(str(error) if isinstance(error, RecordError) else kind.__name__)
-            if isinstance(error, LlavaHvpError):
-                say(f"error: {error}")
-            else:
-                before(kind, error, traceback)
-
-        sys.excepthook = excepthook
+        await_end(self.finish, self.fails)
         # A fork has left its report as it went, and dies of the signal: a handler in Python may not
         # run where the signal comes just before a wait for a lock, and its pool would hang.
-        # Python sets handlers in the main thread only; a server may load its model in another.
-        is_main = threading.current_thread() is threading.main_thread()
-        is_ours = not self._forked and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-        if is_main and is_ours:
+        if not self._forked:
+            await_sigterm(self._stopped)
 
-            def on_signal(number: int, frame: Any) -> None:
-                if self._telling:  # how it ends is just being told, and then it ends
-                    return
-                self._crash = signal.Signals(number).name
-                self.finish()
-                signal.signal(number, signal.SIG_DFL)
-                os.kill(os.getpid(), number)
-
-            signal.signal(signal.SIGTERM, on_signal)
-            os.register_at_fork(after_in_child=functools.partial(_without, on_signal))
+    def _stopped(self, name: str) -> bool:
+        """A signal ends the process, which then dies of it."""
+        if self._telling:  # how it ends is just being told, and then it ends
+            return False
+        self._crash = name
+        self.finish()
+        return True
 
     def fails(self, reason: str) -> None:
         """The process ends by an error: there will be no record."""
@@ -255,7 +230,7 @@ class PruningAudit:
             if self.totals.images:
                 say(f"{self._summary()}; stopped by {self._crash}")
             # How multiprocessing ends the workers of a pool, when they are done.
-            is_dismissed = self._crash == "SIGTERM" and _parent_process() is not None
+            is_dismissed = self._crash == "SIGTERM" and parent_process() is not None
             with contextlib.suppress(RecordError):  # it fails as it is, and has said why
                 self._report(*(("done",) if is_dismissed else ("failed", self._crash)))
             return
@@ -326,18 +301,6 @@ class PruningAudit:
 
     def _report(self, state: str, reason: str | None = None) -> None:
         leave_report(self.request, self.command, state, self.totals, reason)
-
-
-def _without(handler: Any) -> None:
-    """Die of SIGTERM again where this handler was inherited."""
-    if signal.getsignal(signal.SIGTERM) is handler:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _parent_process() -> Any:
-    """The parent of a child of multiprocessing, by fork or not; None for other processes."""
-    process = sys.modules.get("multiprocessing.process")
-    return None if process is None else process.parent_process()
 
 
 def _facts(model: Any) -> dict[str, str]:
