@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import os
 import sys
 
 import hf_families as tiny
@@ -92,8 +93,11 @@ def models(folder):
 
 
 def script(folder, code, flags):
+    """Under the launcher, in an environment whose `llava` cannot be imported."""
     (folder / "script.py").write_text(code)
-    return call(f"llava-hvp run {flags} -- python script.py", folder)
+    (folder / "llava.py").write_text("import os\nos._exit(77)\n")
+    path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
+    return call(f"llava-hvp run {flags} -- python script.py", folder, PYTHONPATH=path)
 
 
 def test_both_are_pruned_by_the_flags(folder, models, inputs):

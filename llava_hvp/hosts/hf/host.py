@@ -135,7 +135,8 @@ class HFModel:
             raise TextEncoderError(
                 f"no CLIP is known whose vision tower has {shape[0]} layers of {shape[1]} and a "
                 f"grid of {grid[0]} x {grid[1]} patches: name the one that this checkpoint's came "
-                "from, as prune(model, method, clip_text='name or folder')"
+                "from, as prune(model, method, clip_text='name or folder') or "
+                "--prune-opt clip_text=…"
             )
         return CLIPS[shape]
 
