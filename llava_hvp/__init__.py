@@ -139,6 +139,7 @@ def install(
     *,
     runtime: Runtime | None = None,
     tokenizer: Any = None,
+    clip_text: str | Path | ClipText | None = None,
     on_model: Callable[[Pruning], None] | None = None,
 ) -> None:
     """Prune every LLaVA that is loaded from now on, for code that loads its model by itself.
@@ -149,7 +150,7 @@ def install(
 
     Parameters
     ----------
-    method, inside, runtime, tokenizer : Method | LanguageMethod | None | Runtime | None | Any
+    method, inside, runtime, tokenizer, clip_text : Method | LanguageMethod | Runtime | Any
         as for `prune`
     on_model : Callable[[Pruning], None] | None
         called with the `Pruning` of each model that is built
@@ -162,7 +163,14 @@ def install(
     """
     from llava_hvp.hosts.llava import builder
 
-    builder.install(method, inside, runtime=runtime, tokenizer=tokenizer, on_model=on_model)
+    builder.install(
+        method,
+        inside,
+        runtime=runtime,
+        tokenizer=tokenizer,
+        clip_text=clip_text,
+        on_model=on_model,
+    )
 
 
 def uninstall() -> None:

@@ -12,6 +12,7 @@ from llava_hvp.methods import NONE, list_methods, method_class
 from llava_hvp.methods.unpruned import Unpruned
 from llava_hvp.runtime import (
     BUDGET,
+    CLIP_TEXT,
     INSIDE,
     RUNTIME_OPTIONS,
     PruningConfig,
@@ -36,6 +37,7 @@ def read_option(spec: str, text: str) -> tuple[str, Any]:
     first, *second = (Unpruned,) if spec == NONE else method_classes(spec)
     types = {f.name: str(f.type) for each in (first, Runtime) for f in dataclasses.fields(each)}
     types |= {INSIDE + f.name: str(f.type) for each in second for f in dataclasses.fields(each)}
+    types[CLIP_TEXT] = "str"
     return key, _value(value.strip(), types.get(key, ""))
 
 

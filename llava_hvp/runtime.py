@@ -23,6 +23,8 @@ from llava_hvp.methods.unpruned import Unpruned
 BUDGET = ("r_max", "num_tokens")
 JOINED = "+"  # between the names of two methods, as hivtp+fastv
 INSIDE = "inside_"  # before an option of the second of them
+CLIP_TEXT = "clip_text"  # the option that names a CLIP
+_DEEP = 1000  # layers of a tower that has any that a method may ask
 _PATH = re.compile(r"[^\W\d][\w.]*:[\w.]+")  # module:Class
 
 
@@ -95,6 +97,9 @@ class PruningConfig:
         at the vision tower; `Unpruned` where only `inside` prunes, or nothing
     inside : LanguageMethod | None
         inside the language model, of what `method` sends
+    clip_text : str | None
+        name or folder of the CLIP whose text encoder reads the prompt; None for the one that the
+        checkpoint names, or the shape of its tower is known of
 
     Raises OptionError for an option of the run that nothing would come of.
     """
@@ -102,8 +107,14 @@ class PruningConfig:
     method: VisionMethod
     runtime: Runtime = Runtime()
     inside: LanguageMethod | None = None
+    clip_text: str | None = None
 
     def __post_init__(self) -> None:
+        if self.clip_text is not None and not (self.clip_text and self.reads_by_clip):
+            raise OptionError(
+                f"{self.name}: {CLIP_TEXT}={shown(self.clip_text)}: it names the CLIP by which a "
+                "method reads the prompt, as hiprune++ and cdpruner do: leave it out"
+            )
         if self.methods[0] is self.inside and self.runtime.tower_dtype != "stock":
             raise OptionError(
                 f"{self.name}: tower_dtype={self.runtime.tower_dtype}: the tower stays stock's "
@@ -111,7 +122,9 @@ class PruningConfig:
             )
 
     @classmethod
-    def checked(cls, method: Any, runtime: Any = None, inside: Any = None) -> PruningConfig:
+    def checked(
+        cls, method: Any, runtime: Any = None, inside: Any = None, clip_text: str | None = None
+    ) -> PruningConfig:
         """What a user gives to `prune`; no runtime is the default one.
 
         Raises
@@ -131,13 +144,13 @@ class PruningConfig:
                 raise OptionError(
                     f"{method.name} and {inside!r} both prune inside the language model: give one"
                 )
-            return cls(Unpruned(), runtime, method)
+            return cls(Unpruned(), runtime, method, clip_text)
         if inside is not None and not isinstance(inside, LanguageMethod):
             raise UnsupportedModelError(
                 f"{inside!r} does not prune inside the language model: give a LanguageMethod, or "
                 "one method alone"
             )
-        return cls(vision_method(method), runtime, inside)
+        return cls(vision_method(method), runtime, inside, clip_text)
 
     @classmethod
     def of(cls, name: str, **options: Any) -> PruningConfig:
@@ -151,17 +164,24 @@ class PruningConfig:
         kinds = (Unpruned,) if name == NONE else method_classes(name)
         check_known(name, options, options_of(*kinds))
         shared = {key: options.pop(key) for key in RUNTIME_OPTIONS if key in options}
+        clip_text = options.pop(CLIP_TEXT, None)
         given: list[dict[str, Any]] = [{}, {}]
         for key, value in options.items():
             is_second = len(kinds) > 1 and key.startswith(INSIDE)
             given[is_second][key[len(INSIDE) :] if is_second else key] = value
         methods = [kind(**own) for kind, own in zip(kinds, given, strict=False)]
-        return cls.checked(methods[0], Runtime(**shared), *methods[1:])
+        inside = methods[1] if len(methods) > 1 else None
+        return cls.checked(methods[0], Runtime(**shared), inside, clip_text)
 
     @property
     def prunes(self) -> bool:
         """Whether this leaves out any patch by itself; not so `none`, with options of a Runtime."""
         return self.inside is not None or not isinstance(self.method, Unpruned)
+
+    @property
+    def reads_by_clip(self) -> bool:
+        """Whether CLIP's text encoder reads the prompt for it."""
+        return self.method.reads(_DEEP, _DEEP).relevance == "clip"
 
     @property
     def methods(self) -> tuple[Method, ...]:
@@ -195,20 +215,24 @@ class PruningConfig:
     def arguments(self) -> dict[str, Any]:
         """What to put on a model, by the names that `prune` and `install` have for it."""
         inside = {} if self.inside is None else {"inside": self.inside}
-        return {"method": self.method, "runtime": self.runtime, **inside}
+        return {"method": self.method, "runtime": self.runtime, **inside, **self._clip}
+
+    @property
+    def _clip(self) -> dict[str, str]:
+        return {} if self.clip_text is None else {CLIP_TEXT: self.clip_text}
 
     @property
     def options(self) -> dict[str, Any]:
         """Every option of the methods and of their run."""
         first, *second = map(asdict, self.methods)
-        return first | asdict(self.runtime) | _prefixed(*second)
+        return first | asdict(self.runtime) | self._clip | _prefixed(*second)
 
     @property
     def given(self) -> dict[str, Any]:
         """The budgets, and the options that differ from their defaults."""
         first, *second = map(_given, self.methods)
         budget = {name: first.pop(name) for name in BUDGET if name in first}
-        return budget | _changed(self.runtime) | first | _prefixed(*second)
+        return budget | _changed(self.runtime) | first | self._clip | _prefixed(*second)
 
     @property
     def budget(self) -> str:
@@ -265,7 +289,7 @@ def _split(spec: str) -> tuple[str, ...]:
 
 def options_of(kind: type[Method], inside: type[Method] | None = None) -> list[str]:
     """Names of the options that methods can be given, those of their run included."""
-    own = [*BUDGET, *RUNTIME_OPTIONS, *_own_options(kind)]
+    own = [*BUDGET, *RUNTIME_OPTIONS, CLIP_TEXT, *_own_options(kind)]
     if inside is None:
         return own
     return [*own, *(INSIDE + name for name in (*BUDGET, *_own_options(inside)))]

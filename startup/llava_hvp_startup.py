@@ -39,10 +39,12 @@ FLAGS = (
     "--prune-train",
 )
 VARIABLES = ("LLAVA_HVP", "LLAVA_HVP_DEVICE")
-# Where transformers has LLaVA classes of its own.
+# Where transformers has the classes of its own that are pruned.
 TRANSFORMERS = (
     "transformers.models.llava.modeling_llava",
     "transformers.models.llava_next.modeling_llava_next",
+    "transformers.models.llava_onevision.modeling_llava_onevision",
+    "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
 )
 PACKAGES = ("llava", "transformers")
 _HELP = ("-h", "--help")
@@ -101,7 +103,7 @@ def is_fork() -> bool:
 class LlavaFinder:
     """Finds LLaVA as everybody else does, and switches pruning on around its import.
 
-    LLaVA is the package `llava`, or the classes of transformers' own.
+    LLaVA is the package `llava`, or the classes of transformers' own, Qwen2.5-VL's among them.
 
     command : as `llava.eval.model_vqa`; "" for a command that is not LLaVA's own
     process : the process that asked, of which this one may be a fork

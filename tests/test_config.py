@@ -6,9 +6,11 @@ import shlex
 import pytest
 
 from llava_hvp import HIVTP, HiPrune, HiPrunePlus, VisionMethod, get_method, list_methods
+from llava_hvp.checkpoints.variants import variants
 from llava_hvp.cli.evaluate import requested
 from llava_hvp.config import Request, add_flags, from_environment, parse, to_flags
 from llava_hvp.errors import OptionError
+from llava_hvp.evaluation.model_args import model_args, pruning_of
 from llava_hvp.runtime import PruningConfig, Runtime
 
 
@@ -155,6 +157,40 @@ def test_the_variable_carries_options_that_are_no_words():
     for method in (HIVTP(layers=(7, 8)), HIVTP(k=25.5, window=None, regions=1)):
         text = shlex.join(to_flags(Request(PruningConfig(method))))
         assert from_environment({"LLAVA_HVP": text}).pruning.method == method
+
+
+@pytest.mark.parametrize("name", ["cdpruner", "hiprune++", "hiprune+++fastv"])
+def test_a_clip_is_named_as_an_option(name):
+    first, _, second = name.rpartition("+") if "fastv" in name else (name, "", "")
+    given = shlex.quote("clip_text=/tmp/a folder+ViT")
+    flags = f"--prune-method {first} --prune-opt {given}" + " --prune-inside fastv" * bool(second)
+    request = from_environment({"LLAVA_HVP": flags})
+    assert request.pruning == PruningConfig.of(name, clip_text="/tmp/a folder+ViT")
+    assert request.pruning.arguments["clip_text"] == "/tmp/a folder+ViT"
+    assert request.pruning.options["clip_text"] == "/tmp/a folder+ViT"
+    assert from_environment({"LLAVA_HVP": shlex.join(to_flags(request))}) == request
+    text = model_args("x", request.pruning)
+    assert "clip_text=/tmp/a folder+ViT" in text.split(",")
+    options = dict(pair.split("=") for pair in text.split(",")[1:])
+    numbers = {key: float(value) for key, value in options.items() if key.endswith("r_max")}
+    assert pruning_of(options.pop("prune_method"), options | numbers) == request.pruning
+    assert "clip_text" not in PruningConfig.of(name).arguments
+
+
+@pytest.mark.parametrize("spec", ["hivtp", "hiprune++ text=llm", "fastv", "cdpruner clip_text="])
+def test_a_clip_that_nothing_would_read_by_is_refused(spec):
+    name, *options = spec.split()
+    options = {"clip_text": "x"} | dict(option.split("=") for option in options)
+    with pytest.raises(OptionError, match=r"clip_text='x?'.*leave it out"):
+        PruningConfig.of(name, **options)
+
+
+def test_of_a_list_the_methods_that_read_by_clip_take_it():
+    options = ["clip_text=x", "text=llm"]
+    found = variants(["hivtp", "cdpruner", "hiprune++"], [{}], options)
+    assert [v.pruning and v.pruning.clip_text for v in found] == [None, None, "x", None]
+    with pytest.raises(OptionError, match="clip_text: none of hivtp, hiprune"):
+        variants(["hivtp", "hiprune"], [{}], options[:1])
 
 
 @pytest.mark.parametrize(

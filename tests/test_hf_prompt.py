@@ -1,6 +1,8 @@
 """transformers' own LLaVA: which text each image is asked with, and where its CLIP comes from."""
 
+import contextlib
 import copy
+import sys
 
 import pytest
 import torch
@@ -9,8 +11,11 @@ from hf_models import needs_release, sized
 from llava_hvp import get_method, prune
 from llava_hvp.encoder.text import ClipText
 from llava_hvp.errors import TextEncoderError
+from llava_hvp.hosts.hf import loading
 from llava_hvp.hosts.hf.prompt import KNOWN, marks_of
+from llava_hvp.pruning.monkeypatch import MonkeyPatcher
 from llava_hvp.pruning.turns import Marks, last_user_turn
+from llava_hvp.runtime import PruningConfig
 
 pytestmark = needs_release
 ASKED = "What is on the left of the cup?"
@@ -148,6 +153,38 @@ def test_a_tower_of_the_published_shape_is_known(monkeypatch):
     with pytest.raises(TextEncoderError, match="offline"):
         prune(model, get_method("cdpruner", r_max=0.5), tokenizer=object())
     assert names == ["openai/clip-vit-large-patch14-336"]
+
+
+def test_the_flags_name_the_clip_of_whatever_is_loaded(hf, photos, checkpoints, monkeypatch):
+    bundle = hf("llava-1.5-llama")
+    kind, clip = type(bundle.model), checkpoints("llava-1.5-llama").parent / "clip-112"
+    config = copy.deepcopy(bundle.model.config)
+    del config.clip_checkpoint  # as of a checkpoint that we did not convert
+    inputs = bundle.ask(ASKED, pictures=photos[:1])
+    with prune(bundle.model, get_method("cdpruner", r_max=0.25)) as pruned:
+        bundle.logits(inputs)
+        expected = pruned.last[0].selection.keep
+    for options in ({"clip_text": str(clip)}, {}):
+        pruning, patches = PruningConfig.of("cdpruner", r_max=0.25, **options), MonkeyPatcher()
+        with contextlib.ExitStack() as stack:
+            stack.callback(patches.undo)
+            loading.install(
+                patches,
+                sys.modules[kind.__module__],
+                pruning,
+                before=lambda: None,
+                on_model=lambda pruning: None,
+                on_unpruned=pytest.fail,
+                on_images=pytest.fail,
+            )
+            if not options:
+                with pytest.raises(TextEncoderError, match="--prune-opt clip_text="):
+                    kind.from_pretrained(bundle.path, config=config)
+                continue
+            model = kind.from_pretrained(bundle.path, config=config, dtype=torch.float32).eval()
+            with torch.no_grad():
+                model(**inputs)
+            assert torch.equal(model.llava_hvp.last[0].selection.keep, expected)
 
 
 def test_a_clip_of_another_width_is_refused(hf, tmp_path):

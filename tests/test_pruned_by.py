@@ -52,3 +52,18 @@ def test_the_text_encoder_is_loaded_once_and_read_where_it_is_asked_for(
     assert not torch.equal(by_llm, by_clip)
     # The encoder is there now, and this method does not read it.
     assert torch.equal(viewer.look(llm, photos[3], ids).selection.keep, by_llm)
+
+
+def test_a_text_encoder_that_a_config_names_is_its_own(checkpoints, monkeypatch):
+    loads, load = [], ClipText.load
+    monkeypatch.setattr(ClipText, "load", lambda name: loads.append(name) or load(name))
+    opened = open_checkpoint(str(checkpoints("llava-1.5-llama")), "cpu")
+    other = str(checkpoints("llava-1.5-llama").parent / "clip-112")
+    named, default = (PruningConfig.of("cdpruner", **o) for o in ({"clip_text": other}, {}))
+    encoders = []
+    for by in (named, default, named, default):
+        with opened.pruned_by(by) as pruning:
+            encoders.append(pruning.clip_text)
+    assert len(loads) == 2
+    assert loads[0] == other
+    assert encoders[0] is encoders[2] is not encoders[1] is encoders[3]

@@ -29,7 +29,7 @@ def applied(
     dtype : torch.dtype
         of the images
     tokenizer, clip_text : Any
-        for methods that read the prompt, where the model's own cannot be loaded
+        for methods that read the prompt
     """
     host = host_of(model)
     if variant.pruning is None or (not variant.prunes and variant.runtime.packs_as_stock):
@@ -38,8 +38,8 @@ def applied(
             yield None
         return
 
-    given = variant.pruning.arguments
-    with host.attach(model, **given, tokenizer=tokenizer, clip_text=clip_text) as pruning:
+    given = {"tokenizer": tokenizer, **variant.pruning.arguments, "clip_text": clip_text}
+    with host.attach(model, **given) as pruning:
         tower = pruning.host_model.encoder
         if variant.pruning.runtime.tower_dtype == "model":
             tower.take_dtype(dtype)  # once a model, so not a part of any phase

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,18 +55,20 @@ class Checkpoint:
     dtype: torch.dtype
     conv_mode: str
     clip_text: ClipText | None = None
+    _named_clips: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     @contextlib.contextmanager
     def pruned_by(self, by: PrunedBy) -> Iterator[Any]:
         """Prune the model inside the block; gives the `Pruning`, or None where by none."""
         variant = Variant.of(by)
-        put_on = applied(
-            variant, self.model, self.dtype, tokenizer=self.reader, clip_text=self.clip_text
-        )
-        with put_on as pruning:
-            if pruning is not None:
-                self.clip_text = pruning.clip_text
-            yield pruning
+        named = None if variant.pruning is None else variant.pruning.clip_text
+        clip = self.clip_text if named is None else self._named_clips.get(named, named)
+        with applied(variant, self.model, self.dtype, tokenizer=self.reader, clip_text=clip) as on:
+            if on is not None and named is not None:
+                self._named_clips[named] = on.clip_text
+            elif on is not None:
+                self.clip_text = on.clip_text
+            yield on
 
     @property
     def reader(self) -> Any:

@@ -16,6 +16,7 @@ from llava_hvp.methods.base import Method, Needs, Selection, VisionContext, Visi
 from llava_hvp.options import read_option, unpruned
 from llava_hvp.runtime import (
     BUDGET,
+    CLIP_TEXT,
     INSIDE,
     JOINED,
     RUNTIME_OPTIONS,
@@ -176,6 +177,8 @@ def variants(
         if not any(key in known[name] for name in chosen):
             raise OptionError(f"--prune-opt {key}: none of {', '.join(chosen)} has it")
     own = {name: {k: v for k, v in read[name].items() if k in known[name]} for name in chosen}
+    if CLIP_TEXT in of_none:
+        _leave_to_clip(own)
     return [
         Variant(unpruned({k: of_none[k] for k in of_none if k in RUNTIME_OPTIONS})),
         *(
@@ -184,6 +187,19 @@ def variants(
             for budget in budgets
         ),
     ]
+
+
+def _leave_to_clip(own: dict[str, dict[str, Any]]) -> None:
+    """Take the option that names a CLIP from methods that read no prompt by one.
+
+    Raises OptionError where none does.
+    """
+    for name, options in own.items():
+        others = {key: value for key, value in options.items() if key != CLIP_TEXT}
+        if not PruningConfig.of(name, **others).reads_by_clip:
+            del options[CLIP_TEXT]
+    if not any(CLIP_TEXT in options for options in own.values()):
+        raise OptionError(f"--prune-opt {CLIP_TEXT}: none of {', '.join(own)} reads a prompt by it")
 
 
 def shared(spec: str, budget: dict[str, float | int], options: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 from llava_hvp.methods import NONE, list_methods, method_class
 from llava_hvp.methods.base import Method
 from llava_hvp.methods.language import LanguageMethod
-from llava_hvp.runtime import Runtime
+from llava_hvp.runtime import CLIP_TEXT, PruningConfig, Runtime
 
 PLACES = {
     LanguageMethod.where: "inside the language model; alone, or behind another by --prune-inside, "
@@ -43,6 +43,9 @@ def run() -> int:
                 _list(kind, [o for o in dataclasses.fields(kind) if o.name not in common])
     print("every method: --r-max R or --num-tokens N, and")
     _list(Runtime, list(dataclasses.fields(Runtime)))
+    named = [field for field in dataclasses.fields(PruningConfig) if field.name == CLIP_TEXT]
+    print("methods that read the prompt by CLIP, as hiprune++ and cdpruner:")
+    _list(PruningConfig, named)
     print(
         f"{NONE}: unpruned LLaVA, bridged to this transformers and accounted for; takes the flags"
     )

@@ -63,7 +63,7 @@ class ClipText:
             raise TextEncoderError(
                 f"the CLIP of this text encoder has a vision tower {own} wide, and the model's is "
                 f"{width}: name the one that the model's tower came from, as prune(model, method, "
-                "clip_text='name or folder')"
+                "clip_text='name or folder') or --prune-opt clip_text=…"
             )
 
     def to(self, device: torch.device) -> ClipText:

@@ -10,7 +10,7 @@ from llava_hvp.config import Request
 from llava_hvp.errors import OptionError
 from llava_hvp.methods import NONE, list_methods
 from llava_hvp.options import read_option, unpruned
-from llava_hvp.runtime import BUDGET, INSIDE, JOINED, PruningConfig
+from llava_hvp.runtime import BUDGET, CLIP_TEXT, INSIDE, JOINED, PruningConfig
 
 # Arguments of the model that are no options of a method.
 OTHERS = (
@@ -43,7 +43,8 @@ def pruning_of(name: str | None, options: Mapping[str, Any]) -> PruningConfig | 
     for key, value in options.items():
         if key == SECOND:
             continue
-        text = value.replace("+", ",") if isinstance(value, str) else str(value)
+        is_tuple = isinstance(value, str) and key != CLIP_TEXT
+        text = value.replace("+", ",") if is_tuple else str(value)
         is_budget = key.removeprefix(INSIDE) in BUDGET
         given[key] = value if is_budget else read_option(spec, f"{key}={text}")[1]
     if name == NONE:

@@ -18,6 +18,8 @@ MARKS = {
         "Qwen2_5_VLForConditionalGeneration",
         "LlavaModel",
         "LlavaNextModel",
+        "LlavaOnevisionModel",
+        "Qwen2_5_VLModel",
     ),
 }
 

@@ -135,7 +135,8 @@ class HFModel:
             raise TextEncoderError(
                 f"no CLIP is known whose vision tower has {shape[0]} layers of {shape[1]} and a "
                 f"grid of {grid[0]} x {grid[1]} patches: name the one that this checkpoint's came "
-                "from, as prune(model, method, clip_text='name or folder')"
+                "from, as prune(model, method, clip_text='name or folder') or "
+                "--prune-opt clip_text=…"
             )
         return CLIPS[shape]
 
@@ -247,12 +248,17 @@ def facts_of(model: Any) -> dict[str, str]:
         one of the pruned classes, or the one inside it
     """
     pruning = vars(model).get("llava_hvp")
-    vit = getattr(model, "model", model).vision_tower
-    fused = pruning is not None and pruning.host_model.encoder.fuses_attention
+    inner = getattr(model, "model", model)
+    if hasattr(inner, "visual"):  # Qwen2.5-VL, whose tower runs as it was loaded
+        vit, attention = inner.visual, inner.visual.config._attn_implementation
+    else:
+        vit = inner.vision_tower
+        fused = pruning is not None and pruning.host_model.encoder.fuses_attention
+        attention = attention_of(vit, fused=fused)
     dtype = next(p.dtype for p in vit.parameters() if p.is_floating_point())
     return {
         "vision_tower_dtype": str(dtype).removeprefix("torch."),
-        "vision_tower_attention": attention_of(vit, fused=fused),
+        "vision_tower_attention": attention,
     }
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from llava_hvp.errors import UnsupportedVersionError
+from llava_hvp.errors import UnsupportedModelError, UnsupportedVersionError
 from llava_hvp.hosts.hf.families import FAMILIES
 from llava_hvp.hosts.hf.host import attach
+from llava_hvp.hosts.hf.qwen.capture import is_recording
 from llava_hvp.hosts.hf.versions import check_release
 from llava_hvp.pruning.monkeypatch import MonkeyPatcher
 from llava_hvp.pruning.pruning import Pruning
@@ -66,12 +68,22 @@ def install(
             loader = _pruning(kind.from_pretrained.__func__, pruning, before, on_model)
             patches.replace(kind, "from_pretrained", classmethod(loader))
             patches.replace(inner, "get_image_features", _warning(stock, on_unpruned))
+            if hasattr(inner, "get_video_features"):
+                patches.replace(inner, "get_video_features", _refused_videos)
         changed += [kind, inner]
     return changed
 
 
 def _refused(model: Any, *args: Any, **kwargs: Any) -> None:
     check_release()
+
+
+def _refused_videos(inner: Any, *args: Any, **kwargs: Any) -> None:
+    """Stands in for stock's `get_video_features`, of whoever calls it."""
+    raise UnsupportedModelError(
+        f"a video for {type(inner).__name__}: videos are not pruned: give the frames as images, or "
+        "run without pruning"
+    )
 
 
 def _pruning(
@@ -94,12 +106,16 @@ def _pruning(
 
 
 def _warning(stock: Callable[..., Any], on_unpruned: Callable[[int], None]) -> Callable[..., Any]:
-    """Stock's `get_image_features`, which a pruned model never calls."""
+    """Stock's `get_image_features`, which a pruned model calls only to read its tower."""
+    signature = inspect.signature(stock)
 
     @functools.wraps(stock)
-    def get_image_features(inner: Any, pixel_values: Any, *args: Any, **kwargs: Any) -> Any:
-        on_unpruned(len(pixel_values))
-        return stock(inner, pixel_values, *args, **kwargs)
+    def get_image_features(*args: Any, **kwargs: Any) -> Any:
+        if not is_recording():
+            given = signature.bind(*args, **kwargs).arguments
+            grids = given.get("image_grid_thw")  # pixels of Qwen2.5-VL are rows of patches
+            on_unpruned(len(given["pixel_values"] if grids is None else grids))
+        return stock(*args, **kwargs)
 
     return get_image_features
 

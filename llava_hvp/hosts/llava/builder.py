@@ -6,8 +6,10 @@ import functools
 import importlib
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from llava_hvp.encoder.text import ClipText
 from llava_hvp.errors import PrunedStateError, UnsupportedModelError
 from llava_hvp.hosts.llava import compat
 from llava_hvp.hosts.llava.host import bind
@@ -28,6 +30,7 @@ def install(
     *,
     runtime: Runtime | None = None,
     tokenizer: Any = None,
+    clip_text: str | Path | ClipText | None = None,
     on_model: Callable[[Pruning], None] | None = None,
 ) -> None:
     """From now on `load_pretrained_model` and `build_vision_tower` give what `prune` would.
@@ -45,6 +48,8 @@ def install(
         how to run it, by default `Runtime()`
     tokenizer : Any
         for prompt-aware methods; by default they load the checkpoint's own
+    clip_text : str | Path | ClipText | None
+        as for `prune`
     on_model : Callable[[Pruning], None] | None
         called with the `Pruning` of each model that is built
 
@@ -69,7 +74,7 @@ def install(
         for kind in compat.llava_models():
             stock = vars(kind).get("__init__")
             if stock is not None:
-                init = _binding(stock, chosen, tokenizer, on_model)
+                init = _binding(stock, chosen, tokenizer, clip_text, on_model)
                 _INSTALLED.replace(kind, "__init__", init)
 
 
@@ -92,13 +97,14 @@ def _binding(
     stock: Callable[..., None],
     chosen: PruningConfig,
     tokenizer: Any,
+    clip_text: str | Path | ClipText | None,
     on_model: Callable[[Pruning], None] | None,
 ) -> Callable[..., None]:
     @functools.wraps(stock)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         stock(self, *args, **kwargs)
         if "llava_hvp" not in vars(self):
-            pruning = bind(self, chosen, tokenizer)
+            pruning = bind(self, chosen, tokenizer, clip_text)
             if on_model is not None:
                 on_model(pruning)
 

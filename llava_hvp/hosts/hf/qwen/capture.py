@@ -103,6 +103,11 @@ class QKVHooks:
             handle.remove()
 
 
+def is_recording() -> bool:
+    """Whether a pruned model is just running its tower, in this thread."""
+    return _SEEN.get() is not None
+
+
 @contextmanager
 def recording(layers: Sequence[int], heads: int) -> Iterator[dict[int, Tensor]]:
     """Collect the received attention of the one pass inside the block.
