@@ -14,8 +14,8 @@ from llava_hvp.bench.measure import Measurements, measure, turns
 from llava_hvp.bench.phases import Bench
 from llava_hvp.bench.results import losses, rows_of
 from llava_hvp.bench.workload import make_workload, pattern, random_prompt
-from llava_hvp.checkpoints.checkpoint import Checkpoint
 from llava_hvp.checkpoints.geometry import get_geometry, list_geometries
+from llava_hvp.checkpoints.llava import LlavaCheckpoint
 from llava_hvp.checkpoints.synthetic import build_model, build_text, geometry_of
 from llava_hvp.checkpoints.variants import Floor, Variant, variants
 from llava_hvp.cli import main
@@ -37,7 +37,7 @@ def bench(request):
     pictures = [pattern((200, 120), seed) for seed in (0, 1)]
     work = make_workload(model, pictures, prompt, new_tokens=3, device=CPU, dtype=torch.float32)
     tokenizer, text = build_text(geometry, "cpu")
-    made = Checkpoint("tiny", tokenizer, model, None, torch.float32, "vicuna_v1", text)
+    made = LlavaCheckpoint("tiny", tokenizer, model, None, torch.float32, "vicuna_v1", text)
     return Bench(made, geometry.vision, work, Clock(CPU))
 
 
@@ -368,7 +368,7 @@ def test_quantised_random_weights_generate(bits):
     work = make_workload(
         model, [pattern((99, 50), 0)], prompt, new_tokens=2, device=CPU, dtype=torch.float16
     )
-    made = Checkpoint("tiny", None, model, None, torch.float16, "vicuna_v1")
+    made = LlavaCheckpoint("tiny", None, model, None, torch.float16, "vicuna_v1")
     bench = Bench(made, geometry.vision, work, Clock(CPU))
     with bench.checkpoint.pruned_by(Variant(PruningConfig(HIVTP(r_max=0.5)))) as pruning:
         assert bench.time_answer(2)["answer"] > 0

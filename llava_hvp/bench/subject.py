@@ -51,7 +51,7 @@ def of_geometry(
     seed: int,
 ) -> Subject:
     """Random weights, with a tokenizer and a text encoder of their own."""
-    from llava_hvp.checkpoints.checkpoint import Checkpoint
+    from llava_hvp.checkpoints.llava import LlavaCheckpoint
     from llava_hvp.checkpoints.synthetic import build_model, build_text
     from llava_hvp.testing.tokenizers import LLAMA_VOCAB_SIZE
 
@@ -62,7 +62,7 @@ def of_geometry(
     prompt = random_prompt(text_tokens, LLAMA_VOCAB_SIZE, generator)
     words = f"{name} with random weights, {_dtypes(model.get_vision_tower().dtype, dtype, bits)}"
     tokenizer, clip_text = build_text(geometry, device)
-    made = Checkpoint(
+    made = LlavaCheckpoint(
         name, tokenizer, model, None, dtype, default_template(name), clip_text=clip_text
     )
     return Subject(name, words, made, geometry, prompt)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llava_hvp.checkpoints.conversation import IMAGE
 from llava_hvp.errors import OptionError
 
-IMAGE = -200  # LLaVA's IMAGE_TOKEN_INDEX
 BEGIN = 1  # <s>
 
 
