@@ -28,7 +28,7 @@ from llava_hvp.show.frame import View
 
 
 class LlavaCheckpoint(Checkpoint):
-    """A loaded model of LLaVA's own classes; random weights have no processor."""
+    """A loaded model of LLaVA's own classes; `processor` is its vision tower's."""
 
     @property
     def vit(self) -> nn.Module:
