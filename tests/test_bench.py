@@ -14,8 +14,8 @@ from llava_hvp.bench.measure import Measurements, measure, turns
 from llava_hvp.bench.phases import Bench
 from llava_hvp.bench.results import losses, rows_of
 from llava_hvp.bench.workload import make_workload, pattern, random_prompt
-from llava_hvp.checkpoints.checkpoint import Checkpoint
 from llava_hvp.checkpoints.geometry import get_geometry, list_geometries
+from llava_hvp.checkpoints.llava import LlavaCheckpoint
 from llava_hvp.checkpoints.synthetic import build_model, build_text, geometry_of
 from llava_hvp.checkpoints.variants import Floor, Variant, variants
 from llava_hvp.cli import main
@@ -35,9 +35,10 @@ def bench(request):
     model = build_model(geometry, "cpu", torch.float32)
     prompt = random_prompt(20, 500, torch.Generator().manual_seed(0))
     pictures = [pattern((200, 120), seed) for seed in (0, 1)]
-    work = make_workload(model, pictures, prompt, new_tokens=3, device=CPU, dtype=torch.float32)
     tokenizer, text = build_text(geometry, "cpu")
-    made = Checkpoint("tiny", tokenizer, model, None, torch.float32, "vicuna_v1", text)
+    processor = model.get_vision_tower().image_processor
+    made = LlavaCheckpoint("tiny", tokenizer, model, processor, torch.float32, "vicuna_v1", text)
+    work = make_workload(made, pictures, prompt, new_tokens=3)
     return Bench(made, geometry.vision, work, Clock(CPU))
 
 
@@ -365,10 +366,9 @@ def test_quantised_random_weights_generate(bits):
     assert [type(m) for m in linear if type(m) is not kind] == [torch.nn.Linear]  # the logits
     assert len(linear) > 7 * geometry.language.layers + 6 * geometry.vision.layers
     prompt = random_prompt(9, 500, torch.Generator().manual_seed(0))
-    work = make_workload(
-        model, [pattern((99, 50), 0)], prompt, new_tokens=2, device=CPU, dtype=torch.float16
-    )
-    made = Checkpoint("tiny", None, model, None, torch.float16, "vicuna_v1")
+    processor = model.get_vision_tower().image_processor
+    made = LlavaCheckpoint("tiny", None, model, processor, torch.float16, "vicuna_v1")
+    work = make_workload(made, [pattern((99, 50), 0)], prompt, new_tokens=2)
     bench = Bench(made, geometry.vision, work, Clock(CPU))
     with bench.checkpoint.pruned_by(Variant(PruningConfig(HIVTP(r_max=0.5)))) as pruning:
         assert bench.time_answer(2)["answer"] > 0

@@ -14,8 +14,8 @@ from llava_hvp.accuracy.exam import TEMPLATE, Marks, sheets
 from llava_hvp.accuracy.scores import scores_of
 from llava_hvp.accuracy.store import Answers, Chosen
 from llava_hvp.accuracy.tables import render
-from llava_hvp.checkpoints.checkpoint import Checkpoint
 from llava_hvp.checkpoints.dtypes import DTYPES
+from llava_hvp.checkpoints.llava import LlavaCheckpoint
 from llava_hvp.checkpoints.opening import open_checkpoint
 from llava_hvp.checkpoints.variants import variants
 from llava_hvp.cli import main
@@ -90,7 +90,7 @@ def test_what_is_in_common_is_what_pruning_in_both_keeps(trained):
 
 
 def test_the_tower_runs_its_own_attention_and_is_rounded(trained, monkeypatch):
-    seen, stock = set(), Checkpoint.prepare
+    seen, stock = set(), LlavaCheckpoint.prepare
 
     def prepare(self, ids, pictures, sizes):
         pruning, tower = vars(self.model).get("llava_hvp"), self.model.get_vision_tower()
@@ -99,7 +99,7 @@ def test_the_tower_runs_its_own_attention_and_is_rounded(trained, monkeypatch):
         seen.add((attention, images.dtype, tower.dtype))
         return stock(self, ids, pictures, sizes)
 
-    monkeypatch.setattr(Checkpoint, "prepare", prepare)
+    monkeypatch.setattr(LlavaCheckpoint, "prepare", prepare)
     monkeypatch.setattr(choice, "time_encode", lambda *call: (None, 1.0))
     looked_at(trained, ["hivtp"])
     assert seen == {
@@ -158,7 +158,7 @@ ABOUT = {
 
 
 def test_a_dtype_that_the_device_does_not_compute_is_left_out(trained, monkeypatch, capsys):
-    stock = Checkpoint.prepare
+    stock = LlavaCheckpoint.prepare
 
     def prepare(self, *inputs):
         if next(self.model.parameters()).dtype == torch.float16:
@@ -166,7 +166,7 @@ def test_a_dtype_that_the_device_does_not_compute_is_left_out(trained, monkeypat
         return stock(self, *inputs)
 
     why = "\"addmm_impl_cpu_\" not implemented for 'Half'"
-    monkeypatch.setattr(Checkpoint, "prepare", prepare)
+    monkeypatch.setattr(LlavaCheckpoint, "prepare", prepare)
     answers, _ = looked_at(trained, ["hivtp"])
     assert "no stability in float16, which cpu does not compute" in capsys.readouterr().err
     scores = scores_of([marks_of(v) for v in variants(["hivtp"], [BUDGET])], answers)

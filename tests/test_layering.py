@@ -161,6 +161,8 @@ def test_the_host_of_transformers_own_classes_needs_no_llava():
             assert not name.startswith("llava_hvp.hosts.llava"), f"{module} imports {name}"
     assert hosts_loaded_by("import llava_hvp.hosts.hf.host") <= {"transformers"}
     assert hosts_loaded_by("import llava_hvp.checkpoints.convert") == set()
+    assert hosts_loaded_by("import llava_hvp.checkpoints.viewer") <= {"transformers"}
+    assert hosts_loaded_by("import llava_hvp.cli.bench, llava_hvp.bench.subject") == set()
 
 
 def test_no_room_imports_what_it_must_not_know():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llava_hvp.bench.workload import random_prompt
 from llava_hvp.checkpoints.conversation import default_template
-from llava_hvp.checkpoints.geometry import LlavaGeometry, get_geometry
+from llava_hvp.checkpoints.geometry import LlavaGeometry, get_geometry, shapes_of
 from llava_hvp.checkpoints.naming import model_name
 
 if TYPE_CHECKING:
@@ -51,7 +51,10 @@ def of_geometry(
     seed: int,
 ) -> Subject:
     """Random weights, with a tokenizer and a text encoder of their own."""
-    from llava_hvp.checkpoints.checkpoint import Checkpoint
+    from llava_hvp.hosts.llava import compat
+
+    compat.bridge()  # unpruned LLaVA runs on no newer transformers without
+    from llava_hvp.checkpoints.llava import LlavaCheckpoint
     from llava_hvp.checkpoints.synthetic import build_model, build_text
     from llava_hvp.testing.tokenizers import LLAMA_VOCAB_SIZE
 
@@ -62,8 +65,14 @@ def of_geometry(
     prompt = random_prompt(text_tokens, LLAMA_VOCAB_SIZE, generator)
     words = f"{name} with random weights, {_dtypes(model.get_vision_tower().dtype, dtype, bits)}"
     tokenizer, clip_text = build_text(geometry, device)
-    made = Checkpoint(
-        name, tokenizer, model, None, dtype, default_template(name), clip_text=clip_text
+    made = LlavaCheckpoint(
+        name,
+        tokenizer,
+        model,
+        model.get_vision_tower().image_processor,
+        dtype,
+        default_template(name),
+        clip_text=clip_text,
     )
     return Subject(name, words, made, geometry, prompt)
 
@@ -83,7 +92,6 @@ def of_checkpoint(
     Raises OptionError for what cannot be loaded, or a template that LLaVA does not know.
     """
     from llava_hvp.checkpoints.opening import open_checkpoint
-    from llava_hvp.checkpoints.synthetic import shapes_of
 
     opened = open_checkpoint(path, device, base=base, bits=bits, dtype=dtype, conv_mode=conv_mode)
     name, model = model_name(path), opened.model

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from llava_hvp.checkpoints.conversation import IMAGE
+from llava_hvp.checkpoints.variants import Variant
 from llava_hvp.errors import OptionError
 
-IMAGE = -200  # LLaVA's IMAGE_TOKEN_INDEX
+if TYPE_CHECKING:
+    from llava_hvp.checkpoints.checkpoint import Checkpoint
+
 BEGIN = 1  # <s>
 
 
@@ -24,7 +28,7 @@ class Workload:
     ids : Tensor
         (B, L) int64, an image token in each row
     images : Any
-        as LLaVA's `process_images` gives them, on the device, in the model's dtype
+        as `Checkpoint.images` gives them
     sizes : list[tuple[int, int]]
         (width, height) of each picture
     new_tokens : int
@@ -59,31 +63,24 @@ class Workload:
 
 
 def make_workload(
-    model: Any,
+    checkpoint: Checkpoint,
     pictures: Sequence[Any],
     prompt: Tensor,
     *,
     new_tokens: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    processed: Callable[[Sequence[Any]], Any] | None = None,
+    variant: Variant | None = None,
 ) -> Workload:
-    """Process one PIL picture for each row of the batch as LLaVA does.
+    """Process one PIL picture for each row of the batch as the checkpoint's framework does.
 
     Parameters
     ----------
     prompt : Tensor
         (L,) int64, with one image token
-    processed : Callable[[Sequence[Any]], Any] | None
-        what makes images of pictures; by default LLaVA's own code
+    variant : Variant | None
+        for which pictures are cut
     """
-    from llava_hvp.hosts.llava.pictures import send
-
-    if processed is None:
-        images = send(pictures, model.get_vision_tower().image_processor, model, dtype)
-    else:
-        images = processed(pictures)
-    ids = prompt.to(device).expand(len(pictures), -1)
+    images = checkpoint.images(pictures, variant)
+    ids = prompt.to(checkpoint.model.device).expand(len(pictures), -1)
     return Workload(ids, images, [picture.size for picture in pictures], new_tokens)
 
 

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from llava_hvp.checkpoints.form import is_transformers, read_config
-from llava_hvp.errors import UnsupportedModelError
 from llava_hvp.hosts.hf.host import check_tiling
 from llava_hvp.runtime import PruningConfig
 
@@ -40,15 +39,11 @@ def check_before_loading(model_path: str, prunings: Iterable[PruningConfig | Non
 
 def check_language(model_path: str, pruning: PruningConfig | None) -> None:
     """Raise a LlavaHvpError where what is inside a checkpoint's language model cannot be met."""
+    config = read_config(model_path)
     if pruning is not None and is_transformers(model_path):
-        if pruning.inside is not None:
-            raise UnsupportedModelError(
-                f"{pruning.inside.name} prunes inside the language model, by command on LLaVA's "
-                "own checkpoints only: prune this one from Python, as prune(model, FastV())"
-            )
         check_tiling(pruning.runtime.tiling)
-        return
-    layers = read_config(model_path).get("num_hidden_layers")
+        config = config.get("text_config") or {}
+    layers = config.get("num_hidden_layers")
     if isinstance(layers, int):
         check_inside(pruning, layers)
 

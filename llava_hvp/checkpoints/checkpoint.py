@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.conversation import conv_templates
-from llava.mm_utils import tokenizer_image_token
 from torch import Tensor, nn
 
 from llava_hvp.checkpoints.applied import applied
 from llava_hvp.checkpoints.generate_stats import Call, measured
 from llava_hvp.checkpoints.variants import PrunedBy, Variant
 from llava_hvp.encoder.text import ClipText
-from llava_hvp.encoder.vit import read_geometry
-from llava_hvp.hosts.llava.host import tiled
-from llava_hvp.hosts.llava.pictures import send
-from llava_hvp.hosts.llava.tiling import TilingConfig
-from llava_hvp.hosts.llava.tower import check_tower
-from llava_hvp.hosts.llava.view import LlavaView
-from llava_hvp.methods.uniform import Uniform
 from llava_hvp.show.frame import View
 
 if TYPE_CHECKING:
@@ -31,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Checkpoint:
+class Checkpoint(ABC):
     """A loaded LLaVA, what makes its inputs of pictures and questions, and what prunes it.
 
     Parameters
@@ -39,11 +30,11 @@ class Checkpoint:
     name : str
         as LLaVA calls it
     tokenizer, model, processor : Any
-        as LLaVA's loader gives them; random weights have no processor
+        as the host's own loader gives them
     dtype : torch.dtype
-        of the images, as LLaVA's commands send them
+        of the images
     conv_mode : str
-        LLaVA's conversation template of every prompt
+        LLaVA's conversation template of every prompt; empty for the checkpoint's own
     clip_text : ClipText | None
         the text encoder of the tower's own checkpoint, once a method has read the prompt with it
     """
@@ -76,76 +67,61 @@ class Checkpoint:
         return self.tokenizer
 
     @property
+    @abstractmethod
     def vit(self) -> nn.Module:
         """The vision transformer."""
-        model: nn.Module = self.model.get_vision_tower().vision_tower
-        return model
 
     @property
+    @abstractmethod
     def stock_tower(self) -> nn.Module:
         """What encodes images where nothing prunes."""
-        tower: nn.Module = self.model.get_vision_tower()
-        return tower
 
     @property
+    @abstractmethod
     def select_layer(self) -> int:
         """The layer that goes on, as an index into the hidden states."""
-        return int(self.model.get_vision_tower().select_layer)
 
     @property
+    @abstractmethod
     def tower(self) -> tuple[torch.device, torch.dtype]:
         """Where the tower runs, and in which dtype."""
-        tower = self.model.get_vision_tower()
-        return tower.device, tower.dtype
 
     @property
+    @abstractmethod
     def cuts_tiles(self) -> bool:
         """Whether it cuts pictures into AnyRes tiles."""
-        return getattr(self.model.config, "image_aspect_ratio", None) == "anyres"
 
+    @abstractmethod
     def view(self, tiling: str = "stock") -> View:
-        """How the model sees pictures; raises UnsupportedModelError for a tower of another kind.
+        """How the model sees pictures; raises a LlavaHvpError where it cannot be drawn so.
 
         Parameters
         ----------
         tiling : str
             of a Runtime
         """
-        tower = self.model.get_vision_tower()
-        check_tower(tower, Uniform())
-        patches = read_geometry(tower.vision_tower).grid
-        with tiled(self.model, tiling):
-            own = TilingConfig.of(self.model.config, patches, tower.config.image_size)
-        return LlavaView.of(tower, own)
 
+    @abstractmethod
     def images(
         self, pictures: Sequence[Any], variant: Variant | None = None
     ) -> Tensor | list[Tensor]:
-        """PIL pictures on the model's device, as `host.pictures.send` gives them.
+        """PIL pictures on the model's device, as its `generate` takes them.
 
         Parameters
         ----------
         variant : Variant | None
             for which they are cut, where the model is not pruned by it yet
         """
-        with tiled(self.model, (variant or Variant()).runtime.tiling):
-            return send(pictures, self.processor, self.model, self.dtype)
 
+    @abstractmethod
     def text(self, question: str, images: int = 1) -> str:
-        """The question in the conversation template, after its pictures unless it places them."""
-        if images and DEFAULT_IMAGE_TOKEN not in question:
-            question = " ".join([DEFAULT_IMAGE_TOKEN] * images) + "\n" + question
-        conversation = conv_templates[self.conv_mode].copy()
-        conversation.append_message(conversation.roles[0], question)
-        conversation.append_message(conversation.roles[1], None)
-        return str(conversation.get_prompt())
+        """The question as it is asked, after its pictures unless it places them."""
 
+    @abstractmethod
     def prompt(self, question: str, images: int = 1) -> Tensor:
-        """(L,) token ids of `text`, on the model's device."""
-        text = self.text(question, images)
-        ids: Tensor = tokenizer_image_token(text, self.tokenizer, return_tensors="pt")
-        return ids.to(self.model.device)
+        """(L,) token ids of `text`, a mark for each image, on the model's device."""
 
+    @abstractmethod
     def generate(
         self,
         ids: Tensor,
@@ -164,22 +140,14 @@ class Checkpoint:
         image_sizes : Sequence[tuple[int, int]] | None
             (width, height) of each
         """
-        answers: Tensor = self.model.generate(
-            ids, images=images, image_sizes=image_sizes, **generation
-        )
-        return answers
 
+    @abstractmethod
     def generate_of(self) -> Callable[..., Any]:
         """`generate` as a function of the model."""
-        found: Callable[..., Any] = type(self.model).generate
-        return found
 
+    @abstractmethod
     def prepare(self, ids: Tensor, images: Any, image_sizes: Any) -> dict[str, Any]:
         """From prompts and images to what the language model gets."""
-        _, positions, mask, _, embeds, _ = self.model.prepare_inputs_labels_for_multimodal(
-            ids, None, None, None, None, images, image_sizes
-        )
-        return {"position_ids": positions, "attention_mask": mask, "inputs_embeds": embeds}
 
     def answer(
         self,

@@ -1,7 +1,8 @@
-"""Which of LLaVA's conversation templates a checkpoint is asked in, by its name."""
+"""How a checkpoint is asked: the mark of an image, and LLaVA's template by its name."""
 
 from __future__ import annotations
 
+IMAGE = -200  # the mark of an image in a prompt's ids, LLaVA's IMAGE_TOKEN_INDEX
 # Parts of a name in lower case, in the order in which LLaVA's chat and run_llava look for them.
 TEMPLATES = (
     ("llama-2", "llava_llama_2"),

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from llava.constants import IMAGE_TOKEN_INDEX
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from llava_hvp.checkpoints.conversation import IMAGE
 from llava_hvp.hosts import host_of
-from llava_hvp.hosts.llava.compat.versions import llava_models
 from llava_hvp.pruning.monkeypatch import MonkeyPatcher
 
 
@@ -61,6 +60,8 @@ class Call:
 
 def measure_all(patches: MonkeyPatcher, on_call: Callable[[Call], None]) -> None:
     """Measure every `generate` of every LLaVA model from now on, until the patches are undone."""
+    from llava_hvp.hosts.llava.compat.versions import llava_models
+
     for kind in llava_models():
         if "generate" in vars(kind):
             patches.replace(kind, "generate", measured(vars(kind)["generate"], on_call))
@@ -148,7 +149,7 @@ def _counts(
     model: Any, inputs: Any, mask: Any, prefill: list[Any], images: Any, pruning: Any
 ) -> dict[str, Any]:
     ids = inputs.cpu()
-    is_image = ids == IMAGE_TOKEN_INDEX
+    is_image = ids == IMAGE
     count = int(is_image.sum()) if images is not None else 0
     kept = 0
     if count and prefill:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from llava_hvp.errors import OptionError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -99,3 +103,34 @@ def get_geometry(name: str) -> LlavaGeometry:
         if geometry.name == name:
             return geometry
     raise OptionError(f"unknown geometry {name!r}: give one of {', '.join(list_geometries())}")
+
+
+def shapes_of(
+    vit: nn.Module, select_layer: int, model: Any, name: str, tiles: int
+) -> LlavaGeometry:
+    """The shapes of a model of either host, whose vision transformer this is."""
+    vision: Any = vit.config
+    config = getattr(model.config, "text_config", model.config)
+    layers = vision.num_hidden_layers
+    select = select_layer if select_layer >= 0 else layers + 1 + select_layer
+    return LlavaGeometry(
+        name,
+        Vision(
+            hidden=vision.hidden_size,
+            layers=layers,
+            heads=vision.num_attention_heads,
+            mlp=vision.intermediate_size,
+            image=vision.image_size,
+            patch=vision.patch_size,
+            select=select,
+        ),
+        Language(
+            hidden=config.hidden_size,
+            layers=config.num_hidden_layers,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            mlp=config.intermediate_size,
+            vocab=config.vocab_size,
+        ),
+        tiles,
+    )

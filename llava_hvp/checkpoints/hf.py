@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from llava_hvp.checkpoints.chat_templates import TEMPLATES
 from llava_hvp.checkpoints.checkpoint import Checkpoint
+from llava_hvp.checkpoints.conversation import IMAGE
+from llava_hvp.checkpoints.naming import model_name
 from llava_hvp.checkpoints.variants import Variant
 from llava_hvp.errors import LlavaHvpError, OptionError
 from llava_hvp.hosts.hf.forward import short_call
@@ -18,8 +20,6 @@ from llava_hvp.hosts.hf.versions import check_release
 from llava_hvp.methods.uniform import Uniform
 from llava_hvp.runtime import PruningConfig
 from llava_hvp.show.frame import View
-
-IMAGE = -200  # the mark of an image in ids, as LLaVA has it
 
 
 class HFCheckpoint(Checkpoint):
@@ -183,7 +183,6 @@ def _left(row: Tensor, length: int, padding: int) -> Tensor:
 
 def open_hf(
     path: str,
-    name: str,
     device: str,
     *,
     base: str | None,
@@ -222,6 +221,7 @@ def open_hf(
             f"--model-path {path}: its processor has no chat template: give --conv-mode, one of "
             f"{', '.join(TEMPLATES)}"
         )
+    name = model_name(path)
     return HFCheckpoint(name, processor.tokenizer, model, processor, dtype, conv_mode or "")
 
 

@@ -14,11 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
-from llava.model.language_model.llava_mistral import LlavaMistralConfig, LlavaMistralForCausalLM
 from torch import nn
 
-from llava_hvp.checkpoints.geometry import Language, LlavaGeometry, Vision
+from llava_hvp.checkpoints.geometry import LlavaGeometry, Vision, shapes_of
 from llava_hvp.encoder.text import ClipText
 from llava_hvp.testing.tokenizers import write_clip_tokenizer, write_llama_tokenizer
 
@@ -111,37 +109,6 @@ def geometry_of(model: Any, name: str, tiles: int) -> LlavaGeometry:
     return shapes_of(tower.vision_tower, tower.select_layer, model, name, tiles)
 
 
-def shapes_of(
-    vit: nn.Module, select_layer: int, model: Any, name: str, tiles: int
-) -> LlavaGeometry:
-    """The shapes of a model of either host, whose vision transformer this is."""
-    vision: Any = vit.config
-    config = getattr(model.config, "text_config", model.config)
-    layers = vision.num_hidden_layers
-    select = select_layer if select_layer >= 0 else layers + 1 + select_layer
-    return LlavaGeometry(
-        name,
-        Vision(
-            hidden=vision.hidden_size,
-            layers=layers,
-            heads=vision.num_attention_heads,
-            mlp=vision.intermediate_size,
-            image=vision.image_size,
-            patch=vision.patch_size,
-            select=select,
-        ),
-        Language(
-            hidden=config.hidden_size,
-            layers=config.num_hidden_layers,
-            heads=config.num_attention_heads,
-            kv_heads=config.num_key_value_heads,
-            mlp=config.intermediate_size,
-            vocab=config.vocab_size,
-        ),
-        tiles,
-    )
-
-
 def quantise(model: nn.Module, bits: int) -> None:
     """Replace the Linear modules by quantised ones of random weights, one at a time.
 
@@ -211,6 +178,12 @@ def _clip_config(vision: Vision) -> Any:
 
 
 def _llava_config(geometry: LlavaGeometry, tower: str) -> tuple[Any, type]:
+    from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+    from llava.model.language_model.llava_mistral import (
+        LlavaMistralConfig,
+        LlavaMistralForCausalLM,
+    )
+
     language, side = geometry.language, geometry.vision.image
     mistral = language.kv_heads != language.heads
     kinds = (

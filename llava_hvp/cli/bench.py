@@ -21,7 +21,6 @@ from llava_hvp.bench.tables import render
 from llava_hvp.bench.workload import Workload, make_workload, pattern
 from llava_hvp.checkpoints.before_loading import check_before_loading, check_inside
 from llava_hvp.checkpoints.dtypes import DTYPES
-from llava_hvp.checkpoints.form import is_transformers
 from llava_hvp.checkpoints.geometry import get_geometry, list_geometries
 from llava_hvp.checkpoints.naming import named_path
 from llava_hvp.checkpoints.variants import Variant, variants
@@ -40,7 +39,6 @@ from llava_hvp.cli.arguments import (
 )
 from llava_hvp.cli.extras import can_plot, need
 from llava_hvp.errors import OptionError
-from llava_hvp.hosts import host_of
 from llava_hvp.methods import list_methods
 from llava_hvp.options import unpruned
 from llava_hvp.tables import MARKDOWN, TERMINAL
@@ -246,25 +244,17 @@ def _size(text: str) -> tuple[int, int]:
 def run(settings: BenchSettings) -> int:
     """Measure and print; the exit code."""
     pictures = _pictures(settings, max(settings.batches))
-    # LLaVA and the model come only now: whatever was typed wrong has been said.
-    from llava_hvp.hosts.llava import compat
-
-    compat.bridge()  # unpruned LLaVA runs on no newer transformers without
+    # The model comes only now: whatever was typed wrong has been said.
     what = _subject(settings)
-    within = settings.model_path is not None and is_transformers(settings.model_path)
     device, rows = torch.device(settings.device), []
     for batch in settings.batches:
-        model, tiling = what.checkpoint.model, settings.variants[0].runtime.tiling
-        with host_of(model).tiled(model, tiling):
-            work = make_workload(
-                what.checkpoint.model,
-                pictures[:batch],
-                what.prompt,
-                new_tokens=settings.new_tokens,
-                device=device,
-                dtype=what.checkpoint.dtype,
-                processed=what.checkpoint.images if within else None,
-            )
+        work = make_workload(
+            what.checkpoint,
+            pictures[:batch],
+            what.prompt,
+            new_tokens=settings.new_tokens,
+            variant=settings.variants[0],
+        )
         rows += _measure(settings, what, work)
     facts = about(
         device,
