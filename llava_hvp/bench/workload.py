@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from llava_hvp.errors import OptionError
+from llava_hvp.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 IMAGE = -200  # LLaVA's IMAGE_TOKEN_INDEX
 BEGIN = 1  # <s>

@@ -7,7 +7,6 @@ from typing import Any
 
 from llava_hvp.checkpoints.form import is_transformers, read_config
 from llava_hvp.errors import UnsupportedModelError
-from llava_hvp.hosts.hf.host import check_tiling
 from llava_hvp.runtime import PruningConfig
 
 
@@ -46,6 +45,8 @@ def check_language(model_path: str, pruning: PruningConfig | None) -> None:
                 f"{pruning.inside.name} prunes inside the language model, by command on LLaVA's "
                 "own checkpoints only: prune this one from Python, as prune(model, FastV())"
             )
+        from llava_hvp.hosts.hf.host import check_tiling
+
         check_tiling(pruning.runtime.tiling)
         return
     layers = read_config(model_path).get("num_hidden_layers")
