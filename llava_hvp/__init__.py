@@ -1,6 +1,6 @@
 """Training-free visual token pruning for LLaVA: HIVTP, HiPrune and HiPrune++.
 
-Importing this package imports torch, and neither LLaVA nor transformers.
+Importing this package imports neither torch, LLaVA nor transformers.
 """
 
 from __future__ import annotations

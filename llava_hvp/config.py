@@ -260,7 +260,7 @@ def from_environment(environ: Mapping[str, str]) -> Request:
 
 
 def switched_off(environ: Mapping[str, str]) -> bool:
-    """Whether the startup hook sleeps whatever is asked; it has the same rule, without torch."""
+    """Whether the startup hook sleeps whatever is asked; it has the same rule, without us."""
     return environ.get(DISABLE_VARIABLE, "0") not in ("", "0")
 
 

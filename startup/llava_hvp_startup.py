@@ -2,7 +2,7 @@
 
 Three ways to ask for pruning: our flags on a stock LLaVA command, the variable LLAVA_HVP, which
 `llava-hvp run` writes, and Python, which needs none of this. LLAVA_HVP_DISABLE=1 switches the hook
-off. It lies outside the package `llava_hvp`, whose import brings torch; the line in llava_hvp.pth
+off. It lies outside the package `llava_hvp`, whose import costs time; the line in llava_hvp.pth
 imports it only where a variable is set or the command line has a word of ours (Python 3.15 reads
 llava_hvp.start instead, which knows no condition).
 """

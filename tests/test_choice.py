@@ -14,7 +14,7 @@ from llava_hvp.accuracy.exam import TEMPLATE, Marks, sheets
 from llava_hvp.accuracy.scores import scores_of
 from llava_hvp.accuracy.store import Answers, Chosen
 from llava_hvp.accuracy.tables import render
-from llava_hvp.checkpoints.dtypes import DTYPES
+from llava_hvp.checkpoints.dtypes import dtype_of
 from llava_hvp.checkpoints.llava import LlavaCheckpoint
 from llava_hvp.checkpoints.opening import open_checkpoint
 from llava_hvp.checkpoints.variants import variants
@@ -77,7 +77,7 @@ def test_what_is_in_common_is_what_pruning_in_both_keeps(trained):
         kept = sum(c.kept for c in chosen)
         assert kept == sum(int(keep.sum()) for keep in exact)
         for name in ("float16", "bfloat16"):
-            half = by_another_hand(trained, variant.pruning.method, DTYPES[name])
+            half = by_another_hand(trained, variant.pruning.method, dtype_of(name))
             common = sum(int((a & b).sum()) for a, b in zip(exact, half, strict=True))
             found = sum(c.common[name] for c in chosen)
             # Rounding in a batch moves patches where a rule is not stable.

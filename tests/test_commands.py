@@ -5,10 +5,14 @@ import ast
 import dataclasses
 import importlib
 import inspect
+import json
+import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
+from evaluation import environment
 
 import llava_hvp.cli as cli
 from llava_hvp.cli import main
@@ -31,6 +35,34 @@ WITHOUT = ("doctor", "methods")
 def test_every_command_is_in_one_of_the_two_lists():
     found = {p.stem for p in Path(cli.__file__).parent.glob("*.py") if "def add(" in p.read_text()}
     assert found == {*WITH_SETTINGS, *WITHOUT}
+
+
+def test_help_and_lists_come_without_torch():
+    parser = argparse.ArgumentParser()
+    commands = parser.add_subparsers()
+    for name in (*WITH_SETTINGS, *WITHOUT):
+        importlib.import_module(f"llava_hvp.cli.{name}").add(commands)
+    lines = [
+        ["methods"],
+        ["--version"],
+        ["--help"],
+        *([name, "--help"] for name in commands.choices),
+    ]
+    code = f"""
+import contextlib, io, json, sys
+from llava_hvp.cli import main
+loaded = {{}}
+for line in {lines!r}:
+    with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.suppress(SystemExit):
+        main(line)
+    heavy = [name for name in ("torch", "transformers", "llava", "numpy") if name in sys.modules]
+    loaded[" ".join(line)] = [len(said.getvalue()) > 4, heavy]
+print(json.dumps(loaded))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=True
+    )
+    assert json.loads(result.stdout) == {" ".join(line): [True, []] for line in lines}
 
 
 @pytest.mark.parametrize("name", WITH_SETTINGS)

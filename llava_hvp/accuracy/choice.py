@@ -15,7 +15,7 @@ from llava_hvp.accuracy.store import Answers, Chosen
 from llava_hvp.bench.clock import Clock
 from llava_hvp.bench.phases import time_encode
 from llava_hvp.bench.workload import Workload
-from llava_hvp.checkpoints.dtypes import DTYPES
+from llava_hvp.checkpoints.dtypes import dtype_of
 from llava_hvp.checkpoints.variants import Floor, Variant
 from llava_hvp.console import say
 from llava_hvp.errors import ScoreError
@@ -55,7 +55,7 @@ class Opened:
         """
         halves = {}
         for name in HALVES:
-            half = reopened(DTYPES[name])
+            half = reopened(dtype_of(name))
             half.vit.to(half.dtype)  # LLaVA's loader may leave it in float32
             try:
                 _Inputs.of(half, sheet).prepare()

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
 from llava_hvp.bench.workload import random_prompt
 from llava_hvp.checkpoints.conversation import default_template
 from llava_hvp.checkpoints.geometry import LlavaGeometry, get_geometry, shapes_of
 from llava_hvp.checkpoints.naming import model_name
+from llava_hvp.lazy import torch
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from llava_hvp.checkpoints.checkpoint import Checkpoint
 
 QUESTION = "What is in the picture?"

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 from llava_hvp.checkpoints.conversation import IMAGE
 from llava_hvp.checkpoints.variants import Variant
 from llava_hvp.errors import OptionError
+from llava_hvp.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 if TYPE_CHECKING:
     from llava_hvp.checkpoints.checkpoint import Checkpoint

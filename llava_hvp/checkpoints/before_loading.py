@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from llava_hvp.checkpoints.form import is_transformers, read_config
-from llava_hvp.hosts.hf.host import check_tiling
 from llava_hvp.runtime import PruningConfig
 
 
@@ -41,6 +40,8 @@ def check_language(model_path: str, pruning: PruningConfig | None) -> None:
     """Raise a LlavaHvpError where what is inside a checkpoint's language model cannot be met."""
     config = read_config(model_path)
     if pruning is not None and is_transformers(model_path):
+        from llava_hvp.hosts.hf.host import check_tiling
+
         check_tiling(pruning.runtime.tiling)
         config = config.get("text_config") or {}
     layers = config.get("num_hidden_layers")

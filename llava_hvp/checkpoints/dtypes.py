@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
-import torch
+from llava_hvp.lazy import torch
 
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPES = ("float16", "bfloat16", "float32")
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The dtype of a name, one of DTYPES."""
+    found: torch.dtype = getattr(torch, name)
+    return found

@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from llava_hvp.checkpoints.geometry import Vision
 from llava_hvp.errors import OptionError, shown
@@ -25,6 +23,9 @@ from llava_hvp.runtime import (
     method_classes,
     options_of,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from llava_hvp.accuracy.choice import Opened, is_looked_at, look, spread
-from llava_hvp.accuracy.exam import TEMPLATE, Marks, examine, sheets
-from llava_hvp.accuracy.ranking import is_ranked, render_ranking
-from llava_hvp.accuracy.scores import scores_of
 from llava_hvp.accuracy.store import Answers, digest, keeping
-from llava_hvp.accuracy.tables import plot, render
-from llava_hvp.bench.machine import about
 from llava_hvp.checkpoints.before_loading import check_before_loading, check_language
 from llava_hvp.checkpoints.naming import model_name
 from llava_hvp.checkpoints.variants import Variant, variants
@@ -38,6 +30,7 @@ from llava_hvp.console import say
 from llava_hvp.errors import LlavaHvpError, OptionError
 from llava_hvp.evaluation.files import read_json
 from llava_hvp.files import write_whole
+from llava_hvp.lazy import torch
 from llava_hvp.methods import list_methods
 from llava_hvp.shapes import checkpoint, list_checkpoints
 from llava_hvp.shapes.exams import EXAMS, exam, exam_for
@@ -47,6 +40,7 @@ from llava_hvp.shapes.weights import SHIPPED, TOWER
 from llava_hvp.tables import MARKDOWN, TERMINAL
 
 if TYPE_CHECKING:
+    from llava_hvp.accuracy.exam import Marks
     from llava_hvp.checkpoints.checkpoint import Checkpoint
 
 BUDGETS = "0.75,0.5,0.4,0.25,0.11"  # of r_max
@@ -174,6 +168,13 @@ def _variants(args: argparse.Namespace) -> tuple[Variant, ...]:
 
 def run(settings: AccuracySettings) -> int:
     """Ask, mark, print; the exit code."""
+    from llava_hvp.accuracy.choice import spread
+    from llava_hvp.accuracy.exam import TEMPLATE
+    from llava_hvp.accuracy.ranking import is_ranked, render_ranking
+    from llava_hvp.accuracy.scores import scores_of
+    from llava_hvp.accuracy.tables import plot, render
+    from llava_hvp.bench.machine import about
+
     asked = list(exam(settings.pictures, settings.questions))
     facts = about(
         torch.device(settings.device),
@@ -253,6 +254,8 @@ def _measure(
 ) -> list[Marks]:
     """The marks; what was chosen lies in `answers`."""
     # LLaVA comes only now: whatever was typed wrong has been said.
+    from llava_hvp.accuracy.choice import Opened, is_looked_at, look, spread
+    from llava_hvp.accuracy.exam import TEMPLATE, examine, sheets
     from llava_hvp.checkpoints.opening import open_checkpoint
 
     chosen = settings.variants

@@ -10,12 +10,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-import torch
-
 from llava_hvp.cli.extras import need
 from llava_hvp.console import say
 from llava_hvp.errors import OptionError
 from llava_hvp.files import write_whole
+from llava_hvp.lazy import torch
 
 Value = TypeVar("Value")
 

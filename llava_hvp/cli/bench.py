@@ -6,21 +6,12 @@ import argparse
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from llava_hvp.bench import subject
-from llava_hvp.bench.clock import Clock
-from llava_hvp.bench.machine import about
-from llava_hvp.bench.measure import FEWEST, measure, turns
-from llava_hvp.bench.phases import Bench
-from llava_hvp.bench.plot import plot
-from llava_hvp.bench.results import BenchRow, rows_of
-from llava_hvp.bench.tables import render
 from llava_hvp.bench.workload import Workload, make_workload, pattern
 from llava_hvp.checkpoints.before_loading import check_before_loading, check_inside
-from llava_hvp.checkpoints.dtypes import DTYPES
+from llava_hvp.checkpoints.dtypes import DTYPES, dtype_of
 from llava_hvp.checkpoints.geometry import get_geometry, list_geometries
 from llava_hvp.checkpoints.naming import named_path
 from llava_hvp.checkpoints.variants import Variant, variants
@@ -39,9 +30,13 @@ from llava_hvp.cli.arguments import (
 )
 from llava_hvp.cli.extras import can_plot, need
 from llava_hvp.errors import OptionError
+from llava_hvp.lazy import torch
 from llava_hvp.methods import list_methods
 from llava_hvp.options import unpruned
 from llava_hvp.tables import MARKDOWN, TERMINAL
+
+if TYPE_CHECKING:
+    from llava_hvp.bench.results import BenchRow
 
 BUDGETS = "0.75,0.5,0.4,0.25"  # of r_max
 
@@ -169,6 +164,8 @@ class BenchSettings:
 
 def parse(args: argparse.Namespace) -> BenchSettings:
     """The settings; raises OptionError or LayerError for what is wrong, with nothing loaded."""
+    from llava_hvp.bench.measure import FEWEST
+
     _check_subject(args)
     bits = bits_of(args)
     exclude(args, "image_file", "image_size")
@@ -187,8 +184,8 @@ def parse(args: argparse.Namespace) -> BenchSettings:
         conv_mode=args.conv_mode,
         bits=bits,
         device=device,
-        dtype=DTYPES[args.dtype or ("float16" if half else "float32")],
-        tower_dtype=DTYPES[args.tower_dtype] if args.tower_dtype else None,
+        dtype=dtype_of(args.dtype or ("float16" if half else "float32")),
+        tower_dtype=dtype_of(args.tower_dtype) if args.tower_dtype else None,
         batches=tuple(listed(args.batch, whole, "--batch")),
         variants=_variants(args),
         all_attentions=args.all_attentions,
@@ -245,6 +242,10 @@ def run(settings: BenchSettings) -> int:
     """Measure and print; the exit code."""
     pictures = _pictures(settings, max(settings.batches))
     # The model comes only now: whatever was typed wrong has been said.
+    from llava_hvp.bench.machine import about
+    from llava_hvp.bench.plot import plot
+    from llava_hvp.bench.tables import render
+
     what = _subject(settings)
     device, rows = torch.device(settings.device), []
     for batch in settings.batches:
@@ -315,6 +316,11 @@ def _pictures(settings: BenchSettings, count: int) -> list[Any]:
 
 def _measure(settings: BenchSettings, what: subject.Subject, work: Workload) -> list[BenchRow]:
     """All rounds of one batch."""
+    from llava_hvp.bench.clock import Clock
+    from llava_hvp.bench.measure import measure, turns
+    from llava_hvp.bench.phases import Bench
+    from llava_hvp.bench.results import rows_of
+
     vision = what.geometry.vision
     chosen = list(settings.variants)
     if settings.all_attentions:

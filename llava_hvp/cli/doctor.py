@@ -12,14 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import llava_hvp
 from llava_hvp import config
 from llava_hvp.cli import operators
 from llava_hvp.cli.extras import HOST, NEEDED, install
 from llava_hvp.cli.interpreter import hook_in
 from llava_hvp.errors import LlavaHvpError
+from llava_hvp.lazy import torch
 from llava_hvp.version import version_of
 
 

@@ -7,7 +7,7 @@ import os
 import time
 from pathlib import Path
 
-import torch
+from llava_hvp.lazy import torch
 
 # A compilation leaves a lock while it runs, and for ever where it is killed.
 _STALE = 600  # seconds in which nothing was written beside it

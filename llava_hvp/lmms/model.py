@@ -18,7 +18,7 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from tqdm import tqdm
 
 from llava_hvp.checkpoints.before_loading import check_before_loading
-from llava_hvp.checkpoints.dtypes import DTYPES
+from llava_hvp.checkpoints.dtypes import DTYPES, dtype_of
 from llava_hvp.console import say
 from llava_hvp.errors import LlavaHvpError, OptionError, PrunedStateError
 from llava_hvp.evaluation.model_args import pruning_of
@@ -105,7 +105,7 @@ class LlavaHvp(lmms):
             str(self._device),
             base=model_base,
             bits=4 if load_4bit else 8 if load_8bit else None,
-            dtype=None if dtype is None else DTYPES[dtype],
+            dtype=None if dtype is None else dtype_of(dtype),
             conv_mode=conv_template,
             # One GPU unless asked otherwise, also for device=cuda: each process has its own.
             device_map=device_map or str(self._device),

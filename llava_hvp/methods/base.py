@@ -6,9 +6,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-
 from llava_hvp.errors import ContextError, OptionError, UnsupportedModelError, shown
+from llava_hvp.lazy import torch
 from llava_hvp.methods.checks import integer, number
 from llava_hvp.methods.context import Needs, VisionContext, raise_unless_finite
 from llava_hvp.methods.masks import Grid

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from llava_hvp.errors import ContextError, ScoreError
+from llava_hvp.lazy import torch
 from llava_hvp.methods.masks import Grid
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Of one entry a layer; of one tensor for all tiles.
 _BY_LAYER = ("received_attention", "cls_attention", "keys", "queries")

@@ -7,10 +7,13 @@ from the device, and nothing loops over sets. Ties go to the lower index.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
+from llava_hvp.lazy import torch
 from llava_hvp.methods.masks import first_best
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PIECE = 512  # rows that are multiplied at a time
 TINY = 1e-12  # least norm that a row is divided by

@@ -6,9 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from llava_hvp.errors import OptionError
+from llava_hvp.lazy import torch
 from llava_hvp.methods.base import Needs, Selection, VisionContext
 from llava_hvp.methods.checks import choice, number
 from llava_hvp.methods.hiprune import HiPrune

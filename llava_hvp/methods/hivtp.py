@@ -6,9 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from llava_hvp.errors import OptionError, shown
+from llava_hvp.lazy import torch
 from llava_hvp.methods.base import Needs, Selection, VisionContext, VisionMethod
 from llava_hvp.methods.checks import checked_layers, integer, number, scaled_layers
 from llava_hvp.methods.masks import Grid, top_k_per_block

@@ -7,10 +7,13 @@ Nothing here transfers data from the device. Ties go to the lower token index ev
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-from torch.nn import functional
+from llava_hvp.lazy import functional, torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 Grid = tuple[int, int]
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
+from typing import TYPE_CHECKING, ClassVar
 
 from llava_hvp.errors import ContextError
+from llava_hvp.lazy import torch
 from llava_hvp.methods.base import Needs, Selection, VisionContext, VisionMethod
 from llava_hvp.methods.checks import number
 from llava_hvp.methods.greedy import cosines, covering, mask_of, unit
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Facts of the official rule: what is cut from a prompt, and the words that count for nothing.
 INSTRUCTIONS = (
@@ -87,11 +87,13 @@ class MMTok(VisionMethod):
         images = context.images
         of_tile = [image for image, tiles in enumerate(images) for _ in range(tiles)]
         index = torch.tensor(of_tile, device=context.device)
-        share = pad_sequence(
+        share = torch.nn.utils.rnn.pad_sequence(
             [torch.full((count, 1), 1 / count, device=context.device) for count in counts],
             batch_first=True,
         )
-        words = pad_sequence([unit(w) for w in context.words or ()], batch_first=True)
+        words = torch.nn.utils.rnn.pad_sequence(
+            [unit(w) for w in context.words or ()], batch_first=True
+        )
         patches = unit(context.read("projected", self.name)).transpose(1, 2)
         return (words[index] @ patches / self.t_text).softmax(-1) * share[index]
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
+from llava_hvp.lazy import torch
 from llava_hvp.methods.base import Selection, VisionContext, VisionMethod
 from llava_hvp.methods.checks import integer
 from llava_hvp.methods.masks import top_k

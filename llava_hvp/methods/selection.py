@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from llava_hvp.lazy import torch
 
-Part = tuple[Tensor, "Mix | None"]  # index of some tiles, on the CPU, and their mix
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Part = tuple[Tensor, "Mix | None"]  # index of some tiles, on the CPU, and their mix
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from llava_hvp.errors import OptionError, shown
+from llava_hvp.lazy import torch
 from llava_hvp.methods.checks import (
     choice,
     decoder_layers,
@@ -17,6 +15,9 @@ from llava_hvp.methods.checks import (
 )
 from llava_hvp.methods.language import LanguageContext, LanguageMethod, Stage
 from llava_hvp.methods.masks import top_k
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LAYERS = (3, 7, 16)
 HEADS = 14  # that 2.0 asks

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
-from torch import Tensor
-from torch.nn import functional
+from typing import TYPE_CHECKING, ClassVar
 
 from llava_hvp.errors import ContextError, OptionError
+from llava_hvp.lazy import functional, torch
 from llava_hvp.methods.base import Mix, Needs, Selection, VisionContext, VisionMethod
 from llava_hvp.methods.checks import integer, selected_layer
 from llava_hvp.methods.masks import Grid, first_best, indices, top_k
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)

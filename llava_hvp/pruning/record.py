@@ -7,9 +7,10 @@ import itertools
 import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from llava_hvp.pruning.report import ImageReport
+if TYPE_CHECKING:
+    from llava_hvp.pruning.report import ImageReport
 
 SUFFIX = ".hvp.json"
 TRAINED = "hvp.json"  # of a training's output folder
