@@ -168,6 +168,13 @@ def shown_of(size: tuple[int, int]) -> tuple[range, range]:
     return unpadded(size, down * PATCHES, across * PATCHES)
 
 
+def sent_of(size: tuple[int, int]) -> tuple[int, int]:
+    """(rows, columns) of tokens that stock sends of a picture's mosaic: of large ones fewer."""
+    rows, columns = (len(line) for line in shown_of(size))
+    ratio = math.sqrt(rows * columns / (9 * PATCHES**2))
+    return (rows, columns) if ratio <= 1.1 else (int(rows // ratio), int(columns // ratio))
+
+
 def pictures(
     questions: list[tuple[list[tuple[int, int]], int]], side: str = "left", seed: int = 0
 ) -> dict[str, Any]:
@@ -178,8 +185,8 @@ def pictures(
         ids = words(4, number)
         for size in held:
             down, across = arrangement(size) if len(held) == 1 else (0, 0)
-            lines, line = shown_of(size) if len(held) == 1 else (range(1), range(0))
-            ids += [IMAGE] * (PATCHES**2 + len(lines) * (len(line) + 1)) + words(2, number)
+            lines, line = sent_of(size) if len(held) == 1 else (1, 0)
+            ids += [IMAGE] * (PATCHES**2 + lines * (line + 1)) + words(2, number)
             tiles.append(torch.randn(1 + down * across, 3, SIDE, SIDE, generator=random))
             sizes.append(size)
         rows.append(ids + words(count, number + 10))

@@ -1,6 +1,7 @@
 """LLaVA-OneVision of transformers: a SigLIP tower without CLS, and several images a row."""
 
 import copy
+import dataclasses
 
 import hf_families as tiny
 import pytest
@@ -9,18 +10,31 @@ import torch
 from hf_families import DEPTH, PATCHES, assert_keeping_all_is_stock, generate, logits
 from hf_models import needs_release
 
-from llava_hvp import HIVTP, FasterVLM, HiPrune, Random, Runtime, Uniform, prune
+from llava_hvp import (
+    HIVTP,
+    FasterVLM,
+    HiPrune,
+    Mix,
+    Runtime,
+    Uniform,
+    VisionMethod,
+    get_method,
+    list_methods,
+    prune,
+)
 from llava_hvp.errors import UnsupportedModelError
 
 pytestmark = needs_release
 
 GRID = (PATCHES, PATCHES)
 WIDE, TALL, SMALL = (150, 400), (330, 130), (100, 100)
-LARGE = (448, 448)  # 16 tiles: stock interpolates their features
+LARGE, BROAD = (448, 448), (400, 448)  # 16 tiles: stock interpolates their features
 ROWS = {
     "one": [([WIDE], 5)],
     "ragged": [([WIDE], 5), ([TALL], 9), ([SMALL], 2)],
     "2, 0 and 1 images": [([WIDE, TALL], 5), ([], 6), ([SMALL], 3)],
+    "large": [([LARGE], 5)],
+    "large and small": [([BROAD], 5), ([SMALL], 3), ([LARGE], 2)],
     "text": [([], 6)],
 }
 
@@ -43,54 +57,101 @@ def test_keeping_everything_is_stock_bit_for_bit(rows, side, model):
     assert_keeping_all_is_stock(model, tiny.pictures(ROWS[rows], side))
 
 
-def hivtp(maps, budget):
+def hivtp(maps, grid, budget):
     layers = reference.default_layers((7, 8, 9, 10), DEPTH, DEPTH)
-    return reference.hivtp([maps[layer] for layer in layers], GRID, budget)
+    return reference.hivtp([maps[layer] for layer in layers], grid, budget)
 
 
-def hiprune(maps, budget):
+def hiprune(maps, grid, budget):
     (middle,) = reference.default_layers((9,), DEPTH, DEPTH)
-    return reference.hiprune(maps[middle], maps[DEPTH], GRID, budget)
+    return reference.hiprune(maps[middle], maps[DEPTH], grid, budget)
+
+
+def uniform(maps, grid, budget):
+    return reference.uniform(grid[0] * grid[1], budget)
 
 
 METHODS = {
-    "hivtp": (HIVTP(r_max=0.5), lambda maps: hivtp(maps, 32)),
-    "hiprune": (HiPrune(r_max=0.25), lambda maps: hiprune(maps, 16)),
-    "uniform": (Uniform(r_max=0.3), lambda maps: reference.uniform(PATCHES**2, 19)),
+    "hivtp": (HIVTP(r_max=0.5), hivtp),
+    "hiprune": (HiPrune(r_max=0.25), hiprune),
+    "uniform": (Uniform(r_max=0.3), uniform),
 }
 
 
+def patches_of(size):
+    """Of each row of a picture's mosaic, the (tile, patch) that stock sends."""
+    across = tiny.arrangement(size)[1]
+    rows, columns = tiny.shown_of(size)
+    return [
+        [
+            (
+                1 + row // PATCHES * across + column // PATCHES,
+                row % PATCHES * PATCHES + column % PATCHES,
+            )
+            for column in columns
+        ]
+        for row in rows
+    ]
+
+
+def shrunk(table, grid):
+    """Rows of values, interpolated to a grid, one after the other."""
+
+    def places(many, few):
+        for n in range(few):
+            at = max(0.0, (n + 0.5) * many / few - 0.5)
+            yield int(at), min(int(at) + 1, many - 1), at - int(at)
+
+    found = []
+    for top, bottom, down in places(len(table), grid[0]):
+        for left, right, along in places(len(table[0]), grid[1]):
+            above = table[top][left] * (1 - along) + table[top][right] * along
+            below = table[bottom][left] * (1 - along) + table[bottom][right] * along
+            found.append(above * (1 - down) + below * down)
+    return found
+
+
 @torch.no_grad()
-def slow_image(model, tiles, size, cut, rule):
-    """The embeddings that are sent of one image, and the patches kept of each tile."""
-    inner, kept, features = model.model, [], []
+def slow_image(model, tiles, size, cut, rule, r_max):
+    """The embeddings that are sent of one image, and what is kept of each tile.
+
+    Of a shrunk mosaic, behind the base tile, which of its tokens are kept.
+    """
+    inner, kept, features, scores = model.model, [], [], []
     for tile in tiles:
         seen = inner.vision_tower(tile[None], output_attentions=True, output_hidden_states=True)
         maps = {
             layer: reference.float32(attention[0].mean((0, 1)).tolist())
             for layer, attention in enumerate(seen.attentions, 1)
         }
-        kept.append(reference.kept(rule(maps)))
+        scores.append(maps)
+        kept.append(reference.kept(rule(maps, GRID, round(r_max * PATCHES**2))))
         states = seen.hidden_states[-1][0]
         features.append([inner.multi_modal_projector(state[None])[0] for state in states])
     sent = [features[0][patch] for patch in sorted(kept[0])]
     if not cut:
         return [*sent, inner.image_newline], kept
-    across = tiny.arrangement(size)[1]
-    rows, columns = tiny.shown_of(size)
-    for row in rows:
-        line = []
-        for column in columns:
-            tile = 1 + row // PATCHES * across + column // PATCHES
-            patch = row % PATCHES * PATCHES + column % PATCHES
-            if patch in kept[tile]:
-                line.append(features[tile][patch])
+    table, grid = patches_of(size), tiny.sent_of(size)
+    tokens = [[features[tile][patch] for tile, patch in row] for row in table]
+    stays = [[patch in kept[tile] for tile, patch in row] for row in table]
+    if grid != (len(table), len(table[0])):
+        maps = {
+            layer: shrunk([[scores[t][layer][patch] for t, patch in row] for row in table], grid)
+            for layer in scores[0]
+        }
+        kept = [kept[0], reference.kept(rule(maps, grid, round(r_max * grid[0] * grid[1])))]
+        flat = shrunk(tokens, grid)
+        lines = [slice(row * grid[1], (row + 1) * grid[1]) for row in range(grid[0])]
+        tokens = [flat[line] for line in lines]
+        stays = [[n in kept[1] for n in range(line.start, line.stop)] for line in lines]
+    for row, stay in zip(tokens, stays, strict=True):
+        line = [token for token, stays_here in zip(row, stay, strict=True) if stays_here]
         sent += [*line, inner.image_newline] if line else []
     return sent, kept
 
 
 @torch.no_grad()
-def slow_row(model, ids, images, rule, tokens):
+def slow_row(model, ids, images, rule, r_max, tokens):
     """Greedy ids of one row by itself without a cache, its last logits, and what was kept."""
     parts, kept, position = [], [], 0
     while position < len(ids):
@@ -99,7 +160,7 @@ def slow_row(model, ids, images, rule, tokens):
             position += 1
             continue
         tiles, size, cut, stock = images.pop(0)
-        sent, own = slow_image(model, tiles, size, cut, rule)
+        sent, own = slow_image(model, tiles, size, cut, rule, r_max)
         kept.append(own)
         parts += sent
         position += stock
@@ -116,7 +177,7 @@ def slow_row(model, ids, images, rule, tokens):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("rows", ["ragged", "2, 0 and 1 images"])
+@pytest.mark.parametrize("rows", ["ragged", "2, 0 and 1 images", "large and small"])
 @pytest.mark.parametrize("name", METHODS)
 def test_a_batch_is_what_each_row_is_by_itself_slowly(name, rows, side, model, eager):
     method, rule = METHODS[name]
@@ -134,9 +195,12 @@ def test_a_batch_is_what_each_row_is_by_itself_slowly(name, rows, side, model, e
             (next(pixels)[: report.tiles], size, len(held) == 1, report.stock_tokens)
             for report, size in zip(mine, held, strict=True)
         ]
-        found, last, kept = slow_row(eager, real, images, rule, 6)
+        found, last, kept = slow_row(eager, real, images, rule, method.r_max, 6)
         for report, own in zip(mine, kept, strict=True):
-            assert [set(mask.nonzero()[:, 0].tolist()) for mask in report.selection.keep] == own
+            masks = report.selection.keep
+            if report.mosaic is not None:
+                masks = [masks[0], report.mosaic.keep[0]]
+            assert [set(mask.nonzero()[:, 0].tolist()) for mask in masks] == own
         length = len(real) - sum(r.stock_tokens - r.kept_tokens for r in mine)
         ours = scores[row, -1] if side == "left" else scores[row, length - 1]
         torch.testing.assert_close(ours, last, atol=1e-4, rtol=0)
@@ -169,17 +233,84 @@ def test_features_alone_are_those_that_a_call_sends(model):
             model.model.get_image_features(**given, vision_feature_layer=-2)
 
 
+# Pictures so large that stock shrinks their mosaic
+
+
+@pytest.fixture(scope="module")
+def methods():
+    """Of all that a tower without CLS can be chosen on by, names, less those that read a prompt."""
+    return [
+        name
+        for name in list_methods(VisionMethod)
+        if not get_method(name).needs_cls
+        and not get_method(name).reads(DEPTH, DEPTH).cls_attention
+        and name not in ("hiprune++", "cdpruner", "mmtok")
+    ]
+
+
+def test_the_budget_is_of_the_tokens_that_are_sent(methods, model):
+    inputs = tiny.pictures([([BROAD], 5), ([SMALL], 2)])
+    rows, columns = tiny.sent_of(BROAD)
+    assert rows * columns < 0.7 * sum(len(row) for row in patches_of(BROAD))
+    assert len(methods) > 4
+    for name in methods:
+        for budget in ({"r_max": 0.25}, {"num_tokens": 170}):
+            with prune(model, get_method(name, **budget)) as pruned:
+                logits(model, inputs)
+                large, small = pruned.last
+            base, most = (16, round(rows * columns / 4)) if "r_max" in budget else (10, 160)
+            kept = int(large.selection.keep[0].sum()), int(large.mosaic.keep.sum())
+            assert 0 < kept[0] <= base, name
+            assert 0.8 * most < kept[1] <= most, (name, kept)
+            assert large.kept_tokens <= sum(kept) + rows
+            assert small.mosaic is None
+            # By patches: a token covers as large a share of either.
+            share = large.sent[1:].sum() / large.stock[1:].sum()
+            assert abs(float(share) - kept[1] / (rows * columns)) < 0.1, name
+
+
+def test_a_large_picture_that_comes_again_is_chosen_on_once(model):
+    inputs = tiny.pictures(ROWS["large"])
+    with prune(model, HIVTP(r_max=0.25)) as pruned, torch.no_grad():
+        pruned.reuse = True
+        first, before = model(**inputs).logits, pruned.last[0]
+        again, after = model(**inputs).logits, pruned.last[0]
+    assert (before.reused, after.reused) == (False, True)
+    assert torch.equal(first, again)
+
+
+def test_a_token_is_drawn_at_the_patches_whose_centre_it_covers(model):
+    with prune(model, HIVTP(r_max=0.25)) as pruned:
+        logits(model, tiny.pictures(ROWS["large"]))
+    (report,) = pruned.last
+    grid, table = tiny.sent_of(LARGE), patches_of(LARGE)
+    for row, line in enumerate(table):
+        for column, (tile, patch) in enumerate(line):
+            token = [
+                int((at + 0.5) * few / many)
+                for at, few, many in zip((row, column), grid, (len(table), len(line)), strict=True)
+            ]
+            kept = report.mosaic.keep[0, token[0] * grid[1] + token[1]]
+            assert report.selection.keep[tile, patch] == kept
+
+
+class Merging(HiPrune):
+    """Merges nothing, by weights of nothing. Not registered: no own name."""
+
+    def choose(self, context, budget):
+        kept = super().choose(context, budget)
+        added = torch.zeros(*kept.keep.shape, context.patches)
+        return dataclasses.replace(kept, mix=Mix(added))
+
+
+def test_a_method_that_merges_is_refused_there(model):
+    with prune(model, Merging(r_max=0.5)):
+        logits(model, tiny.pictures(ROWS["one"]))
+        with pytest.raises(UnsupportedModelError, match=r"merges tokens.*smaller picture"):
+            logits(model, tiny.pictures(ROWS["large and small"]))
+
+
 # What is refused
-
-
-@pytest.mark.parametrize("way", ["forward", "generate"])
-def test_an_image_whose_features_stock_interpolates_is_refused(way, model):
-    rows, columns = tiny.shown_of(LARGE)
-    assert len(rows) * len(columns) > 1.21 * 9 * PATCHES**2
-    inputs = tiny.pictures([([LARGE], 4)])
-    with prune(model, Random()), pytest.raises(UnsupportedModelError, match="448 x 448") as caught:
-        (model if way == "forward" else model.generate)(**inputs)
-    assert "\n" not in str(caught.value)
 
 
 def test_a_method_that_asks_cls_is_refused(model):

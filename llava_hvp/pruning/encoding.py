@@ -28,6 +28,8 @@ from llava_hvp.methods.base import (
     raise_unless_finite,
 )
 from llava_hvp.methods.masks import Grid
+from llava_hvp.pruning.shrunk import Shrunk
+from llava_hvp.pruning.shrunk import select as select_shrunk
 from llava_hvp.runtime import Runtime
 
 OfFeatures = Callable[[Tensor], Tensor]  # of features (T, N, D)
@@ -48,6 +50,8 @@ class HostInputs:
         as in VisionContext
     padding : Tensor | None
         as in VisionContext, on the CPU
+    shrunk : tuple[Shrunk | None, ...]
+        of each image whose mosaic the host shrinks, how; empty where it shrinks none
     """
 
     relevance: OfFeatures | None = None
@@ -55,6 +59,7 @@ class HostInputs:
     words: tuple[Tensor, ...] | None = None
     mosaics: tuple[Grid | None, ...] | None = None
     padding: Tensor | None = None
+    shrunk: tuple[Shrunk | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,12 +77,16 @@ class EncodedTiles:
         (T, D), of each tile the token that stands at no patch; None where there is none
     reused : bool
         whether they were made for an earlier call
+    mosaics : tuple[Selection | None, ...]
+        of each image whose mosaic the host shrinks, the choice among its tokens, (1, tokens) on the
+        CPU; empty where it shrinks none
     """
 
     features: Tensor
     selection: Selection
     extra: Tensor | None = None
     reused: bool = False
+    mosaics: tuple[Selection | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -257,7 +266,11 @@ class PrunedEncoder:
             features = hidden[:, hidden.shape[1] - plan.geometry.patches :].to(images.dtype)
             with torch.no_grad():  # what is chosen has no gradient
                 context = self._context(plan, features.detach(), scores, tiles, inputs)
-                selection = method.select_unchecked(context)
+                mosaics: tuple[Selection | None, ...] = ()
+                if inputs.shrunk:
+                    selection, mosaics = select_shrunk(method, context, inputs.shrunk)
+                else:
+                    selection = method.select_unchecked(context)
             (names, finite), extra = context.finite(), None
             if selection.mix is not None:
                 features, extra = selection.mix.apply(hidden)
@@ -266,7 +279,9 @@ class PrunedEncoder:
                 merged = [tokens for tokens in (features, extra) if tokens is not None]
                 whole = torch.stack([tokens.isfinite().all() for tokens in merged]).all()
                 names, finite = [*names, "merged features"], torch.cat((finite, whole[None]))
-        return EncodedTiles(features, on_cpu(selection, names, finite), extra)
+        looked = finite[:0]  # at all scores, by the other transfer
+        chosen = tuple(each and on_cpu(each, [], looked) for each in mosaics)
+        return EncodedTiles(features, on_cpu(selection, names, finite), extra, mosaics=chosen)
 
     def _context(
         self,

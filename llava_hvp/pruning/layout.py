@@ -1,7 +1,8 @@
 """The tokens of an image as indices: what the host would send unpruned, in its order.
 
-A token is named by its patch, `tile * N + patch` counted over the image's own tiles; NEWLINE stands
-for an `image_newline`, EXTRA less the tile's number for a tile's token that stands at no patch.
+A token is named by its patch, `tile * N + patch` counted over the image's own tiles; those of a
+mosaic that was shrunk are numbered behind all patches. NEWLINE stands for an `image_newline`, EXTRA
+less the tile's number for a tile's token that stands at no patch.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from llava_hvp.pruning.shrunk import Shrunk
 
 NEWLINE = -1
 EXTRA = -2
@@ -44,11 +47,14 @@ class Layout:
         no row or no column
     newline : bool
         whether an image_newline ends each mosaic row (without a mosaic: the image)
+    shrunk : Shrunk | None
+        where the host interpolates the mosaic, how; its tokens are no patches'
     """
 
     base: Tensor
     mosaic: Tensor | None = None
     newline: bool = False
+    shrunk: Shrunk | None = None
 
     @property
     def stock_tokens(self) -> int:
@@ -62,8 +68,9 @@ class Layout:
         """(patches,) bool of an image of so many patches: those that the host sends unpruned."""
         sent = torch.zeros(patches, dtype=torch.bool)
         sent[self.base] = True
-        if self.mosaic is not None:
-            sent[self.mosaic.flatten()] = True
+        table = self.mosaic if self.shrunk is None else self.shrunk.patches
+        if table is not None:
+            sent[table.flatten()] = True
         return sent
 
     def kept(self, keep: Tensor, newline: str, loose: LooseTokens | None = None) -> Tensor:

@@ -16,6 +16,7 @@ from llava_hvp.pruning.host import HostModel
 from llava_hvp.pruning.layout import EXTRA, NEWLINE, Layout, LooseTokens, Size
 from llava_hvp.pruning.pruning import Pruning
 from llava_hvp.pruning.report import ImageReport
+from llava_hvp.pruning.shrunk import Shrunk
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ def pack(
     rows: list[Tensor] | None,
     *,
     laid_out: bool,
+    shrunk: Sequence[Shrunk | None] = (),
 ) -> PackedImages:
     """Prune the images of one call.
 
@@ -64,40 +66,53 @@ def pack(
         token ids of each row of the batch without padding, for methods that read them
     laid_out : bool
         whether the host lays tiles out by its config; else each image is one bare tile
+    shrunk : Sequence[Shrunk | None]
+        of each image whose mosaic the host shrinks, how; empty where it shrinks none
     """
     model, method, runtime = pruning.host_model, pruning.method, pruning.runtime
-    encoded = pruning.encode(pixels, tiles, rows, sizes, laid_out)
+    encoded = pruning.encode(pixels, tiles, rows, sizes, laid_out, shrunk)
     grid = model.encoder.plan().geometry.grid
     layouts = [
         model.layout(count, size, runtime.patch_merge) if laid_out else _one_tile(grid)
         for count, size in zip(tiles, sizes, strict=True)
     ]
     selections = _by_image(encoded.selection, tiles)
+    mosaics = encoded.mosaics or (None,) * len(tiles)
     kept = [
         tokens_of(place, selection, method, runtime.newline)
-        for place, selection in zip(layouts, selections, strict=True)
+        if mosaic is None
+        else place.kept(torch.cat((selection.keep.flatten(), mosaic.keep[0])), runtime.newline)
+        for place, selection, mosaic in zip(layouts, selections, mosaics, strict=True)
     ]
     # Not only where one is left: where the ranks hold a part of it each, all of them gather it.
     has_ends = runtime.newline != "none" and any(place.newline for place in layouts)
     # Before the reports are written: the device projects meanwhile.
-    features = _project(model, encoded, tiles, kept, model.newline() if has_ends else None)
+    ends = model.newline() if has_ends else None
+    features = _project(model, encoded, tiles, kept, ends, [p.shrunk for p in layouts])
     view, name = model.view(), pruning.config.name
+    selections = [
+        selection
+        if mosaic is None or place.shrunk is None
+        else place.shrunk.drawn(selection, mosaic)
+        for place, selection, mosaic in zip(layouts, selections, mosaics, strict=True)
+    ]
     reports = [
         ImageReport(
             name,
             count,
             place.stock_tokens,
             len(tokens),
-            _sent(tokens, selection.keep),
+            _sent(tokens, selection.keep) if mosaic is None else selection.keep,
             grid,
             size,
             selection,
             place.stock(selection.keep.numel()).view_as(selection.keep),
             view,
             encoded.reused,
+            mosaic=mosaic,
         )
-        for count, place, tokens, size, selection in zip(
-            tiles, layouts, kept, sizes, selections, strict=True
+        for count, place, tokens, size, selection, mosaic in zip(
+            tiles, layouts, kept, sizes, selections, mosaics, strict=True
         )
     ]
     pruned = encoded.selection.mix is not None or any(
@@ -113,7 +128,7 @@ def features_by_tile(encoded: EncodedTiles, method: VisionMethod, grid: Grid) ->
         tokens_of(_one_tile(grid), selection, method, "rows")
         for selection in _by_image(encoded.selection, tiles)
     ]
-    index = _index_of(encoded, tiles, kept)
+    index = _index_of(encoded, tiles, kept, [None] * len(tiles))
     return list(_all_tokens(encoded)[index].split([len(tokens) for tokens in kept]))
 
 
@@ -174,14 +189,26 @@ def _all_tokens(encoded: EncodedTiles) -> Tensor:
     return patches if encoded.extra is None else torch.cat((patches, encoded.extra))
 
 
-def _index_of(encoded: EncodedTiles, tiles: tuple[int, ...], kept: list[Tensor]) -> Tensor:
-    """(tokens,) int64, for the tokens of all images their rows of `_all_tokens`, or NEWLINE."""
+def _index_of(
+    encoded: EncodedTiles,
+    tiles: tuple[int, ...],
+    kept: list[Tensor],
+    shrunk: Sequence[Shrunk | None],
+) -> Tensor:
+    """(tokens,) int64, for the tokens of all images their rows of `_all_tokens`, or NEWLINE.
+
+    Where mosaics are shrunk, no method has extra tokens, and theirs stand behind all patches.
+    """
     total, patches = encoded.features.shape[:2]
     firsts = itertools.accumulate(tiles[:-1], initial=0)
-    parts = []
-    for tokens, first in zip(kept, firsts, strict=True):
+    parts, behind = [], total * patches
+    for tokens, first, count, small in zip(kept, firsts, tiles, shrunk, strict=True):
         extra = total * patches + first + EXTRA - tokens
         placed = torch.where(tokens <= EXTRA, extra, tokens + first * patches)
+        if small is not None:
+            own = count * patches
+            placed = torch.where(tokens >= own, tokens - own + behind, placed)
+            behind += small.tokens
         parts.append(torch.where(tokens == NEWLINE, tokens, placed))
     return torch.cat(parts)
 
@@ -192,12 +219,19 @@ def _project(
     tiles: tuple[int, ...],
     kept: list[Tensor],
     newline: Tensor | None,
+    shrunk: Sequence[Shrunk | None],
 ) -> list[Tensor]:
     """(tokens, D) of each image: its tokens projected, its newlines (D,) put in."""
-    tokens = _index_of(encoded, tiles, kept)
+    tokens = _index_of(encoded, tiles, kept, shrunk)
     is_newline = tokens == NEWLINE
     index = tokens[~is_newline].to(encoded.features.device)
-    if encoded.selection.mix is None and bool(encoded.selection.keep.all()):
+    if encoded.mosaics:
+        # Every patch of a mosaic goes into the few tokens that it is shrunk to.
+        whole = model.project(encoded.features)
+        stacks = zip(whole.split(tiles), shrunk, strict=True)
+        small = [each.shrink(stack) for stack, each in stacks if each is not None]
+        projected = torch.cat((whole.flatten(0, 1), *small))[index]
+    elif encoded.selection.mix is None and bool(encoded.selection.keep.all()):
         # In stock's own shape: a matrix product of other shape may round differently.
         projected = model.project(encoded.features).flatten(0, 1)[index]
     else:

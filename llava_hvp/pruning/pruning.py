@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -23,6 +24,7 @@ from llava_hvp.pruning.host import HostModel
 from llava_hvp.pruning.layout import Size
 from llava_hvp.pruning.report import ImageReport
 from llava_hvp.pruning.reuse import RecentlyEncoded, weights_version
+from llava_hvp.pruning.shrunk import Shrunk
 from llava_hvp.runtime import PruningConfig, Runtime
 
 # Held while a model is looked at and changed, so that of two threads one comes first.
@@ -123,6 +125,7 @@ class Pruning:
         rows: list[Tensor] | None,
         sizes: Sequence[Size | None] | None = None,
         laid_out: bool = False,
+        shrunk: Sequence[Shrunk | None] = (),
     ) -> EncodedTiles:
         """Encode and select, or find what was made of the same pixels a short while ago.
 
@@ -138,10 +141,14 @@ class Pruning:
             (width, height) of each image in pixels where known
         laid_out : bool
             whether the host lays tiles out by its config; else each image is one bare tile
+        shrunk : Sequence[Shrunk | None]
+            of each image whose mosaic the host shrinks, how; empty where it shrinks none
         """
         encoder = self.host_model.encoder
         needs = encoder.plan().needs
         inputs = self._inputs(tiles, sizes or [None] * len(tiles), rows, laid_out)
+        if any(shrunk):
+            inputs = dataclasses.replace(inputs, shrunk=tuple(shrunk))
         reads_prompt = needs.relevance is not None or needs.words
         if not self.reuse or torch.is_grad_enabled() or reads_prompt:
             return encoder.encode(pixels, tiles, inputs)

@@ -51,6 +51,10 @@ class ImageReport:
         merged tokens stand at none
     stage_layers : tuple[int, ...]
         layers that run before each of these stages
+    mosaic : Selection | None
+        of a picture whose sub-images the host shrinks by interpolation (LLaVA-OneVision's largest),
+        (1, tokens) masks of the tokens that it makes of them; there masks of patches, and what
+        counts patches, are of those whose centre a kept token covers
     """
 
     method: str
@@ -67,6 +71,7 @@ class ImageReport:
     layer_tokens: tuple[int, ...] = ()
     stages: tuple[Tensor, ...] = ()
     stage_layers: tuple[int, ...] = ()
+    mosaic: Selection | None = None
 
     @property
     def average_tokens(self) -> float:

@@ -96,6 +96,7 @@ def _alike(entry: _Entry, pixels: Tensor, tiles: tuple[int, ...], inputs: HostIn
     return (
         entry.tiles == tiles
         and entry.inputs.mosaics == inputs.mosaics
+        and entry.inputs.shrunk == inputs.shrunk
         and padded_alike
         and mine.shape == pixels.shape
         and mine.dtype == pixels.dtype

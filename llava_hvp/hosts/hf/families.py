@@ -5,6 +5,7 @@ The arithmetic of AnyRes is transformers' own, run on indices.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from llava_hvp.hosts.hf.qwen.tower import QwenTower
 from llava_hvp.hosts.hf.tower import PrunedVisionTower
 from llava_hvp.methods.masks import Grid
 from llava_hvp.pruning.layout import NEWLINE, Layout, Size
+from llava_hvp.pruning.shrunk import Shrunk
 
 
 class Llava:
@@ -137,17 +139,12 @@ class LlavaNext:
         tokens = packed[0][patches:, 0]
         lines = int((tokens == NEWLINE).sum())
         table = tokens.view(lines, -1)[:, :-1] if lines else tokens[None, :0]
-        cls.check_mosaic(inner, table, rows, size)
         return Layout(base, table, True)
 
     @staticmethod
     def packed_by(inner: Any) -> dict[str, Any]:
         """Further arguments of `pack_image_features`."""
         return {"vision_feature_select_strategy": "default"}
-
-    @staticmethod
-    def check_mosaic(inner: Any, table: Tensor, side: int, size: Size) -> None:
-        """Raise UnsupportedModelError for a mosaic that stock does not send patch by patch."""
 
 
 class LlavaOnevision(LlavaNext):
@@ -174,17 +171,24 @@ class LlavaOnevision(LlavaNext):
         """A limit that no mosaic reaches: numbers of patches cannot be interpolated."""
         return {"vision_aspect_ratio": "anyres_max_1000000"}
 
-    @staticmethod
-    def check_mosaic(inner: Any, table: Tensor, side: int, size: Size) -> None:
-        """Raise UnsupportedModelError for a picture so large that stock shrinks its features."""
+    @classmethod
+    def layout(cls, inner: Any, grid: Grid, tiles: int, size: Size | None, merge: str) -> Layout:
+        """The tokens of one image; the mosaic of a large one shrunk, as stock does it."""
+        place = super().layout(inner, grid, tiles, size, merge)
+        if place.mosaic is None or size is None or merge != "stock":
+            return place
         limit = inner.config.vision_aspect_ratio
-        tiles = int(limit.removeprefix("anyres_max_"))
-        if math.sqrt(table.numel() / (tiles * side**2)) > 1.1:
-            raise UnsupportedModelError(
-                f"an image of {size[0]} x {size[1]} pixels is more than {limit} lets through: "
-                "LLaVA-OneVision shrinks its features, so that no token is a patch's; give a "
-                "smaller one, or unprune(model) first"
-            )
+        rows, columns = place.mosaic.shape
+        most = int(limit.removeprefix("anyres_max_")) * grid[0] ** 2
+        ratio = math.sqrt(rows * columns / most)
+        if ratio <= 1.1:
+            return place
+        small = int(rows // ratio), int(columns // ratio)
+        shrink = functools.partial(_packed, inner, size, limit)
+        shrunk = Shrunk(size, small, place.mosaic, shrink)
+        first = tiles * grid[0] * grid[1]
+        tokens = torch.arange(first, first + shrunk.tokens).view(small)
+        return Layout(place.base, tokens, True, shrunk)
 
 
 class Qwen:
@@ -196,6 +200,15 @@ class Qwen:
     beside: tuple[str, ...] = ("image_grid_thw",)
     keeps_positions = True
     prunes_inside = False
+
+
+def _packed(inner: Any, size: Size, limit: str, values: Tensor) -> Tensor:
+    """(tokens, D) of the mosaic of (T, N, D) values, as stock packs features."""
+    packed, _ = type(inner).pack_image_features(
+        inner, [values], [size[::-1]], image_newline=None, vision_aspect_ratio=limit
+    )
+    tokens: Tensor = packed[0][values.shape[1] :]
+    return tokens
 
 
 def _product(grid: Grid | None) -> int:

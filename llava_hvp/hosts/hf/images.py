@@ -57,10 +57,13 @@ class Images:
         self.sizes = _sizes(image_sizes if family.newline else None, len(pixel_values))
         tiles, counts = family.tiles(host.model.model, pixel_values, self.sizes, beside)
         self.stacks = list(tiles.split(counts))
-        self.stock = [
-            host.layout(count, size, "stock").stock_tokens
+        layouts = [
+            host.layout(count, size, "stock")
             for count, size in zip(counts, self.sizes, strict=True)
         ]
+        self.stock = [place.stock_tokens for place in layouts]
+        as_stock = pruning.runtime.patch_merge == "stock"
+        self.shrunk = [place.shrunk if as_stock else None for place in layouts]
 
     def packed(
         self, which: Sequence[int], rows: list[Tensor] | None, dtype: torch.dtype
@@ -85,6 +88,7 @@ class Images:
             [self.sizes[n] for n in which],
             rows,
             laid_out=True,
+            shrunk=[self.shrunk[n] for n in which],
         )
 
 
