@@ -18,7 +18,7 @@ from llava_hvp.accuracy.exam import TEMPLATE, Marks, examine, sheets
 from llava_hvp.accuracy.ranking import is_ranked, render_ranking
 from llava_hvp.accuracy.scores import scores_of
 from llava_hvp.accuracy.store import Answers, digest, keeping
-from llava_hvp.accuracy.tables import plot, render
+from llava_hvp.accuracy.tables import plot, render, title_of
 from llava_hvp.bench.machine import about
 from llava_hvp.checkpoints.before_loading import check_before_loading, check_language
 from llava_hvp.checkpoints.naming import model_name
@@ -202,12 +202,13 @@ def run(settings: AccuracySettings) -> int:
         facts["looked_at"] = str(len(spread(asked)))
         print(render(facts, scores, TERMINAL))
         if base is not None:
-            title = f"{facts['model']} {facts['machine']}"
             write_results(
                 base,
                 {**facts, "rows": [asdict(score) for score in scores]},
                 render(facts, scores, MARKDOWN),
-                partial(plot, title, scores) if settings.plots and len(scores) > 1 else None,
+                partial(plot, title_of(facts), scores)
+                if settings.plots and len(scores) > 1
+                else None,
             )
             if is_ranked(scores):
                 page = base.with_name(f"{base.name}-ranking.md")

@@ -15,7 +15,7 @@ from llava_hvp.bench.clock import Clock
 from llava_hvp.bench.machine import about
 from llava_hvp.bench.measure import FEWEST, measure, turns
 from llava_hvp.bench.phases import Bench
-from llava_hvp.bench.plot import plot
+from llava_hvp.bench.plot import plot, title_of
 from llava_hvp.bench.results import BenchRow, rows_of
 from llava_hvp.bench.tables import render
 from llava_hvp.bench.workload import Workload, make_workload, pattern
@@ -279,7 +279,7 @@ def run(settings: BenchSettings) -> int:
             settings.out / name,
             {**facts, "rows": [asdict(row) for row in rows]},
             render(facts, rows, MARKDOWN),
-            partial(plot, f"{facts['model']} {facts['machine']}", rows) if settings.plots else None,
+            partial(plot, title_of(facts), rows) if settings.plots else None,
         )
     return 0
 
