@@ -13,7 +13,7 @@ VENVS := .venvs
 # 2.6 s beside another process.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-lmms test-deepspeed lint docs bench clean
+.PHONY: demo test test-lmms test-deepspeed lint docs pictures bench clean
 
 demo: $(VENVS)/$(MIDDLE)/ready
 	$(VENVS)/$(MIDDLE)/bin/python examples/demo.py --out demo-out
@@ -44,6 +44,10 @@ lint: $(VENVS)/$(NEW)/ready
 # The site reads the sources and imports nothing, so its environment has neither torch nor LLaVA.
 docs: $(VENVS)/docs/ready
 	NO_MKDOCS_2_WARNING=1 $(VENVS)/docs/bin/mkdocs build --strict --quiet
+
+# Every picture in docs/, and the plots from their results.
+pictures: $(VENVS)/$(NEW)/ready
+	$(VENVS)/$(NEW)/bin/python examples/pictures.py
 
 bench: $(VENVS)/$(NEW)/ready
 	$(VENVS)/$(NEW)/bin/llava-hvp bench --geometry llava-1.5-160m --r-max 0.5,0.25 --rounds 5 \

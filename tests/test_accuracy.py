@@ -15,8 +15,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from llava_hvp.accuracy.exam import TEMPLATE, Marks, examine
-from llava_hvp.accuracy.scores import scores_of, wilson_interval
+from llava_hvp.accuracy.scores import VariantScore, scores_of, wilson_interval
 from llava_hvp.accuracy.store import Answers
+from llava_hvp.accuracy.tables import figure_of, title_of
 from llava_hvp.checkpoints.opening import open_checkpoint
 from llava_hvp.checkpoints.variants import variants
 from llava_hvp.cli import main
@@ -425,6 +426,24 @@ def test_a_folder_that_cannot_be_written_is_said_before_a_model_is_loaded(tmp_pa
     (tmp_path / "file").write_text("")
     assert main([*ASK, "--out", str(tmp_path / "file" / "out")]) == 2
     assert "cannot be written" in capsys.readouterr().err
+
+
+def test_panels_of_a_plot_share_their_scale_and_the_title_names_no_variable():
+    """On the committed results: what tasks come to can be compared by eye."""
+    folder = Path(__file__).parent.parent / "docs" / "results" / "accuracy"
+    about = json.loads((folder / "llava-shapes.json").read_text())
+    scores = [VariantScore(**row) for row in about["rows"]]
+    figure = figure_of(title_of(about), scores)
+    panels = [axis for axis in figure.axes if axis.get_title()]
+    assert len(panels) == 1 + len(TASKS)
+    assert len({axis.get_ylim() for axis in panels}) == 1
+    (least, most), shown = panels[0].get_ylim(), [v for s in scores for v in s.tasks.values()]
+    assert least <= min(shown) < max(shown) <= most
+    title = figure.get_suptitle()
+    assert "llava-shapes" in title
+    assert "1000 held-out questions" in title
+    assert "=" not in title
+    assert "OMP_WAIT_POLICY=" in about["machine"]  # which the table has
 
 
 def test_there_is_no_plot_of_nothing_pruned(tmp_path):

@@ -269,7 +269,7 @@ def test_every_stage_is_drawn_with_its_count(shapes):
     (mask,) = report.stages
     assert report.stage_layers == (1,)
     assert report.layer_tokens == (PATCHES, *[int(mask.sum())] * 4)
-    sheet = report.overlay(image, scale=1)
+    sheet = report.overlay(image, scale=1, original=False)
     side = sheet.width // 12 if sheet.width < 200 else 14
     for place, kept in enumerate(mask[0].tolist()):
         row, column = divmod(place, 12)
@@ -278,7 +278,9 @@ def test_every_stage_is_drawn_with_its_count(shapes):
         is_grey = bool((colours.view(-1, 3) == colours.view(-1, 3)[:, :1]).all())
         assert is_grey == (not kept)
     both = viewer.look(PruningConfig(HIVTP(r_max=0.5), inside=FastV(r_max=0.4)), image, ids)
-    assert both.overlay(image, scale=1).height > sheet.height + 12 * side  # sent, and a stage
+    assert (
+        both.overlay(image, scale=1, original=False).height > sheet.height + 12 * side
+    )  # sent, and a stage
     assert both.method == "hivtp+fastv"
     assert "averaged over layers" in repr(both)
     assert report._repr_png_().startswith(b"\x89PNG")

@@ -18,14 +18,14 @@ from llava_hvp.show.frame import counts_of
 SIDE, PATCH = 112, 14  # of the tiny towers
 ROWS = SIDE // PATCH
 SIZES = ((640, 427), (427, 640), (112, 112), (300, 100), (100, 300), (1000, 40), (37, 53), (2, 2))
-# Written again and not imported: the paper's green and red, and what the legend shows.
+# Written again and not imported.
 COLOURS = {
-    "global": (0, 170, 60),
-    "local": (230, 30, 40),
-    "anchor": (250, 215, 0),
-    "buffer": (255, 125, 0),
-    "register": (0, 160, 165),
-    "random": (60, 125, 235),
+    "global": (86, 180, 233),
+    "local": (230, 159, 0),
+    "anchor": (240, 228, 66),
+    "buffer": (213, 94, 0),
+    "register": (0, 158, 115),
+    "random": (230, 159, 0),
 }
 
 
@@ -90,21 +90,32 @@ def roles_at(report, tile, row, column):
 
 
 def check_pixels(shown, photo, role_of):
-    """Every pixel of a drawn panel against the photo and what became of its patch."""
+    """Every pixel of a drawn panel against the photo and what became of its patch and of those
+    around it: photo, one pixel of the role's colour where another state begins, or grey."""
     shown, photo = (np.asarray(picture).astype(int) for picture in (shown, photo))
     assert shown.shape == photo.shape
-    for row in range(photo.shape[0] // PATCH):
-        for column in range(photo.shape[1] // PATCH):
+    rows, columns = photo.shape[0] // PATCH, photo.shape[1] // PATCH
+    roles = {(r, c): role_of(r, c) for r in range(rows) for c in range(columns)}
+    for row in range(rows):
+        for column in range(columns):
             at = np.s_[row * PATCH : (row + 1) * PATCH, column * PATCH : (column + 1) * PATCH]
-            role = role_of(row, column)
+            role = roles[row, column]
             if role == "cut":
                 assert set(np.unique(shown[at])) <= {222, 250}
             elif role is None:
                 grey = photo[at] @ (299, 587, 114) * 35 // 100_000
                 assert (shown[at] == grey[..., None]).all()
             else:
-                tinted = np.floor(0.4 * photo[at] + 0.6 * np.array(COLOURS[role]) + 0.4 + 1e-9)
-                assert (shown[at] == tinted).all(), (row, column, role)
+                wanted = photo[at].copy()
+                for step, line in (
+                    ((-1, 0), np.s_[0]),
+                    ((1, 0), np.s_[-1]),
+                    ((0, -1), np.s_[:, 0]),
+                    ((0, 1), np.s_[:, -1]),
+                ):
+                    if roles.get((row + step[0], column + step[1]), "outside") != role:
+                        wanted[line] = COLOURS[role]
+                assert (shown[at] == wanted).all(), (row, column, role)
 
 
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
@@ -115,7 +126,7 @@ def test_every_pixel_of_llava_15(loaded, monkeypatch, size, mode):
     image = photo_of(size)
     method = {"pad": HIVTP(r_max=0.5), "square": Random(r_max=0.3)}[mode]
     report = report_on(bundle, method, image)
-    sheet = report.overlay(image, scale=1)
+    sheet = report.overlay(image, scale=1, original=False)
     seen = set()
 
     def role_of(row, column):
@@ -126,6 +137,10 @@ def test_every_pixel_of_llava_15(loaded, monkeypatch, size, mode):
     check_pixels(sheet.crop((0, 0, SIDE, SIDE)), seen_by_15(image, mode), role_of)
     assert seen == {*report.selection.roles, None}
     assert sheet.height > SIDE  # the legend
+    both = report.overlay(image, scale=1)
+    left, right = (both.crop((x, 0, x + SIDE, SIDE)) for x in (0, SIDE + 12))
+    assert left.tobytes() == seen_by_15(image, mode).tobytes()
+    assert right.tobytes() == sheet.crop((0, 0, SIDE, SIDE)).tobytes()
 
 
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
@@ -134,7 +149,7 @@ def test_every_pixel_of_llava_next(loaded, size):
     image = photo_of(size)
     report = report_on(bundle, HiPrune(r_max=0.4, alpha=0.3), image)
     base, mosaic = seen_by_next(image, bundle.model.config.image_grid_pinpoints)
-    sheet = report.overlay(image, scale=1)
+    sheet = report.overlay(image, scale=1, original=False)
     gap = 12
     right = sheet.crop((SIDE + gap, 0, SIDE + gap + mosaic.width, mosaic.height))
     across, rows, columns = mosaic.width // SIDE, mosaic.height // PATCH, mosaic.width // PATCH
@@ -174,7 +189,7 @@ def test_every_pixel_of_llava_next(loaded, size):
 
 def test_a_larger_overlay_has_the_same_patches(loaded, photos):
     report = report_on(loaded("llava-1.5-llama"), HIVTP(r_max=0.5), photos[0])
-    sheet = np.asarray(report.overlay(photos[0], scale=3)).astype(int)
+    sheet = np.asarray(report.overlay(photos[0], scale=3, original=False)).astype(int)
     for row in range(ROWS):
         for column in range(ROWS):
             step = 3 * PATCH
@@ -197,7 +212,7 @@ def test_what_is_shown_is_what_the_model_gets(loaded, photos):
     stock = bundle.embeds(ids, pixels, [image.size])[0][0]
     with prune(bundle.model, HiPrune(r_max=0.3)) as pruned:
         sent = bundle.embeds(ids, pixels, [image.size])[0][0]
-        sheet = np.asarray(pruned.last[0].overlay(image, scale=1))
+        sheet = np.asarray(pruned.last[0].overlay(image, scale=1, original=False))
     drawn = sheet[:SIDE, :SIDE].reshape(ROWS, PATCH, ROWS, PATCH, 3)
     coloured = (drawn != drawn[..., :1]).any((1, 3, 4)).flatten()
     first = ids[0].tolist().index(-200)
@@ -247,12 +262,11 @@ def test_reports_show_themselves_in_a_notebook(loaded, photos):
     image = Image.open(io.BytesIO(report._repr_png_()))
     across, down = 2, 2
     assert image.size == (10 * ROWS * (1 + across) + 12, 10 * ROWS * down)
-    # One pixel of the base tile's first patches against the masks, on the grey of "no photo".
+    # One pixel of the base tile's first patches against the masks.
     for column in range(ROWS):
         roles = roles_at(report, 0, 0, column)
-        grey = (190 * 35 // 100,) * 3
-        tint = tuple(int(0.4 * 190 + 0.6 * c + 0.4) for c in COLOURS[roles[0]]) if roles else grey
-        assert image.getpixel((10 * column + 5, 5)) == tint
+        colour = COLOURS[roles[0]] if roles else (60, 60, 60)
+        assert image.getpixel((10 * column + 5, 5)) == colour
     shown = report._repr_html_()
     assert "data:image/png;base64," in shown
     assert f"global {counts_of(report)['global']}" in shown
@@ -281,3 +295,24 @@ def test_heat_rises_evenly_in_lightness():
 def test_strangers_get_colours_of_their_own():
     colours = colours_of(["global", "one", "two", "three"])
     assert len(set(colours.values())) == 4
+
+
+def seen_by_the_colour_blind(colour, kind):
+    """sRGB as a dichromat sees it (F. Vienot, H. Brettel and J. Mollon, 1999), linear."""
+    srgb = np.array(colour) / 255
+    linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
+    shares = {
+        "protanope": [[0.11238, 0.88762, 0], [0.11238, 0.88762, 0], [0.00401, -0.00401, 1]],
+        "deuteranope": [[0.29275, 0.70725, 0], [0.29275, 0.70725, 0], [-0.02234, 0.02234, 1]],
+    }
+    seen = np.clip(np.array(shares[kind]) @ linear, 0, 1)
+    return np.where(seen <= 0.0031308, 12.92 * seen, 1.055 * seen ** (1 / 2.4) - 0.055)
+
+
+@pytest.mark.parametrize("kind", ["protanope", "deuteranope"])
+@pytest.mark.parametrize("roles", [("global", "local"), ("anchor", "buffer", "register", "text")])
+def test_colour_blind_readers_tell_roles_apart(kind, roles):
+    """The paper's green and red, (0, 170, 60) and (230, 30, 40), are 0.21 apart to the second."""
+    seen = [seen_by_the_colour_blind(colour, kind) for colour in colours_of(roles).values()]
+    apart = [np.abs(a - b).max() for n, a in enumerate(seen) for b in seen[:n]]
+    assert min(apart) > 0.3

@@ -146,13 +146,14 @@ def test_what_a_model_merged_is_what_the_picture_says(loaded, kind, method):
     )
     assert str(merging).startswith(f"{report.kept_tokens} tokens ({tiles} at no patch), ")
 
-    drawn = np.asarray(report.overlay(image, scale=1)).astype(int)
+    scale = 4 if tiles == 1 else 1
+    drawn = np.asarray(report.overlay(image, scale=scale, original=False)).astype(int)
     if not takers:
-        assert tiles > 1 or (drawn[:112, 112:] == 255).all()
+        assert tiles > 1 or (drawn[:448, 448:] == 255).all()
         return
     side = 112
     # One tile has its second picture beside the first, several have theirs below.
-    left, top = (side + 12, 0) if tiles == 1 else (0, None)
+    left, top = (scale * side + 12, 0) if tiles == 1 else (0, None)
     if top is None:
         height = max(p.patches.shape[0] * p.side for p in report.view.frame(image))
         top = next(
@@ -167,7 +168,7 @@ def test_what_a_model_merged_is_what_the_picture_says(loaded, kind, method):
         if into == NOWHERE or report.sent[0, patch]:
             continue
         row, column = divmod(patch, report.grid[1])
-        pixel = drawn[top + 14 * row + 6, left + 14 * column + 6]
+        pixel = drawn[top + scale * (14 * row + 6), left + scale * (14 * column + 6)]
         dark = (pixel - 0.6 * np.array(REGIONS[colours[into]])) / 0.4
         assert np.ptp(dark) < 4
         assert dark.min() > -3
@@ -182,7 +183,7 @@ def test_what_a_model_merged_is_what_the_picture_says(loaded, kind, method):
 def test_a_method_that_merges_nothing_looks_as_it_did(loaded, photos, method):
     report = look(loaded("llava-1.5-llama"), method, photos[0])
     assert merging_of(report) is None
-    assert report.overlay(photos[0], scale=4).width == 4 * 112
+    assert report.overlay(photos[0], scale=4).width == 2 * 4 * 112 + 12
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ CHOICES_EXPLAINED = (
     "tower's own attention{missing}{inside}."
 )
 REFERENCES = ("random", "uniform")
-COLOURED = 7  # lines of a plot that eyes can follow
+COLOURED = 6  # lines of a plot that eyes can follow
 
 
 def render(about: dict[str, Any], scores: Sequence[VariantScore], style: str) -> str:
@@ -132,17 +132,29 @@ def no_better(scores: Sequence[VariantScore]) -> list[str]:
     ] * bool(lines)
 
 
+def title_of(about: dict[str, Any]) -> str:
+    """What a plot shows, in a line; machine and versions are in the table."""
+    return f"Right answers: {about['model'].partition(', up to ')[0]}"
+
+
 def plot(title: str, scores: Sequence[VariantScore], file: BinaryIO) -> None:
-    """Accuracy of all tasks together, and of each, against kept patches."""
+    """Write `figure_of` as a PNG."""
+    figure_of(title, scores).savefig(file, format="png", dpi=100)
+
+
+def figure_of(title: str, scores: Sequence[VariantScore]) -> Any:
+    """Accuracy of all tasks together, and of each, against kept patches, on one scale."""
     import textwrap
 
     from matplotlib.figure import Figure
 
     none, *pruned = scores
     panels = ["all", *none.tasks]
-    figure = Figure(figsize=(13, 6.4), layout="constrained")
-    figure.suptitle("\n".join(textwrap.wrap(title, 140)), fontsize="medium")
-    axes = figure.subplots(2, -(-len(panels) // 2), sharex=True, squeeze=False).flatten()
+    figure = Figure(figsize=(13, 7), layout="constrained")
+    figure.suptitle("\n".join(textwrap.wrap(title, 120)), fontsize="large")
+    axes = figure.subplots(
+        2, -(-len(panels) // 2), sharex=True, sharey=True, squeeze=False
+    ).flatten()
     for axis, panel in zip(axes, panels, strict=False):
 
         def of(score: VariantScore, panel: str = panel) -> float:
@@ -152,9 +164,8 @@ def plot(title: str, scores: Sequence[VariantScore], file: BinaryIO) -> None:
         for name, look in _looks(pruned).items():
             found = sorted((s for s in pruned if s.label == name), key=lambda s: s.kept_of_patches)
             axis.plot([100 * s.kept_of_patches for s in found], [of(s) for s in found], **look)
-        axis.set_title(panel)
+        axis.set_title("all tasks" if panel == "all" else panel)
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("% right")
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
     lines, names = axes[0].get_legend_handles_labels()
@@ -163,11 +174,13 @@ def plot(title: str, scores: Sequence[VariantScore], file: BinaryIO) -> None:
     else:
         axes[0].legend(lines, names, fontsize="small")
     figure.supxlabel("patches kept, %", fontsize="medium")
-    figure.savefig(file, format="png", dpi=100)
+    figure.supylabel("questions answered right, %", fontsize="medium")
+    return figure
 
 
 def _looks(pruned: Sequence[VariantScore]) -> dict[str, dict[str, Any]]:
     """How the line of each method is drawn; of many, colours are for the best on average."""
+    from llava_hvp.evaluation.plot import STYLES
 
     def mean(name: str) -> float:
         found = [score.overall for score in pruned if score.label == name]
@@ -183,6 +196,6 @@ def _looks(pruned: Sequence[VariantScore]) -> dict[str, dict[str, Any]]:
     for name, style in zip(REFERENCES, (":", "--"), strict=True):
         if name in names:
             looks[name] = {"color": "black", "linestyle": style, "label": name}
-    for name in rivals[:COLOURED]:
-        looks[name] = {"marker": "o", "markersize": 4, "label": name}
+    for name, (colour, marker) in zip(rivals[:COLOURED], STYLES, strict=False):
+        looks[name] = {"color": colour, "marker": marker, "markersize": 5, "label": name}
     return looks

@@ -172,7 +172,7 @@ def run(settings: AccuracySettings) -> int:
     from llava_hvp.accuracy.exam import TEMPLATE
     from llava_hvp.accuracy.ranking import is_ranked, render_ranking
     from llava_hvp.accuracy.scores import scores_of
-    from llava_hvp.accuracy.tables import plot, render
+    from llava_hvp.accuracy.tables import plot, render, title_of
     from llava_hvp.bench.machine import about
 
     asked = list(exam(settings.pictures, settings.questions))
@@ -203,12 +203,13 @@ def run(settings: AccuracySettings) -> int:
         facts["looked_at"] = str(len(spread(asked)))
         print(render(facts, scores, TERMINAL))
         if base is not None:
-            title = f"{facts['model']} {facts['machine']}"
             write_results(
                 base,
                 {**facts, "rows": [asdict(score) for score in scores]},
                 render(facts, scores, MARKDOWN),
-                partial(plot, title, scores) if settings.plots and len(scores) > 1 else None,
+                partial(plot, title_of(facts), scores)
+                if settings.plots and len(scores) > 1
+                else None,
             )
             if is_ranked(scores):
                 page = base.with_name(f"{base.name}-ranking.md")

@@ -243,7 +243,7 @@ def run(settings: BenchSettings) -> int:
     pictures = _pictures(settings, max(settings.batches))
     # The model comes only now: whatever was typed wrong has been said.
     from llava_hvp.bench.machine import about
-    from llava_hvp.bench.plot import plot
+    from llava_hvp.bench.plot import plot, title_of
     from llava_hvp.bench.tables import render
 
     what = _subject(settings)
@@ -270,7 +270,7 @@ def run(settings: BenchSettings) -> int:
             settings.out / name,
             {**facts, "rows": [asdict(row) for row in rows]},
             render(facts, rows, MARKDOWN),
-            partial(plot, f"{facts['model']} {facts['machine']}", rows) if settings.plots else None,
+            partial(plot, title_of(facts), rows) if settings.plots else None,
         )
     return 0
 

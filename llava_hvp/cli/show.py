@@ -64,7 +64,11 @@ def add(commands: Any) -> None:
     what.add_argument(
         "--scale", choices=("own", "shared"), default="own", help="of the colours of heat maps"
     )
-    what.add_argument("--prompt", help="for methods that read it, and for the answers on a page")
+    what.add_argument(
+        "--prompt",
+        help="a question: both answers, unpruned and pruned, are written below the pictures; "
+        "methods that read it need it",
+    )
     what.add_argument(
         "--conv-mode", help="LLaVA's conversation template; by default what fits the name"
     )
@@ -278,22 +282,56 @@ class _Drawing:
 
     def overlays(self) -> Image:
         """One overlay, or a grid: a column a method, a row a budget, none in every row."""
-        from llava_hvp.show.overlay import grid, overlay
+        from llava_hvp.show.overlay import (
+            NARROWEST,
+            captioned,
+            grid,
+            original_of,
+            overlay,
+            scale_for,
+            titled,
+        )
 
-        several = len(self.settings.variants) > 1
-        kwargs: dict[str, Any] = {"widest": CELL} if several else {"notes": self.notes}
+        settings = self.settings
+        unpruned = self._answer(Variant())[0] if settings.prompt else None
+        if len(settings.variants) == 1:
+            (variant,) = settings.variants
+            report, answers = self._pruned(variant, unpruned)
+            kept = overlay(
+                report, self.image, title=str(variant), notes=self.notes, answers=answers
+            )
+            return titled(kept, settings.prompt or self.title)
+        panels = self.viewer.view.frame(self.image)
         columns = [
-            [
-                overlay(self._look(variant), self.image, title=str(variant), **kwargs)
-                for variant in budgets
-            ]
-            for budgets in self.settings.columns
+            [self._cell(variant, unpruned) for variant in column] for column in settings.columns
         ]
-        if not several:
-            return columns[0][0]
         rows = max(map(len, columns))
         columns = [cells * (rows // len(cells)) for cells in columns]
-        return grid(list(zip(*columns, strict=True)), self.title)
+        picture = original_of(self.image, panels, scale_for(panels, CELL))
+        told = "unpruned" if settings.prompt else self.viewer.view.describe(self.image.size)
+        original = captioned(picture, told, unpruned, least=NARROWEST)
+        cells = list(zip(*columns, strict=True))
+        return grid(cells, original, settings.prompt or self.title)
+
+    def _cell(self, variant: Variant, unpruned: str | None) -> Image:
+        """One picture of a grid."""
+        from llava_hvp.show.overlay import overlay
+
+        report, answers = self._pruned(variant, unpruned)
+        return overlay(
+            report, self.image, title=str(variant), answers=answers, original=False, widest=CELL
+        )
+
+    def _pruned(
+        self, variant: Variant, unpruned: str | None
+    ) -> tuple[ImageReport, tuple[str, str] | None]:
+        """What is kept and, where something was asked, both answers."""
+        if unpruned is None:
+            return self._look(variant), None
+        if not variant.prunes:
+            return self._look(variant), (unpruned, unpruned)
+        answer, report = self._answer(variant)
+        return report, (unpruned, answer)
 
     def page(self) -> str:
         """The HTML page."""

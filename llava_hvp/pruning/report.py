@@ -114,11 +114,12 @@ class ImageReport:
             f"({self.kept_of_patches:.1%}){inside}{', encoded by an earlier call' * self.reused}>"
         )
 
-    def overlay(self, image: Any, *, scale: int | None = None) -> Any:
-        """What was kept, drawn on the picture as the model sees it: a PIL image.
+    def overlay(self, image: Any, *, scale: int | None = None, original: bool = True) -> Any:
+        """What was kept, beside the picture as the model sees it: a PIL image.
 
-        The picture's area begins in the top left corner (LLaVA-NeXT: the base tile, then the
-        mosaic); a legend with counts stands below.
+        Kept patches are in their own colours, outlined by role; pruned ones grey and dark. Pictures
+        begin in the top left corner (LLaVA-NeXT: the base tile, then the mosaic); a legend with
+        counts stands below.
 
         Parameters
         ----------
@@ -127,6 +128,8 @@ class ImageReport:
             turned by its EXIF orientation.
         scale : int | None
             pixels drawn for one that the model sees; what fits a screen by default
+        original : bool
+            whether the unpruned picture stands at the left
 
         Raises
         ------
@@ -135,7 +138,7 @@ class ImageReport:
         """
         from llava_hvp.show.overlay import overlay
 
-        return overlay(self, image, scale=scale)
+        return overlay(self, image, scale=scale, original=original)
 
     def _repr_png_(self) -> bytes | None:
         from llava_hvp.show.notebook import png_of

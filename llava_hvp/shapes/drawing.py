@@ -48,14 +48,21 @@ def draw(scene: Scene) -> Image.Image:
     picture = _background(scene, scale, random)
     pen = ImageDraw.Draw(picture)
     _clutter(pen, scene, scale, random)
-    for thing in scene.things:
-        _draw_thing(pen, thing, scale, random)
+    _draw_things(pen, scene, scale, random)
     if scene.busy and random.random() < 0.3:
         for _ in range(random.randint(1, 2)):
             _line(pen, scene, scale, random, width=max(1, scale // 2))
     if scene.number:
         write_number(picture, scene, scale)
     return picture
+
+
+def draw_on(picture: Image.Image, scene: Scene) -> None:
+    """Draw a scene's things and number on a picture of your own, a whole multiple of its size."""
+    scale = picture.width // scene.width
+    _draw_things(ImageDraw.Draw(picture), scene, scale, Random(f"style {scene.style}"))
+    if scene.number:
+        write_number(picture, scene, scale)
 
 
 def outline(thing: Thing, random: Random | None = None) -> list[Point]:
@@ -182,6 +189,11 @@ def _line(
 ) -> None:
     ends = [random.uniform(0, side) * scale for side in (scene.width, scene.height) * 2]
     pen.line(ends, fill=_grey(random), width=width)
+
+
+def _draw_things(pen: ImageDraw.ImageDraw, scene: Scene, scale: int, random: Random) -> None:
+    for thing in scene.things:
+        _draw_thing(pen, thing, scale, random)
 
 
 def _draw_thing(pen: ImageDraw.ImageDraw, thing: Thing, scale: int, random: Random) -> None:

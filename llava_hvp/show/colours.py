@@ -11,24 +11,26 @@ from torch import Tensor
 
 Colour = tuple[int, int, int]
 
-# The one role of a picture that is not pruned; its patches are shown as they are.
+# The one role of a picture that is not pruned; its patches have no outline.
 UNPRUNED = "unpruned"
+# From M. Okabe and K. Ito's palette, which colour-blind readers tell apart; roles of one method
+# differ in lightness too.
 ROLES: Mapping[str, Colour | None] = {
     UNPRUNED: None,
-    "global": (0, 170, 60),  # green and red as in HIVTP's Figure 3
-    "local": (230, 30, 40),
-    "anchor": (250, 215, 0),
-    "buffer": (255, 125, 0),
-    "register": (0, 160, 165),
-    "text": (165, 60, 205),
+    "global": (86, 180, 233),
+    "local": (230, 159, 0),
+    "anchor": (240, 228, 66),
+    "buffer": (213, 94, 0),
+    "register": (0, 158, 115),
+    "text": (86, 180, 233),
 }
 # Methods without roles of their own have one role, named after them.
-NEUTRAL: Colour = (60, 125, 235)
+NEUTRAL: Colour = (230, 159, 0)
 # In legends, of what is pruned: grey and dark in the picture.
 DIMMED: Colour = (60, 60, 60)
 # For the roles of methods that we have not met.
-OTHERS: tuple[Colour, ...] = (NEUTRAL, (225, 60, 145), (150, 185, 30), (145, 100, 50))
-# Of what a token took in; M. Okabe and K. Ito's, which colour-blind readers tell apart.
+OTHERS: tuple[Colour, ...] = (NEUTRAL, (86, 180, 233), (204, 121, 167), (0, 158, 115))
+# Of what a token took in.
 REGIONS: tuple[Colour, ...] = (
     *((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66)),
     *((0, 114, 178), (213, 94, 0), (204, 121, 167)),
@@ -39,10 +41,12 @@ LIGHTNESS, HUE, MOST_CHROMA = (0.20, 0.96), (300.0, 100.0), 0.13
 
 
 def colours_of(roles: Iterable[str]) -> dict[str, Colour | None]:
-    """A colour for each role, no two alike as long as there are colours; None for no tint."""
+    """A colour for each role, no two alike as long as there are colours; None for no outline."""
     roles = list(roles)
     strangers = [role for role in roles if role not in ROLES]
-    others = {role: OTHERS[number % len(OTHERS)] for number, role in enumerate(strangers)}
+    taken = [ROLES[role] for role in roles if role in ROLES]
+    free = [colour for colour in OTHERS if colour not in taken]
+    others = {role: free[number % len(free)] for number, role in enumerate(strangers)}
     return {role: others[role] if role in others else ROLES[role] for role in roles}
 
 

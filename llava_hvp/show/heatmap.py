@@ -17,6 +17,11 @@ SCALES = ("own", "shared")
 CELL, LEAST_SIDE = 250, 5  # pixels: about the width of a layer, and of a patch at least
 WIDEST = 1900  # pixels of a row of layers
 BAR = 14  # pixels, the height of a colour bar
+FAINTLY = 3  # of ten parts, the picture below its heat, in grey
+MIDDLE = 128
+WORDS = (
+    "Attention that each patch receives, as a multiple of the even share: dark little, light much"
+)
 
 
 def heat_maps(
@@ -56,10 +61,10 @@ def heat_maps(
             parts.append(bar(least, most, min(parts[0].width, CELL)))
         cells.append(below(parts, gap=4))
     rows = [beside(cells[at : at + across], GAP) for at in range(0, len(cells), across)]
-    foot = "received attention, times the even share of 1 / tokens; " + (
-        "one scale for all layers" if scale == "shared" else "each layer on a scale of its own"
+    foot = f"{WORDS}; " + (
+        "one scale for all layers." if scale == "shared" else "each layer on a scale of its own."
     )
-    parts = [words(title, size=20)] if title else []
+    parts = [words(title, size=22)] if title else []
     parts += rows
     if scale == "shared":
         parts.append(bar(*ends_of(everything), 2 * CELL))
@@ -85,19 +90,30 @@ def levels(values: Tensor, least: float, most: float) -> Tensor:
 
 
 def heated(values: Tensor, panel: Panel, least: float, most: float, side: int) -> Tensor:
-    """(height, width, 3) uint8, values of patches, (tiles * N,), as colours; `side` pixels each."""
+    """(height, width, 3) uint8, values of patches, (tiles * N,), as colours; `side` pixels each.
+
+    Three of ten parts are the panel's photo, in grey.
+    """
     smaller = replace(panel, side=side, photo=None)
-    return heat()[over_pixels(levels(values, least, most), smaller).long()]
+    colours = heat()[over_pixels(levels(values, least, most), smaller).long()].int()
+    grey = _pixels(_photo(panel, side).convert("L").convert("RGB")).int()
+    return (((10 - FAINTLY) * colours + FAINTLY * grey + 5) // 10).to(torch.uint8)
 
 
 def bar(least: float, most: float, width: int) -> Image.Image:
-    """A colour bar with its ends in numbers."""
-    strip = heat()[torch.linspace(0, 255, width).round().long()]
-    left, right = words(f"{least:.2f}", size=12), words(f">= {most:.2f}", size=12)
+    """A colour bar with its ends in numbers, over the grey that a picture has on average."""
+    strip = heat()[torch.linspace(0, 255, width).round().long()].int()
+    strip = (((10 - FAINTLY) * strip + FAINTLY * MIDDLE + 5) // 10).to(torch.uint8)
+    left, right = words(f"{least:.1f} times", size=13), words(f"{most:.1f} and more", size=13)
     ends = Image.new("RGB", (max(width, left.width + right.width), left.height), (255, 255, 255))
     ends.paste(left, (0, 0))
     ends.paste(right, (ends.width - right.width, 0))
     return below([picture(strip.expand(BAR, -1, -1).contiguous()), ends], gap=2)
+
+
+def _pixels(drawn: Image.Image) -> Tensor:
+    flat = torch.frombuffer(bytearray(drawn.tobytes()), dtype=torch.uint8)
+    return flat.view(drawn.height, drawn.width, 3)
 
 
 def _photo(panel: Panel, side: int) -> Image.Image:

@@ -47,7 +47,7 @@ def shown_of(report: Report) -> list[tuple[str, Report]]:
 
 
 def totals(report: Report) -> str:
-    """As `281 of 576 tokens (48.8%), 281 of 576 patches (48.8%)`.
+    """As `281 of 576 tokens (48.8%)`, with `, 300 of 720 patches (41.7%)` where these are others.
 
     Inside the language model `168.0 of 576 tokens on average over 32 layers (29.2%)`.
     """
@@ -55,9 +55,12 @@ def totals(report: Report) -> str:
         f"{report.kept_patches} of {report.sent.numel()} patches ({report.kept_of_patches:.1%})"
     )
     if not report.stages:
+        tokens = (
+            f"{report.kept_tokens} of {report.stock_tokens} tokens ({report.kept_of_stock:.1%})"
+        )
+        same = report.kept_tokens, report.stock_tokens
         return (
-            f"{report.kept_tokens} of {report.stock_tokens} tokens ({report.kept_of_stock:.1%}), "
-            f"{patches}"
+            tokens if same == (report.kept_patches, report.sent.numel()) else f"{tokens}, {patches}"
         )
     return (
         f"{report.average_tokens:.1f} of {report.stock_tokens} tokens on average over "

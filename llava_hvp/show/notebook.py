@@ -5,40 +5,47 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
 
 from llava_hvp.errors import PictureError
-from llava_hvp.show.colours import DIMMED, colours_of
-from llava_hvp.show.frame import Report, counts_of, places_of, states_of
+from llava_hvp.show.colours import DIMMED, Colour, colours_of
+from llava_hvp.show.frame import CUT, Report, counts_of, over_pixels, places_of, states_of
 from llava_hvp.show.inside import last_of, shown_of
 from llava_hvp.show.merging import merging_of
 
 SIDE = 10  # pixels along a patch
-LIGHT = (190, 190, 190)  # in place of the photo
+LIGHT: Colour = (190, 190, 190)  # of what is kept without a role, and of what unpad cuts off
 
 
 def png_of(report: Report) -> bytes | None:
     """The map of a report's masks as PNG; None without PIL."""
     try:
-        from llava_hvp.show.overlay import paint
         from llava_hvp.show.sheet import below, beside, picture
     except PictureError:
         return None
     sheets = []
     for each in [shown for _, shown in shown_of(report)]:
-        drawn, colours = [], list(colours_of(each.selection.roles).values())
-        for panel in places_of(each):
-            rows, columns = panel.patches.shape
-            photo = torch.tensor(LIGHT, dtype=torch.uint8).expand(rows * SIDE, columns * SIDE, 3)
-            plain = replace(panel, side=SIDE, photo=photo)
-            drawn.append(picture(paint(plain, states_of(each), colours, 1)))
+        table = torch.tensor(list(_table(each)), dtype=torch.uint8)
+        numbers = states_of(each).long()
+        drawn = [
+            picture(over_pixels(table[numbers], replace(panel, side=SIDE)))
+            for panel in places_of(each)
+        ]
         sheets.append(beside(drawn))
     file = io.BytesIO()
     below(sheets).save(file, "PNG")
     return file.getvalue()
+
+
+def _table(report: Report) -> Iterator[Colour]:
+    """The colour of each state."""
+    yield DIMMED
+    roles = [colour or LIGHT for colour in colours_of(report.selection.roles).values()]
+    yield from roles
+    yield from [LIGHT] * (CUT - len(roles))
 
 
 def html_of(report: Report) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 from llava_hvp.show.colours import DIMMED, Colour, colours_of
 from llava_hvp.show.frame import (
     CUT,
+    PRUNED,
     Panel,
     Report,
     counts_of,
@@ -37,10 +38,11 @@ from llava_hvp.show.sheet import (
     words,
 )
 
-WIDEST, LARGEST = 1100, 4  # pixels of an overlay, times the size that the model sees
-WIDEST_PAIR = 1500  # pixels, where two pictures of one tile stand side by side
+WIDEST, LARGEST = 1560, 4  # pixels of an overlay, times the size that the model sees
 NARROWEST = 360  # pixels, so that a legend has room
 LEAST = 330  # pixels, the width of one of several pictures of an image
+ANSWER = 22  # pixels, the height of an answer's letters
+LINE = 14  # an outline is a fourteenth of a patch wide
 LIGHT, DARK, SQUARE = 250, 222, 7  # the chequers of what unpad cuts off
 
 
@@ -51,9 +53,11 @@ def overlay(
     scale: int | None = None,
     title: str = "",
     notes: Sequence[str] = (),
+    answers: tuple[str, str] | None = None,
+    original: bool = True,
     widest: int = WIDEST,
 ) -> Image.Image:
-    """Draw what was kept on the picture; see `ImageReport.overlay`.
+    """Draw what was kept beside the picture; see `ImageReport.overlay`.
 
     Parameters
     ----------
@@ -61,19 +65,22 @@ def overlay(
         instead of the method's name
     notes : Sequence[str]
         lines to put below
+    answers : tuple[str, str] | None
+        what was answered unpruned and pruned, to put below the two
+    original : bool
+        whether the unpruned picture stands at the left
     widest : int
         pixels, where no scale is given
     """
     panels, shown, merging = frame_of(report, image), shown_of(report), merging_of(report)
     draws_regions = merging is not None and bool(merging.flows)
-    is_pair = draws_regions and len(panels) == 1 and not report.stages and widest == WIDEST
-    across = 1 if scale else _across(panels, len(shown), widest)
-    scale = scale or (
-        scale_for((*panels, *panels), WIDEST_PAIR)
-        if is_pair
-        else scale_for(list(panels) * across, widest)
+    is_row = len(panels) == 1 and not report.stages
+    beside_it = [panels[0]] * original
+    across = 1 if scale else _across((*beside_it, *panels), len(shown), widest)
+    drawn_twice = draws_regions and is_row and original
+    scale = scale or scale_for(
+        [*beside_it, *list(panels) * across, *panels[: int(drawn_twice)]], widest
     )
-    colours = list(colours_of(report.selection.roles).values())
 
     def painted(report: Report) -> Image.Image:
         states = states_of(report)
@@ -85,25 +92,51 @@ def overlay(
         sheet = in_rows(
             [below([painted(r), words(caption(n, r))], gap=4) for n, r in shown], across
         )
+    said = f"{title or report.method}: {totals(report)}"
+    sheets = [captioned(sheet, said, answers and answers[1], least=NARROWEST)]
     if merging is not None and draws_regions:
         regions = region_colours(merging, panels, report.sent.shape[1])
-        states, plain = states_of(report), [None] * len(colours)
+        states, plain = states_of(report), [None] * len(report.selection.roles)
         drawn = [
             picture(paint_regions(paint(p, states, plain, scale), p, merging, regions, scale))
             for p in panels
         ]
-        sheet = (beside if is_pair else below)([sheet, _row(drawn, panels)])
-    width = max(sheet.width, NARROWEST)
-    said = f"{title or report.method}: {totals(report)}"
-    seen = report.view.describe(image.size) if report.view is not None else ""
-    lines = [words(note, width - GAP, ink=FAINT) for note in (seen, *notes)]
-    texts = [words(said, width - GAP), roles_legend(last_of(report), width - GAP)]
+        sheets.append(captioned(_row(drawn, panels), "what each token took in"))
+    whole = (beside if is_row else below)(sheets)
+    if original:
+        unpruned = f"{'unpruned' if answers else 'the picture'}: {report.stock_tokens} tokens"
+        whole = beside(
+            [captioned(original_of(image, panels, scale), unpruned, answers and answers[0]), whole]
+        )
+    width = max(whole.width, NARROWEST) - GAP
+    seen = report.view.describe(image.size) if report.view is not None and original else ""
+    texts = [roles_legend(last_of(report), width)]
     if merging is not None:
-        how = f" {'Right' if is_pair else 'Below'}: {HOW}" if draws_regions else ""
-        texts.append(words(f"{merging}.{how}", width - GAP))
-        texts += [regions_legend(merging, width - GAP)] if draws_regions else []
-    texts += lines
-    return below([sheet, with_margin(below(texts, gap=GAP // 2), GAP // 2)], gap=0)
+        texts.append(words(f"{merging}.{f' {HOW}' if draws_regions else ''}", width))
+        texts += [regions_legend(merging, width)] if draws_regions else []
+    texts += [words(note, width, ink=FAINT) for note in (seen, *notes) if note]
+    return below([whole, *texts], gap=GAP // 2)
+
+
+def original_of(image: Any, panels: Sequence[Panel], scale: int) -> Image.Image:
+    """The picture unpruned: a single tile as the model sees it, else in its own proportions."""
+    if len(panels) == 1:
+        return picture(enlarged(panels[0], scale))
+    height = panels[0].patches.shape[0] * panels[0].side * scale
+    width = max(1, min(2 * height, round(image.width * height / image.height)))
+    height = max(1, round(image.height * width / image.width))
+    return image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+
+
+def captioned(
+    drawn: Image.Image, said: str, answer: str | None = None, *, least: int = 0
+) -> Image.Image:
+    """A picture with its line below, and an answer in larger letters."""
+    width = max(drawn.width, least)
+    lines = [words(said, width)]
+    if answer is not None:
+        lines.append(words(f"answer: {answer or '(none)'}", width, size=ANSWER))
+    return below([drawn, *lines], gap=GAP // 2)
 
 
 def _row(drawn: Sequence[Image.Image], panels: Sequence[Panel]) -> Image.Image:
@@ -147,20 +180,38 @@ def enlarged(panel: Panel, scale: int) -> Tensor:
 def paint(panel: Panel, states: Tensor, colours: Sequence[Colour | None], scale: int) -> Tensor:
     """(height, width, 3) uint8, a panel with its patches in the colours of their states.
 
-    A kept patch is two parts photo and three parts role colour, or the photo where the role has
-    none; a pruned one grey and dark, so that no pixel of it has a colour; one that unpad cuts off
-    is chequered.
+    A kept patch is the photo, outlined in its role's colour where the role has one and another
+    state begins; a pruned one grey and dark, so that no pixel of it has a colour; one that unpad
+    cuts off is chequered.
     """
     photo = enlarged(panel, scale).to(torch.int32)
     state = over_pixels(states, panel, scale).long()[..., None]
-    table = torch.tensor([(0, 0, 0), *(c or (0, 0, 0) for c in colours)], dtype=torch.int32)
-    plain = torch.tensor([False, *(c is None for c in colours)])
-    role = state.clamp(max=len(colours))
-    tinted = torch.where(plain[role], photo, (2 * photo + 3 * table[role[..., 0]] + 2) // 5)
     grey = (photo * torch.tensor((299, 587, 114), dtype=torch.int32)).sum(-1, keepdim=True)
-    dimmed = grey * 35 // 100_000
-    shown = torch.where(state == 0, dimmed, tinted)
+    shown = torch.where(state == PRUNED, grey * 35 // 100_000, photo)
+    table = torch.tensor([(0, 0, 0), *(c or (0, 0, 0) for c in colours)], dtype=torch.int32)
+    outlined = torch.tensor([False, *(c is not None for c in colours)])
+    role = state[..., 0].clamp(max=len(colours))
+    edge = _edges(states[panel.patches], panel.side * scale) & outlined[role]
+    shown = torch.where(edge[..., None], table[role], shown)
     return torch.where(state == CUT, chequers(*photo.shape[:2]), shown).to(torch.uint8)
+
+
+def _edges(states: Tensor, side: int) -> Tensor:
+    """(rows * side, columns * side) bool, lines within patches where another state begins."""
+    rows, columns = states.shape
+    line = max(1, side // LINE)
+    edge = torch.zeros(rows, side, columns, side, dtype=torch.bool)
+    edge[:, :line] |= _begins(states)[:, None, :, None]
+    edge[:, -line:] |= _begins(states.flip(0)).flip(0)[:, None, :, None]
+    edge[..., :line] |= _begins(states.T).T[:, None, :, None]
+    edge[..., -line:] |= _begins(states.flip(1).T).T.flip(1)[:, None, :, None]
+    return edge.view(rows * side, columns * side)
+
+
+def _begins(states: Tensor) -> Tensor:
+    """Bool of the same shape, where a row has another state than the one before it."""
+    first = torch.ones_like(states[:1], dtype=torch.bool)
+    return torch.cat((first, states[1:] != states[:-1]))
 
 
 def chequers(height: int, width: int) -> Tensor:
@@ -178,20 +229,23 @@ def roles_legend(report: Report, width: int) -> Image.Image:
             pixels = chequers(TEXT, TEXT).expand(-1, -1, 3).to(torch.uint8).contiguous()
             swatches[f"cut off by unpad {count}"] = picture(pixels)
         else:
-            swatches[f"{name} {count}"] = swatch(colours.get(name, DIMMED))
+            square = Image.new("RGB", (TEXT, TEXT), DIMMED)
+            swatches[f"{name} {count}"] = swatch(colours[name]) if name in colours else square
     return legend(swatches, width)
 
 
 def swatch(colour: Colour | None) -> Image.Image:
-    """A square of a legend, empty for no colour."""
+    """A square of a legend: outlined as kept patches are, faintly for those without a colour."""
     square = Image.new("RGB", (TEXT, TEXT), colour or FAINT)
-    if colour is None:
-        square.paste(PAPER, (1, 1, TEXT - 1, TEXT - 1))
+    line = 1 if colour is None else TEXT // 4
+    square.paste(PAPER, (line, line, TEXT - line, TEXT - line))
     return square
 
 
-def grid(cells: Sequence[Sequence[Image.Image]], title: str = "") -> Image.Image:
-    """Overlays in rows, with margins; columns as wide as their widest cell."""
+def grid(
+    cells: Sequence[Sequence[Image.Image]], original: Image.Image, title: str = ""
+) -> Image.Image:
+    """Overlays in rows right of the unpruned picture; columns as wide as their widest cell."""
     widths = [max(cell.width for cell in column) for column in zip(*cells, strict=True)]
     rows = []
     for row in cells:
@@ -201,5 +255,11 @@ def grid(cells: Sequence[Sequence[Image.Image]], title: str = "") -> Image.Image
             wide.paste(cell, (0, 0))
             placed.append(wide)
         rows.append(beside(placed, gap=2 * GAP))
-    heading = [words(title, size=TEXT + 4)] if title else []
-    return with_margin(below([*heading, *rows], gap=2 * GAP), 2 * GAP)
+    sheet = beside([original, below(rows, gap=2 * GAP)], gap=2 * GAP)
+    return titled(sheet, title)
+
+
+def titled(sheet: Image.Image, title: str) -> Image.Image:
+    """A sheet with its title above it, and margins."""
+    heading = [words(title, sheet.width, size=ANSWER)] if title else []
+    return with_margin(below([*heading, sheet], gap=GAP), 2 * GAP)

@@ -15,7 +15,7 @@ from llava_hvp.show.sheet import PAPER, TEXT, Image, legend
 
 BLACK: Colour = (0, 0, 0)
 HOW = (
-    "a ringed token holds, besides its own patch, those of its colour. There are seven colours, "
+    "A ringed token holds, besides its own patch, those of its colour. There are seven colours, "
     "which come again apart from each other; a patch in several tokens has that of the nearest."
 )
 
