@@ -17,12 +17,15 @@ from llava_hvp import (
     Mix,
     Runtime,
     Uniform,
+    VisionContext,
     VisionMethod,
     get_method,
     list_methods,
     prune,
 )
 from llava_hvp.errors import UnsupportedModelError
+from llava_hvp.pruning.shrunk import Shrunk
+from llava_hvp.pruning.shrunk import select as shrunk_select
 
 pytestmark = needs_release
 
@@ -292,6 +295,42 @@ def test_a_token_is_drawn_at_the_patches_whose_centre_it_covers(model):
             ]
             kept = report.mosaic.keep[0, token[0] * grid[1] + token[1]]
             assert report.selection.keep[tile, patch] == kept
+
+
+@pytest.mark.parametrize("name", ["mmtok", "cdpruner"])
+def test_methods_that_read_the_prompt_choose_there_too(name):
+    random = torch.Generator().manual_seed(0)
+    tiles, patches, grid = 5, 16, (5, 6)  # of 2 x 2 tiles of 4 x 4
+    values = torch.rand(tiles, patches, 8, generator=random)
+    context = VisionContext(
+        grid=(4, 4),
+        features=values,
+        projected=values,
+        relevance=values[..., 0],
+        words=(values[0, :3],),
+        padding=torch.zeros(tiles, patches, dtype=torch.bool),
+        tiles=(tiles,),
+    )
+    whole = torch.arange(patches, tiles * patches).view(8, 8)
+    means = torch.rand(30, 64, generator=random).softmax(1)
+    small = Shrunk((112, 112), grid, whole, lambda v: means @ v[1:].flatten(0, 1))
+    method = get_method(name, r_max=0.5)
+    chosen, (mosaic,) = shrunk_select(method, context, [small])
+    tokens = means @ values[1:].flatten(0, 1)
+    alone = dataclasses.replace(
+        context,
+        grid=grid,
+        features=tokens[None],
+        projected=tokens[None],
+        relevance=tokens[None, :, 0],
+        padding=torch.zeros(1, 30, dtype=torch.bool),
+        tiles=(1,),
+    )
+    assert torch.equal(mosaic.keep, method.select(alone).keep)
+    base = context.rows(torch.tensor([0]), (1,))
+    assert torch.equal(chosen.keep[:1], method.select(base).keep)
+    assert not chosen.keep[1:].any()
+    assert 0 < int(mosaic.keep.sum()) <= 15
 
 
 class Merging(HiPrune):
