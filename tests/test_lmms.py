@@ -3,8 +3,10 @@
 In an environment of its own (`make test-lmms`), since lmms-eval brings a hundred packages.
 """
 
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -57,20 +59,25 @@ def tasks(tmp_path_factory):
     (folder / "things.json").write_text(json.dumps(docs))
     (folder / "things.yaml").write_text(TASK.format(data=folder / "things.json"))
     (folder / "things_utils.py").write_text(VISUAL)
+    seen = [doc for doc in docs if doc["images"]]
+    (folder / "seen.json").write_text(json.dumps(seen))
+    own = TASK.format(data=folder / "seen.json").replace("things", "seen", 1)
+    (folder / "seen.yaml").write_text(own)
     return folder
 
 
-def lmms_eval(folder, out, model_args, *options, launch=()):
+def lmms_eval(folder, out, model_args, *options, launch=(), run=(), model="llava_hvp", **environ):
     """Run the command; the process, and (answers, results) where there are some."""
-    command = [sys.executable, *launch, "-m", "lmms_eval", "--model", "llava_hvp"]
-    command += ["--model_args", model_args, "--tasks", "things", "--include_path", str(folder)]
+    task = "things" if model == "llava_hvp" else "seen"
+    command = [*run, sys.executable, *launch, "-m", "lmms_eval", "--model", model]
+    command += ["--model_args", model_args, "--tasks", task, "--include_path", str(folder)]
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         [*command, "--log_samples", "--output_path", str(out), *options],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        env={**os.environ, **offline},
+        env={**os.environ, **offline, **environ},
         check=False,
         timeout=300,
         start_new_session=True,  # lmms-eval asks the terminal things
@@ -78,10 +85,10 @@ def lmms_eval(folder, out, model_args, *options, launch=()):
     found = list(Path(out).rglob("*_results.json")) if Path(out).exists() else []
     if not found:
         return result, None, None
-    (samples,) = Path(out).rglob("*_samples_things.jsonl")
+    (samples,) = Path(out).rglob(f"*_samples_{task}.jsonl")
     records = [json.loads(line) for line in samples.read_text().splitlines()]
     records.sort(key=lambda record: record["doc_id"])
-    answers = [record["filtered_resps"][0] for record in records]
+    answers = [record["filtered_resps"] for record in records]
     return result, answers, json.loads(found[0].read_text())
 
 
@@ -164,6 +171,54 @@ def test_an_error_is_no_empty_answer(tasks, checkpoints, tmp_path):
         assert results is None
         (line,) = [x for x in result.stderr.splitlines() if x.startswith("llava-hvp: error: ")]
         assert words in line
+
+
+def by_flags(tasks, out, path, *flags, **environ):
+    """lmms-eval's own model of transformers' LLaVA, under the launcher."""
+    # It imports a reader of videos, which needs none of this.
+    (tasks / "decord.py").write_text("VideoReader = cpu = None\n")
+    search = os.pathsep.join(filter(None, (str(tasks), os.environ.get("PYTHONPATH"))))
+    run = [sys.executable, "-m", "llava_hvp", "run", *flags, "--"]
+    given = f"pretrained={path},device=cpu,device_map=cpu,dtype=float32"
+    return lmms_eval(tasks, out, given, run=run, model="llava_hf", PYTHONPATH=search, **environ)
+
+
+def test_lmms_evals_own_model_is_pruned_by_flags_and_recorded(tasks, hf, tmp_path):
+    bundle = hf("llava-1.5-llama")
+    flags = ("--prune-method", "hivtp", "--r-max", "0.5")
+    result, answers, _ = by_flags(tasks, tmp_path, bundle.path, *flags)
+    assert result.returncode == 0, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("llava-hvp: ")]
+    assert lines[0].startswith("llava-hvp: pruning on: hivtp r_max=0.5 (llava-hvp ")
+    assert answers is not None, result.stderr
+    (results,) = tmp_path.rglob("*_results.json")
+    record = results.with_name(f"{results.name}.hvp.json")
+    assert lines[-1].endswith(f"; record: {record}")
+    found = json.loads(record.read_text())
+    assert (found["method"], found["options"]["r_max"]) == ("hivtp", 0.5)
+    counts = found["counts"]
+    assert (counts["images"], counts["kept_tokens"]) == (4, 4 * 32)
+    assert found["answers"]["sha256"] == hashlib.sha256(results.read_bytes()).hexdigest()
+    (samples,) = found["samples"]
+    assert samples["lines"] == len(answers) == 4
+    assert all(answers)
+
+
+def test_an_answer_that_was_refused_is_no_empty_one(tasks, hf, tmp_path):
+    """lmms-eval goes on after whatever its models raise, with an empty answer."""
+    bundle = hf("llava-1.5-llama")
+    path = tmp_path / "refusing"
+    shutil.copytree(bundle.path, path)
+    config = json.loads((path / "generation_config.json").read_text())
+    config["prompt_lookup_num_tokens"] = 3  # refused for a pruned prompt
+    (path / "generation_config.json").write_text(json.dumps(config))
+    flags = ("--prune-method", "hivtp", "--r-max", "0.5")
+    result, answers, _ = by_flags(tasks, tmp_path / "out", path, *flags)
+    assert not any(answers)
+    assert result.returncode == 1
+    assert "4 calls of the pruned model were refused" in result.stderr
+    assert "prompt_lookup_num_tokens" in result.stderr
+    assert not list(tmp_path.rglob("*.hvp.json"))
 
 
 # --- in this process ---

@@ -21,10 +21,11 @@ import torch
 from llava_hvp import config
 from llava_hvp.config import Request
 from llava_hvp.console import say
-from llava_hvp.errors import OptionError, RecordError, UnsupportedModelError
+from llava_hvp.errors import LlavaHvpError, OptionError, RecordError, UnsupportedModelError
 from llava_hvp.files import write_json
 from llava_hvp.hook.answers import AnswersFile
 from llava_hvp.hook.ending import await_end, await_multiprocessing, await_sigterm, parent_process
+from llava_hvp.hook.harness import HarnessResults
 from llava_hvp.hosts import host_of
 from llava_hvp.methods import NONE
 from llava_hvp.pruning.record import UNWRITTEN, Totals, record_path
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 FAILED = 1  # exit code
 _PAST_US = "images were encoded without pruning"
+_REFUSED = "calls of the pruned model were refused"
 _WHY = (
     "something builds or calls the vision tower past LLaVA's loader, or past from_pretrained of "
     "transformers' own LLaVA classes"
@@ -104,11 +106,13 @@ class PruningAudit:
         self.totals = Totals()
         self.unpruned = 0
         self.answers = AnswersFile(self._named_answers)
+        self.results = HarnessResults()
         self._pid = os.getpid()
         self._forked = startup.is_fork()
         self._inherited = False
         self._begun = self._ended = self._telling = False
         self._crash: str | None = None
+        self._refused: list[LlavaHvpError] = []
         self._facts: dict[str, str] = {}
 
     def begin(self) -> None:
@@ -132,6 +136,7 @@ class PruningAudit:
         self._await_the_end()
         self._report("forked" if self._forked else "started")
         self.answers.claim()
+        self.results.watch()
 
     def watch(self, pruning: Pruning) -> None:
         """Count what this model prunes from now on."""
@@ -148,7 +153,12 @@ class PruningAudit:
             if self._forked:
                 self._report("forked")
 
-        pruning.on_record = on_record
+        def on_refused(error: LlavaHvpError) -> None:
+            self._see_fork()
+            if error not in self._refused:
+                self._refused.append(error)
+
+        pruning.on_record, pruning.on_refused = on_record, on_refused
 
     def count(self, model: Any, images: int, tokens: int) -> None:
         """Count images that unpruned LLaVA encoded, as `none` asks for."""
@@ -184,7 +194,8 @@ class PruningAudit:
             return
         self._pid, self._forked, self._inherited = os.getpid(), True, self._begun
         self.totals, self.unpruned = Totals(), 0
-        self._ended, self._crash = False, None
+        self._ended, self._crash, self._refused = False, None, []
+        self.results.paths.clear()
         if self._begun:
             await_multiprocessing(self.finish)
 
@@ -234,6 +245,12 @@ class PruningAudit:
             with contextlib.suppress(RecordError):  # it fails as it is, and has said why
                 self._report(*(("done",) if is_dismissed else ("failed", self._crash)))
             return
+        if self._refused:
+            say(
+                f"error: {len(self._refused)} calls of the pruned model were refused, and their "
+                f"caller went on ({self._refused[0]}): answers are missing or empty"
+            )
+            self._end("failed", _REFUSED)
         try:
             say(f"{self._summary()}{self._write_record()}")
         except RecordError as error:
@@ -261,6 +278,8 @@ class PruningAudit:
 
     def _write_record(self) -> str:
         """Where the record of the answers lies, in words; raises RecordError if it cannot."""
+        if self.results.paths:
+            return self.results.write_records(self.record())
         facts, answers = self.answers.facts(), self.answers.path
         if facts is None or answers is None:
             is_there = answers is not None and answers.is_file()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from llava_hvp.decoder.hooks import DecoderHooks
 from llava_hvp.encoder.text import ClipText, cosine_relevance
+from llava_hvp.errors import LlavaHvpError
 from llava_hvp.methods.base import VisionMethod
 from llava_hvp.methods.language import LanguageMethod
 from llava_hvp.methods.mmtok import content_words
@@ -46,6 +48,8 @@ class Pruning:
     on_record : Callable[[list[ImageReport]], None] | None
         called with the reports of each call, from the thread that made it; where a method prunes
         inside the language model, once the prompt has run there
+    on_refused : Callable[[LlavaHvpError], None] | None
+        called with what a call was refused for, on transformers' own classes
     hooks : DecoderHooks | None
         of the method inside the language model
     """
@@ -60,6 +64,7 @@ class Pruning:
         self.tokenizer = tokenizer
         self.reuse = False
         self.on_record: Callable[[list[ImageReport]], None] | None = None
+        self.on_refused: Callable[[LlavaHvpError], None] | None = None
         self._recently = RecentlyEncoded()
         self.clip_text = clip_text
         self.hooks: DecoderHooks | None = None
@@ -103,9 +108,19 @@ class Pruning:
         if self.on_record is not None:
             self.on_record(self._newest)
 
+    @contextlib.contextmanager
+    def told(self) -> Iterator[None]:
+        """Whoever listens hears of what is refused inside the block."""
+        try:
+            yield
+        except LlavaHvpError as error:
+            if self.on_refused is not None:
+                self.on_refused(error)
+            raise
+
     def __getstate__(self) -> dict[str, Any]:
         # Who listens belongs to this process, and the reports are of its calls.
-        return {**vars(self), "on_record": None, "_newest": []}
+        return {**vars(self), "on_record": None, "on_refused": None, "_newest": []}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Pruning:
         # In the same process a copy is listened to as well.

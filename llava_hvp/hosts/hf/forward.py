@@ -52,10 +52,17 @@ class ForwardHook:
         seen = any(kwargs.get(name) is not None for name in PIXELS)
         if len(args) < 2 and not noted and not seen and not kwargs.get("mm_encoder_outputs"):
             return None
-        return _rewritten(self.pruning, module, args, kwargs)
+        return _told(self.pruning, module, args, kwargs)
 
 
 @torch.compiler.disable
+def _told(
+    pruning: Pruning, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    with pruning.told():
+        return _rewritten(pruning, module, args, kwargs)
+
+
 def _rewritten(
     pruning: Pruning, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -63,6 +63,10 @@ class Generate:
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self.pruning.told():
+            return self._generate(args, kwargs)
+
+    def _generate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         names = [n for n in self.__signature__.parameters if n != "kwargs"]
         given = dict(zip(names, args, strict=False)) | kwargs
         pixels, cache = given.get("pixel_values"), given.get("past_key_values")
