@@ -6,7 +6,8 @@ import copy
 import dataclasses
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,10 @@ import torch
 from torch import Tensor
 
 from llava_hvp.decoder.hooks import DecoderHooks
+from llava_hvp.decoder.plan import DropPlan
 from llava_hvp.encoder.text import ClipText, cosine_relevance
+from llava_hvp.errors import OptionError, PrunedStateError
+from llava_hvp.given import config_for
 from llava_hvp.methods.base import VisionMethod
 from llava_hvp.methods.language import LanguageMethod
 from llava_hvp.methods.mmtok import content_words
@@ -29,6 +33,7 @@ from llava_hvp.runtime import PruningConfig, Runtime
 
 # Held while a model is looked at and changed, so that of two threads one comes first.
 CHANGING = threading.RLock()
+_LOADING = threading.Lock()  # a text encoder, which takes long
 
 
 class Pruning:
@@ -47,7 +52,7 @@ class Pruning:
         called with the reports of each call, from the thread that made it; where a method prunes
         inside the language model, once the prompt has run there
     hooks : DecoderHooks | None
-        of the method inside the language model
+        on the language model, once a method has pruned inside it
     """
 
     def __init__(
@@ -72,23 +77,102 @@ class Pruning:
 
     @property
     def method(self) -> VisionMethod:
-        """The method in force."""
-        return self.host_model.encoder.prune_method
+        """The method in force, in this thread."""
+        return self.config.method
 
     @property
     def inside(self) -> LanguageMethod | None:
-        """The method inside the language model, if there is one."""
-        return None if self.hooks is None else self.hooks.method
+        """The method inside the language model, if there is one in force."""
+        return self.config.inside
 
     @property
     def runtime(self) -> Runtime:
         """How the method is run."""
-        return self.host_model.encoder.prune_runtime
+        return self.config.runtime
 
     @property
     def config(self) -> PruningConfig:
-        """Methods and running together."""
-        return PruningConfig(self.method, self.runtime, self.inside)
+        """Methods and running together, as they are in force in this thread."""
+        return self.host_model.encoder.prune_switch.now
+
+    @contextmanager
+    def using(
+        self, method: Any, inside: LanguageMethod | str | None = None, **options: Any
+    ) -> Iterator[Pruning]:
+        """Prune by another method inside the block, or by none.
+
+        `with pruned.using(HiPrune(num_tokens=64)):`, by name `using("hiprune", num_tokens=64)`,
+        unpruned `using(None)`. It counts for the thread, or asynchronous task, that entered the
+        block; all others, and threads that are started inside it, have the model's own method.
+        Blocks nest. How the model runs (`runtime`) stays as it is.
+
+        Parameters
+        ----------
+        method : Method | str | Mapping | tuple | None
+            the method, its name, `{"method": name, **options}`, or both methods as a pair
+        inside : LanguageMethod | str | None
+            a second method, inside the language model
+        **options : Any
+            of a method that is given by name
+
+        Raises
+        ------
+        LlavaHvpError
+            an unknown method or option, or one that cannot run on this model; nothing has changed.
+            At the end of the block: it was left in another thread or task than it was entered in
+        """
+        self._check_on()
+        config = config_for(self.runtime, method, inside, options)
+        self._check(config)
+        switch = self.host_model.encoder.prune_switch
+        with switch.using(config):
+            self.load_text()
+            yield self
+
+    def _check_on(self) -> None:
+        """Raise PrunedStateError where this pruning is over."""
+        if self.model.__dict__.get("llava_hvp") is not self:
+            raise PrunedStateError(
+                "this model is not pruned any more, or anew: prune(model, method) gives what has "
+                "`using`"
+            )
+
+    def _check(self, config: PruningConfig) -> None:
+        """Raise a LlavaHvpError unless a block or a call of this model can be pruned so."""
+        encoder = self.host_model.encoder
+        own = encoder.prune_switch.own
+        if own.runtime.tower_dtype == "model" and config.method.keeps_all != own.method.keeps_all:
+            raise OptionError(
+                f"{config} for a block or a call, on a model pruned by {own}: its vision tower "
+                "cannot be in stock's dtype for one and in the model's for the other: leave "
+                "tower_dtype out"
+            )
+        encoder.check(config.method)
+        if config.inside is not None:
+            self.plan_of(config.inside)
+
+    def plan_of(self, inside: LanguageMethod) -> DropPlan:
+        """What a method drops inside the language model, with the hooks in place.
+
+        Raises a LlavaHvpError where this language model cannot be pruned so.
+        """
+        if self.hooks is not None:
+            return self.hooks.plan(inside)
+        with CHANGING:
+            hooks = self.hooks or self.host_model.decoder_hooks()
+            try:
+                plan = hooks.plan(inside)
+            except BaseException:
+                if self.hooks is None:
+                    hooks.remove()
+                raise
+            self.hooks = hooks
+        return plan
+
+    @property
+    def drop_plan(self) -> DropPlan | None:
+        """What is dropped inside the language model, by the method in force in this thread."""
+        return None if self.inside is None else self.plan_of(self.inside)
 
     @property
     def last(self) -> list[ImageReport]:
@@ -209,12 +293,15 @@ class Pruning:
         """Load what a prompt-aware method reads the prompt with; raises TextEncoderError."""
         encoder = self.host_model.encoder
         needs = encoder.plan().needs
-        if (needs.relevance is not None or needs.words) and self.tokenizer is None:
-            self.tokenizer = self.host_model.load_tokenizer()
-        if needs.relevance == "clip" and not isinstance(self.clip_text, ClipText):
-            clip = ClipText.load(str(self.clip_text or self.host_model.clip_checkpoint))
-            clip.check(encoder.vit)
-            self.clip_text = clip
+        if needs.relevance is None and not needs.words:
+            return
+        with _LOADING:
+            if self.tokenizer is None:
+                self.tokenizer = self.host_model.load_tokenizer()
+            if needs.relevance == "clip" and not isinstance(self.clip_text, ClipText):
+                clip = ClipText.load(str(self.clip_text or self.host_model.clip_checkpoint))
+                clip.check(encoder.vit)
+                self.clip_text = clip
 
     def relevance(self, tiles: tuple[int, ...], rows: list[Tensor] | None) -> OfFeatures | None:
         """The function of patch features that a prompt-aware method needs; None for others.

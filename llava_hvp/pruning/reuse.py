@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llava_hvp.encoder.capture import only_reads
 from llava_hvp.encoder.partitioned import is_partitioned
 from llava_hvp.pruning.encoding import EncodedTiles, HostInputs, PrunedEncoder
 
@@ -124,7 +125,8 @@ def weights_version(encoder: PrunedEncoder, projector: nn.Module | None = None) 
     read = (encoder.vit,) if projector is None else (encoder.vit, projector)
     for module in itertools.chain.from_iterable(part.modules() for part in read):
         # Numbers of hooks are given once only.
-        made_by += (id(module), *module._forward_pre_hooks, *module._forward_hooks)
+        made_by += (id(module), *module._forward_pre_hooks)
+        made_by += (n for n, hook in module._forward_hooks.items() if not only_reads(hook))
         made_by.append(id(vars(module).get("forward")))
         for weight in module._parameters.values():
             if weight is None:

@@ -18,6 +18,7 @@ from llava_hvp.decoder.prompt import withdraw
 from llava_hvp.errors import UnsupportedModelError
 from llava_hvp.hosts.hf.cache import (
     CacheNote,
+    check_alike,
     length_of,
     note_of,
     put_note,
@@ -63,6 +64,9 @@ class Generate:
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if "prune" in kwargs:
+            with self.pruning.using(kwargs.pop("prune")):
+                return self(*args, **kwargs)
         names = [n for n in self.__signature__.parameters if n != "kwargs"]
         given = dict(zip(names, args, strict=False)) | kwargs
         pixels, cache = given.get("pixel_values"), given.get("past_key_values")
@@ -71,6 +75,7 @@ class Generate:
             check_encoded(given)
             if note_of(cache) is None:
                 return self.stock(*args, **kwargs)
+        check_alike(note_of(cache), self.pruning.config)
         if given.get("inputs") is not None and given.get("input_ids") is None:
             given["input_ids"] = given.pop("inputs")
         note = take_note(cache)
@@ -119,7 +124,7 @@ def _generate(
         # A call that failed may be held on to, with its embeddings, and text come next.
         withdraw()
     following = None if positions is None else positions.next
-    note = CacheNote(long, whole, short_whole, _off(told, short_whole), following)
+    note = CacheNote(long, whole, short_whole, _off(told, short_whole), following, pruning.config)
     return _result(result, given, note)
 
 
