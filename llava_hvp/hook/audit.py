@@ -101,7 +101,7 @@ class PruningAudit:
     ) -> None:
         self.command, self.request, self.pruning = command, request, pruning
         self.versions = versions
-        self.totals = Totals()
+        self.totals = self._no_images()
         self.unpruned = 0
         self.answers = AnswersFile(self._named_answers)
         self._pid = os.getpid()
@@ -159,6 +159,9 @@ class PruningAudit:
         if self._forked:
             self._report("forked")
 
+    def _no_images(self) -> Totals:
+        return Totals(None if self.pruning is None else str(self.pruning))
+
     def _refuse_training(self, model: Any) -> None:
         """Whoever trains without LLaVA's own `train` comes here with a pruned model."""
         if model.training and torch.is_grad_enabled() and not self.request.train:
@@ -183,7 +186,7 @@ class PruningAudit:
         if os.getpid() == self._pid:
             return
         self._pid, self._forked, self._inherited = os.getpid(), True, self._begun
-        self.totals, self.unpruned = Totals(), 0
+        self.totals, self.unpruned = self._no_images(), 0
         self._ended, self._crash = False, None
         if self._begun:
             await_multiprocessing(self.finish)
