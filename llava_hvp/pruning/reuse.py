@@ -117,11 +117,8 @@ def weights_version(encoder: PrunedEncoder, projector: nn.Module | None = None) 
     changed by an optimiser. What changes through a parameter's `.data` in place leaves no trace: to
     find out, all weights would have to be read at each image.
     """
-    made_by: list[Any] = [
-        encoder.prune_method,
-        encoder.prune_runtime,
-        encoder.hidden_state_index,
-    ]
+    # All of what is in force: an image that another method inside gets counts as one of its own.
+    made_by: list[Any] = [encoder.prune_switch.now, encoder.hidden_state_index]
     read = (encoder.vit,) if projector is None else (encoder.vit, projector)
     for module in itertools.chain.from_iterable(part.modules() for part in read):
         # Numbers of hooks are given once only.
