@@ -173,9 +173,7 @@ def install(
     from llava_hvp.hosts.llava import builder
 
     chosen = config_of(method, inside, runtime, options)
-    builder.install(
-        **chosen.arguments, tokenizer=tokenizer, clip_text=clip_text, on_model=on_model
-    )
+    builder.install(**chosen.arguments, tokenizer=tokenizer, clip_text=clip_text, on_model=on_model)
 
 
 def uninstall() -> None:

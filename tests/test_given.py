@@ -101,6 +101,7 @@ def test_a_block_a_call_or_a_request_gives_a_method_and_the_model_runs_as_before
         (({"method": "hivtp", "r_max": {"a": 1}},), {}, "r_max="),
         (({"method": "hivtp", "tiling": "672"},), {}, "tiling says how the model runs"),
         (("hivtp",), {"newline": "none"}, "newline says how the model runs"),
+        (("hiprune++",), {"clip_text": "x"}, "clip_text='x' names the CLIP of a model"),
         ((None,), {"r_max": 0.5}, "r_max=0.5 beside None"),
         ((None, FastV()), {}, "None is no Method"),
         ((7,), {}, "7 is no Method"),

@@ -7,6 +7,7 @@ folder that it named.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import os
 import platform
@@ -160,7 +161,9 @@ class PruningAudit:
             self._report("forked")
 
     def _no_images(self) -> Totals:
-        return Totals(None if self.pruning is None else str(self.pruning))
+        # Calls know nothing of the CLIP that flags named: it is the model's.
+        pruning = self.pruning
+        return Totals(pruning and str(dataclasses.replace(pruning, clip_text=None)))
 
     def _refuse_training(self, model: Any) -> None:
         """Whoever trains without LLaVA's own `train` comes here with a pruned model."""
