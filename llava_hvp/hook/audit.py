@@ -163,7 +163,8 @@ class PruningAudit:
     def _no_images(self) -> Totals:
         # Calls know nothing of the CLIP that flags named: it is the model's.
         pruning = self.pruning
-        return Totals(pruning and str(dataclasses.replace(pruning, clip_text=None)))
+        known = None if pruning is None else dataclasses.replace(pruning, clip_text=None)
+        return Totals(None if known is None else str(known))
 
     def _refuse_training(self, model: Any) -> None:
         """Whoever trains without LLaVA's own `train` comes here with a pruned model."""
