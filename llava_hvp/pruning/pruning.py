@@ -17,15 +17,15 @@ from torch import Tensor
 
 from llava_hvp.decoder.hooks import DecoderHooks
 from llava_hvp.decoder.plan import DropPlan
-from llava_hvp.encoder.text import ClipText, cosine_relevance
+from llava_hvp.encoder.text import ClipText
 from llava_hvp.errors import OptionError, PrunedStateError
 from llava_hvp.given import config_for
 from llava_hvp.methods.base import VisionMethod
 from llava_hvp.methods.language import LanguageMethod
-from llava_hvp.methods.mmtok import content_words
-from llava_hvp.pruning.encoding import EncodedTiles, HostInputs, OfFeatures
+from llava_hvp.pruning.encoding import EncodedTiles, HostInputs
 from llava_hvp.pruning.host import HostModel
 from llava_hvp.pruning.layout import Size
+from llava_hvp.pruning.reading import ReadsPrompts
 from llava_hvp.pruning.report import ImageReport
 from llava_hvp.pruning.reuse import RecentlyEncoded, weights_version
 from llava_hvp.pruning.shrunk import Shrunk
@@ -33,10 +33,9 @@ from llava_hvp.runtime import PruningConfig, Runtime
 
 # Held while a model is looked at and changed, so that of two threads one comes first.
 CHANGING = threading.RLock()
-_LOADING = threading.Lock()  # a text encoder, which takes long
 
 
-class Pruning:
+class Pruning(ReadsPrompts):
     """A model being pruned; what `prune` returns.
 
     Ends with `unprune(model)`, or at the end of its `with` block.
@@ -288,80 +287,6 @@ class Pruning:
             self.take_back()
             raise
         return self
-
-    def load_text(self) -> None:
-        """Load what a prompt-aware method reads the prompt with; raises TextEncoderError."""
-        encoder = self.host_model.encoder
-        needs = encoder.plan().needs
-        if needs.relevance is None and not needs.words:
-            return
-        with _LOADING:
-            if self.tokenizer is None:
-                self.tokenizer = self.host_model.load_tokenizer()
-            if needs.relevance == "clip" and not isinstance(self.clip_text, ClipText):
-                clip = ClipText.load(str(self.clip_text or self.host_model.clip_checkpoint))
-                clip.check(encoder.vit)
-                self.clip_text = clip
-
-    def relevance(self, tiles: tuple[int, ...], rows: list[Tensor] | None) -> OfFeatures | None:
-        """The function of patch features that a prompt-aware method needs; None for others.
-
-        Parameters
-        ----------
-        tiles : tuple[int, ...]
-            tiles of each image
-        rows : list[Tensor] | None
-            token ids of each row of the batch, without padding
-        """
-        encoder = self.host_model.encoder
-        text = encoder.plan().needs.relevance
-        if text is None or rows is None:
-            return None
-        self.load_text()
-        prompts = self.host_model.prompts(rows, len(tiles), self.tokenizer)
-        repeats = torch.tensor(tiles)
-
-        def of_features(features: Tensor) -> Tensor:
-            # An encoder may be there that another method of this model has read with.
-            if text == "clip" and isinstance(self.clip_text, ClipText):
-                clip = self.clip_text.to(features.device)
-                patches = clip.patches(encoder.vit, features)
-                texts = torch.stack([clip.embed(prompt) for prompt in prompts])
-            else:
-                patches = self.host_model.project(features)
-                texts = torch.stack([each.float().mean(0) for each in self._embedded(prompts)])
-            texts = texts.to(patches.device)
-            return cosine_relevance(patches, texts.repeat_interleave(repeats.to(texts.device), 0))
-
-        return of_features
-
-    @torch.no_grad()
-    def _words(self, images: int, rows: list[Tensor] | None) -> tuple[Tensor, ...] | None:
-        """(M, D) of each image: the input embeddings of its prompt's words; None without prompts.
-
-        Each word is tokenised by itself, as text that is split into words.
-        """
-        if rows is None:
-            return None
-        self.load_text()
-        prompts = self.host_model.prompts(rows, images, self.tokenizer)
-        words = [content_words(prompt).split() or prompt.split() for prompt in prompts]
-        return self._embedded(words)
-
-    def _embedded(self, texts: Sequence[str | list[str]]) -> tuple[Tensor, ...]:
-        """(tokens, D) input embeddings of each text, one string or words that stand alone.
-
-        In one look-up: where the ranks share the table, each look-up is one of all of them.
-        """
-        parts = [[text] if isinstance(text, str) else text for text in texts]
-        ids = [[i for part in words for i in self._ids(part)] for words in parts]
-        flat = torch.tensor([i for each in ids for i in each], dtype=torch.long)
-        return self.host_model.embed(flat).split([len(each) for each in ids])
-
-    def _ids(self, text: str) -> list[int]:
-        """Token ids of a text, no special ones added."""
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
 
 
 _LAST: ContextVar[tuple[weakref.ref[Pruning], list[ImageReport]] | None] = ContextVar(
