@@ -17,7 +17,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llava_hvp import FastV, LanguageMethod, PyramidDrop, SparseVLM
-from llava_hvp.decoder.hooks import attach
+from llava_hvp.decoder.hooks import DecoderHooks
 from llava_hvp.decoder.prompt import Prompt
 from llava_hvp.hosts.llava.compat import new_cache
 from llava_hvp.tables import MARKDOWN, aligned
@@ -84,11 +84,11 @@ def measured(method: LanguageMethod, rounds: int) -> list[str]:
     """A row of the table: medians of rounds that take turns."""
     model, parts = model_of(DEPTH), parts_of(method)
     stock = model_of(DEPTH)
-    hooks = attach(model.model, method, new_cache)
+    hooks = DecoderHooks(model.model, new_cache)
     embeds = torch.randn(1, START + IMAGE + TEXT, WIDTH)
     found: dict[str, list[float]] = {name: [] for name in ("pruned", "parts", "stock", "d", "ds")}
     for number in range(rounds + 2):
-        hooks.expect(embeds, prompt_of())
+        hooks.expect(embeds, prompt_of(), hooks.plan(method))
         pruned_time, pruned_cache = prefill(model.model, embeds)
         stock_time, stock_cache = prefill(stock.model, embeds)
         times = {

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from llava_hvp.errors import LlavaHvpError
+from llava_hvp.given import config_of
 from llava_hvp.hosts import host_of
 from llava_hvp.methods import get_method, list_methods
 from llava_hvp.methods.base import Method, Mix, Needs, Selection, VisionContext, VisionMethod
@@ -82,12 +83,13 @@ __all__ = [
 
 def prune(
     model: Any,
-    method: Method,
-    inside: LanguageMethod | None = None,
+    method: Method | str,
+    inside: LanguageMethod | str | None = None,
     *,
     runtime: Runtime | None = None,
     tokenizer: Any = None,
     clip_text: str | Path | ClipText | None = None,
+    **options: Any,
 ) -> Pruning:
     """Prune the visual tokens of a loaded LLaVA model.
 
@@ -102,11 +104,13 @@ def prune(
         LlavaForConditionalGeneration, LlavaNextForConditionalGeneration,
         LlavaOnevisionForConditionalGeneration or Qwen2_5_VLForConditionalGeneration, or a wrapper
         around one of them (PEFT, DDP)
-    method : Method
-        a Method, as `HIVTP(r_max=0.5)` or `get_method("hivtp", r_max=0.5)`
-    inside : LanguageMethod | None
+    method : Method | str
+        a Method, as `HIVTP(r_max=0.5)`, or its name: `prune(model, "hivtp", r_max=0.5)`; "none"
+        prunes nothing, for a model whose blocks and calls choose, by `Pruning.using`
+    inside : LanguageMethod | str | None
         a second method, inside the language model, of what the first one sends:
-        `prune(model, HIVTP(r_max=0.5), FastV(r_max=0.5))`
+        `prune(model, HIVTP(r_max=0.5), FastV(r_max=0.5))`; by name
+        `prune(model, "hivtp+fastv", r_max=0.5, inside_r_max=0.5)`
     runtime : Runtime | None
         how the model runs, as `Runtime(patch_merge="spatial")`; the same for every method
     tokenizer : Any
@@ -116,15 +120,19 @@ def prune(
         name or folder of the CLIP that the vision tower came from, for methods that read the prompt
         with its text encoder. By default the one that LLaVA's config names, or that the shape of a
         transformers model's tower is known of
+    **options : Any
+        of a method that is given by name, and of its `Runtime`, as flags and results write them
 
     Raises
     ------
     LlavaHvpError
-        not a LLaVA model, no vision tower or one that cannot be read, already pruned, layers or a
-        budget that this tower cannot meet, no text encoder. The model is as before.
+        an unknown method or option, not a LLaVA model, no vision tower or one that cannot be read,
+        already pruned, layers or a budget that this tower cannot meet, no text encoder. The model
+        is as before.
     """
+    chosen = config_of(method, inside, runtime, options)
     return host_of(model).attach(
-        model, method, inside, runtime=runtime, tokenizer=tokenizer, clip_text=clip_text
+        model, **chosen.arguments, tokenizer=tokenizer, clip_text=clip_text
     )
 
 
@@ -134,13 +142,14 @@ def unprune(model: Any) -> None:
 
 
 def install(
-    method: Method,
-    inside: LanguageMethod | None = None,
+    method: Method | str,
+    inside: LanguageMethod | str | None = None,
     *,
     runtime: Runtime | None = None,
     tokenizer: Any = None,
     clip_text: str | Path | ClipText | None = None,
     on_model: Callable[[Pruning], None] | None = None,
+    **options: Any,
 ) -> None:
     """Prune every LLaVA that is loaded from now on, for code that loads its model by itself.
 
@@ -150,7 +159,7 @@ def install(
 
     Parameters
     ----------
-    method, inside, runtime, tokenizer, clip_text : Method | LanguageMethod | Runtime | Any
+    method, inside, runtime, tokenizer, clip_text, options : Any
         as for `prune`
     on_model : Callable[[Pruning], None] | None
         called with the `Pruning` of each model that is built
@@ -163,14 +172,8 @@ def install(
     """
     from llava_hvp.hosts.llava import builder
 
-    builder.install(
-        method,
-        inside,
-        runtime=runtime,
-        tokenizer=tokenizer,
-        clip_text=clip_text,
-        on_model=on_model,
-    )
+    chosen = config_of(method, inside, runtime, options)
+    builder.install(**chosen.arguments, tokenizer=tokenizer, clip_text=clip_text, on_model=on_model)
 
 
 def uninstall() -> None:

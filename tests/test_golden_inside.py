@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llava_hvp import FastV, PyramidDrop, SparseVLM
-from llava_hvp.decoder.hooks import attach
+from llava_hvp.decoder.hooks import DecoderHooks
 from llava_hvp.decoder.prompt import Prompt
 from llava_hvp.hosts.llava.compat import new_cache
 
@@ -75,7 +75,7 @@ def run(case, method):
     )
     model = LlamaForCausalLM(config).eval()
     model.load_state_dict(state)
-    hooks = attach(model.model, method, new_cache)
+    hooks = DecoderHooks(model.model, new_cache)
     columns = torch.arange(length(case))[None]
     visual = (columns >= case["start"]) & (columns < case["start"] + case["image"])
     found = []
@@ -88,7 +88,7 @@ def run(case, method):
         found.extend,
     )
     embeds = embeds[None]
-    hooks.expect(embeds, prompt)
+    hooks.expect(embeds, prompt, hooks.plan(method))
     with torch.no_grad():
         output = model(inputs_embeds=embeds)
     return found, int(output.logits[0, -1].argmax()), output.past_key_values

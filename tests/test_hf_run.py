@@ -100,6 +100,13 @@ print("child ended with", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     "trained-pruned": LOAD
     + "model.train()\nmodel(**inputs, labels=inputs['input_ids']).loss.backward()\n"
     "print('went on')",
+    "switched": LOAD
+    + """
+for method in (None, "hiprune", {{"method": "hivtp", "r_max": 0.25}}):
+    given = dict(do_sample=False, max_new_tokens=6, min_new_tokens=6, prune=method)
+    model.eval().generate(**inputs, **given)
+ask(model)
+""",
     "deep": LOAD + "ask(model)",
     "swallowed": START + "try:\n    AutoModelForImageTextToText.from_pretrained({path!r})\n"
     "except Exception as error:\n    print(type(error).__name__)\n",
@@ -187,6 +194,22 @@ def test_unpruned_images_are_counted_as_asked(ended, hf, photos):
         "none"
     ).stderr
     assert ended("none").stderr.splitlines()[-1] == "llava-hvp: images encoded unpruned: 1"
+
+
+@needs_release
+def test_calls_that_choose_are_counted_by_method_and_an_unpruned_one_is_no_accident(
+    ended, hf, photos
+):
+    ids, _ = pruned_here(hf("llava-1.5-llama"), photos[0])
+    assert (ended("switched").returncode, ended("switched").stdout) == (0, f"{ids}\n"), ended(
+        "switched"
+    ).stderr
+    said = ended("switched").stderr.splitlines()[-1]
+    assert said.startswith("llava-hvp: 4 images, kept 56.2% of stock's visual tokens")
+    assert said.endswith(
+        "(means); none: 1 image, 100.0%; hiprune r_max=0.5: 1 image, 50.0%; "
+        "hivtp r_max=0.25: 1 image, 25.0%; hivtp r_max=0.5: 1 image, 50.0%"
+    )
 
 
 @needs_release

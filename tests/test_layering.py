@@ -45,7 +45,7 @@ FLOORS = (
     {"errors", "version", "console", "files", "tables", "lazy"},
     {"methods", "shapes", "testing"},
     {"runtime"},
-    {"options"},
+    {"options", "given"},
     {"encoder", "decoder", "show", "config"},
     {"pruning"},
     {"hosts"},
@@ -60,7 +60,7 @@ FLOORS = (
 # Modules of other projects that a room may not import; `hosts` and `checkpoints` may all.
 FOREIGN = {
     "errors version console files": {"torch", "transformers", "llava"},
-    "methods runtime options config show decoder pruning": {"transformers", "llava"},
+    "methods runtime options given config show decoder pruning": {"transformers", "llava"},
     "encoder testing hook lmms cli __init__": {"llava"},
     "shapes": {"torch", "transformers", "llava"},
     "evaluation bench accuracy": {"transformers", "llava", "lmms_eval"},

@@ -92,7 +92,7 @@ def test_what_is_not_llava_is_refused(loaded):
         with pytest.raises(UnsupportedModelError, match="not a LLaVA model"):
             prune(model, HIVTP(r_max=0.5))
     with pytest.raises(UnsupportedModelError, match="no Method"):
-        prune(loaded("llava-1.5-llama").model, "hivtp")
+        prune(loaded("llava-1.5-llama").model, 7)
 
 
 def test_a_wrapper_around_llava_is_looked_into(loaded, photos):

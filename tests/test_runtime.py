@@ -55,7 +55,7 @@ class Elsewhere(Method):
     [
         (HIVTP(), "stock", OptionError, "runtime='stock' is no Runtime"),
         (HIVTP(), HIVTP(), OptionError, "is no Runtime"),
-        ("hivtp", None, UnsupportedModelError, "'hivtp' is no Method"),
+        (7, None, UnsupportedModelError, "7 is no Method"),
         (HIVTP, None, UnsupportedModelError, "is no Method"),
         (Elsewhere(), None, UnsupportedModelError, "Elsewhere prunes at 'language model'.*tower"),
     ],

@@ -81,10 +81,13 @@ def served(checkpoints, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ask(served):
-    """A function that asks a model of the controller's: the streamed texts, newest last."""
+    """A function that asks a model of the controller's: the streamed texts, newest last.
+
+    Of a request that fails, the text of the error.
+    """
     address, _ = served
 
-    def ask(model, image, question):
+    def ask(model, image, question, **switch):
         worker = requests.post(
             f"{address}/get_worker_address", json={"model": model}, timeout=30
         ).json()["address"]
@@ -97,11 +100,14 @@ def ask(served):
             "temperature": 0,
             "max_new_tokens": 6,
             "stop": "</s>",
+            **switch,
         }
         answer = requests.post(
             f"{worker}/worker_generate_stream", json=request, stream=True, timeout=120
         )
         parts = [json.loads(p) for p in answer.iter_lines(delimiter=b"\0") if p]
+        if switch and parts[-1]["error_code"]:
+            return parts[-1]["text"]
         assert all(part["error_code"] == 0 for part in parts), parts
         return [part["text"].removeprefix(request["prompt"]) for part in parts]
 
@@ -135,3 +141,43 @@ def test_each_worker_prunes_by_its_own_method(ask, photos, served):
     for name, method in METHODS.items():
         said = "pruning off (none)" if method == "none" else f"pruning on: {method} r_max=0.25"
         assert said in (served[1] / f"{name}.log").read_text()
+
+
+SWITCHES = {
+    "llava-hivtp": {},
+    "llava-hiprune": {"prune": {"method": "hiprune", "r_max": 0.25}},
+    "llava-none": {"prune": None},
+}
+
+
+def test_one_worker_serves_a_comparison(ask, photos):
+    asked = [(photo, "What is this?") for photo in photos[:2]]
+    alone = {name: [ask(name, *one)[-1] for one in asked] for name in SWITCHES}
+    every = [(name, *one) for name in SWITCHES for one in asked]
+    with ThreadPoolExecutor(6) as pool:
+        together = list(
+            pool.map(lambda one: ask("llava-hivtp", *one[1:], **SWITCHES[one[0]])[-1], every)
+        )
+    assert together == [text for texts in alone.values() for text in texts]
+    assert len(set(together)) == 6
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "message"),
+    [
+        ("llava-hivtp", {"method": "hivpt"}, "unknown method 'hivpt': did you mean hivtp"),
+        ("llava-hivtp", {"method": "hivtp", "r_max": 2}, "r_max=2"),
+        ("llava-hivtp", {"r_max": 0.5}, "give the name and its options"),
+        ("llava-hivtp", 7, "7 is no Method"),
+        # Found out in the thread that generates.
+        ("llava-hivtp", {"method": "fastv", "num_tokens": 1}, "num_tokens=1 of 64 visual tokens"),
+        ("llava-none", {"method": "hivtp"}, "start with a method"),
+    ],
+)
+def test_a_wrong_request_is_told_and_the_worker_goes_on(model, given, message, ask, photos):
+    text = ask(model, photos[0], "What is this?", prune=given)
+    assert text.startswith("llava-hvp: ")
+    assert message in text
+    assert ask(model, photos[0], "What is this?", prune=None) == ask(
+        "llava-none", photos[0], "What is this?"
+    )

@@ -20,35 +20,41 @@ class Projections:
     ----------
     decoder : Any
         with the layers
-    layers : Sequence[int]
-        those whose queries and keys are wanted
     """
 
-    def __init__(self, decoder: Any, layers: Sequence[int]) -> None:
-        self._decoder, self._layers = decoder, tuple(layers)
+    def __init__(self, decoder: Any) -> None:
+        self._decoder = decoder
+        self._layers: frozenset[int] = frozenset()
         self._modules: list[nn.Module] = []
         self._handles: list[RemovableHandle] = []
 
-    def sit(self) -> None:
-        """Hook the modules that are there now: quantised loading and adapters replace them."""
-        attentions = {layer: self._decoder.layers[layer].self_attn for layer in self._layers}
-        wanted = [
-            (side, layer, getattr(attention, f"{side}_proj"))
-            for layer, attention in attentions.items()
-            for side in "qk"
-        ]
+    def sit(self, layers: Sequence[int]) -> None:
+        """Catch the queries and keys of these layers too, of the modules that are there now.
+
+        Quantised loading and adapters replace them. Layers of earlier calls stay hooked: another
+        thread may be running them.
+        """
         with _CHANGING:
+            self._layers |= set(layers)
+            attentions = {n: self._decoder.layers[n].self_attn for n in sorted(self._layers)}
+            wanted = [
+                (side, layer, getattr(attention, f"{side}_proj"))
+                for layer, attention in attentions.items()
+                for side in "qk"
+            ]
             same = len(wanted) == len(self._modules) and all(
                 module is held for (_, _, module), held in zip(wanted, self._modules, strict=True)
             )
             if same:
                 return
-            self.remove()
+            before = self._handles
             self._modules = [module for _, _, module in wanted]
             self._handles = [
                 module.register_forward_hook(functools.partial(self._caught, side, layer))
                 for side, layer, module in wanted
             ]
+            for handle in before:  # last, so that there is no moment without
+                handle.remove()
 
     def remove(self) -> None:
         """Take the hooks off."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from llava_hvp.errors import DecodingError
 
 if TYPE_CHECKING:
+    from llava_hvp.decoder.plan import DropPlan
     from llava_hvp.decoder.sequence import Level
 
 
@@ -35,6 +36,8 @@ class Prompt:
         tokens of each row behind its last visual one; of a row without any, all that are valid
     on_prefill : Callable[[list[Level]], None] | None
         called once with the tokens that entered each stretch of layers
+    plan : DropPlan
+        what is dropped of it, once it is announced
     """
 
     visual: Tensor
@@ -44,6 +47,7 @@ class Prompt:
     tails: tuple[int, ...]
     on_prefill: Callable[[list[Level]], None] | None = None
     ran: bool = field(default=False, init=False)
+    plan: DropPlan = field(init=False)
 
     @property
     def visual_counts(self) -> tuple[int, ...]:

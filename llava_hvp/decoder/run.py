@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from llava_hvp.decoder.masks import causal_mask, grown, step_mask
+from llava_hvp.decoder.plan import DropPlan
 from llava_hvp.decoder.prompt import Prompt
 from llava_hvp.decoder.rows import Rope
 from llava_hvp.decoder.sequence import Generation, Level, renumbered
@@ -64,6 +65,8 @@ class PromptRun(Run):
 
     Parameters
     ----------
+    plan : DropPlan
+        what it drops
     prompt : Prompt
         the rows that run
     announced : Prompt
@@ -80,6 +83,7 @@ class PromptRun(Run):
         those, as "q" and "k"
     """
 
+    plan: DropPlan
     prompt: Prompt
     announced: Prompt
     kept: tuple[tuple[int, ...], ...]

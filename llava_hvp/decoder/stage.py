@@ -15,15 +15,11 @@ from llava_hvp.methods.language import LanguageContext
 from llava_hvp.methods.masks import top_k
 
 
-def apply_stage(
-    hooks: Any, run: PromptRun, number: int, layer: Any, states: Tensor, given: dict
-) -> Tensor:
+def apply_stage(run: PromptRun, number: int, layer: Any, states: Tensor, given: dict) -> Tensor:
     """Drop before a layer what a stage does not keep; returns the states that are left.
 
     Parameters
     ----------
-    hooks : Any
-        the DecoderHooks
     number : int
         of the stage
     layer : Any
@@ -33,25 +29,25 @@ def apply_stage(
     given : dict
         the arguments that the decoder gave it
     """
-    level, method = run.level, hooks.method
+    level, method = run.level, run.plan.method
     kept = tuple(min(row[number], count) for row, count in zip(run.kept, level.counts, strict=True))
     if kept == level.counts:
         return states
-    scores = method.scores(_context(hooks, run, number, layer, states, given))
+    scores = method.scores(_context(run, number, layer, states, given))
     run.projected.clear()
     counts = torch.tensor(kept, device=states.device)[:, None]
     stays = top_k(scores, counts, among=level.visual)
     merged = _merged(method, level, states, scores, kept)
-    stage = hooks.stages[number]
+    stage = run.plan.stages[number]
     level, states, _ = drop(level, states, stays, kept, stage.layer, merged, run.prompt.tails)
     run.go_on(level)
     return states
 
 
 def _context(
-    hooks: Any, run: PromptRun, number: int, layer: Any, states: Tensor, given: dict
+    run: PromptRun, number: int, layer: Any, states: Tensor, given: dict
 ) -> LanguageContext:
-    stage, level = hooks.stages[number], run.level
+    stage, level = run.plan.stages[number], run.level
     raters = run.raters
     if stage.reads == "last" or raters is None:
         raters = torch.ones_like(level.valid[:, :1])
@@ -62,7 +58,7 @@ def _context(
         queries = layer.self_attn.q_proj(normed[:, columns])
         keys = layer.self_attn.k_proj(normed)
     else:
-        layer = hooks.decoder.layers[stage.layer - 1]
+        layer = run.decoder.layers[stage.layer - 1]
         if run.projected.keys() != {"q", "k"}:
             raise UnsupportedModelError(
                 f"the attention of decoder layer {stage.layer - 1} did not pass through q_proj and "
@@ -77,7 +73,7 @@ def _context(
         raters=raters,
         visual=level.visual,
         valid=level.valid,
-        rope=rope_alone(rope, columns, scale) if hooks.method.reads_rope else None,
+        rope=rope_alone(rope, columns, scale) if run.plan.method.reads_rope else None,
         stage=number,
     )
 

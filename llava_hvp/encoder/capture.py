@@ -109,38 +109,48 @@ class _QKHook:
             recording.take(self.layer, self.side, output)
 
 
+def only_reads(hook: Any) -> bool:
+    """Whether a forward hook is one of ours, which leaves what goes on as it is."""
+    return isinstance(hook, _QKHook)
+
+
 class QKHooks:
-    """The hooks that a method needs on the layers of one encoder.
+    """The hooks that methods need on the layers of one encoder.
 
     Raises UnsupportedModelError for layers that are known to hold a part of the heads only; of
     those that hide it, the hooks find out.
     """
 
     def __init__(self, layers: Sequence[Any], needs: Needs) -> None:
-        self._hooks = tuple(
-            _QKHook(layer, side)
+        self._sitting: dict[_QKHook, tuple[nn.Module, RemovableHandle]] = {}
+        self.cover(layers, needs)
+
+    def cover(self, layers: Sequence[Any], needs: Needs) -> None:
+        """Hook what these needs ask for besides; each pass takes what it needs itself."""
+        new = {
+            hook: _projection(layers, hook)
             for side, kinds in (("q", needs.queries), ("k", needs.keys))
             for layer in sorted({*needs.received_attention, *needs.cls_attention, *kinds})
-        )
-        self._modules = tuple(self._projections(layers))
-        for module, hook in zip(self._modules, self._hooks, strict=True):
+            if (hook := _QKHook(layer, side)) not in self._sitting
+        }
+        for hook, module in new.items():
             refuse_sharded(f"{hook.side}_proj of layer {hook.layer}", *_known_widths(module))
-        self._handles: list[RemovableHandle] = [
-            module.register_forward_hook(hook)
-            for module, hook in zip(self._modules, self._hooks, strict=True)
-        ]
-
-    def _projections(self, layers: Sequence[Any]) -> Iterator[nn.Module]:
-        for hook in self._hooks:
-            yield getattr(layers[hook.layer - 1].self_attn, f"{hook.side}_proj")
+        for hook, module in new.items():
+            self._sitting[hook] = module, module.register_forward_hook(hook)
 
     def on(self, layers: Sequence[Any]) -> bool:
         """Whether the hooks sit on these layers still: quantised loading replaces the modules."""
-        return all(a is b for a, b in zip(self._modules, self._projections(layers), strict=True))
+        sitting = tuple(self._sitting.items())  # another thread may be adding some
+        return all(module is _projection(layers, hook) for hook, (module, _) in sitting)
 
     def remove(self) -> None:
-        for handle in self._handles:
+        for _, handle in self._sitting.values():
             handle.remove()
+
+
+def _projection(layers: Sequence[Any], hook: _QKHook) -> nn.Module:
+    module: nn.Module = getattr(layers[hook.layer - 1].self_attn, f"{hook.side}_proj")
+    return module
 
 
 def _known_widths(module: Any) -> tuple[int, int]:

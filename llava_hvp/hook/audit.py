@@ -7,6 +7,7 @@ folder that it named.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import os
 import platform
@@ -103,7 +104,7 @@ class PruningAudit:
     ) -> None:
         self.command, self.request, self.pruning = command, request, pruning
         self.versions = versions
-        self.totals = Totals()
+        self.totals = self._no_images()
         self.unpruned = 0
         self.answers = AnswersFile(self._named_answers)
         self.results = HarnessResults()
@@ -169,6 +170,12 @@ class PruningAudit:
         if self._forked:
             self._report("forked")
 
+    def _no_images(self) -> Totals:
+        # Calls know nothing of the CLIP that flags named: it is the model's.
+        pruning = self.pruning
+        known = None if pruning is None else dataclasses.replace(pruning, clip_text=None)
+        return Totals(None if known is None else str(known))
+
     def _refuse_training(self, model: Any) -> None:
         """Whoever trains without LLaVA's own `train` comes here with a pruned model."""
         if model.training and torch.is_grad_enabled() and not self.request.train:
@@ -193,7 +200,7 @@ class PruningAudit:
         if os.getpid() == self._pid:
             return
         self._pid, self._forked, self._inherited = os.getpid(), True, self._begun
-        self.totals, self.unpruned = Totals(), 0
+        self.totals, self.unpruned = self._no_images(), 0
         self._ended, self._crash, self._refused = False, None, []
         self.results.paths.clear()
         if self._begun:

@@ -24,6 +24,7 @@ from llava_hvp.config import Request
 from llava_hvp.console import say
 from llava_hvp.errors import LlavaHvpError, OptionError, RecordError, UnsupportedModelError
 from llava_hvp.hook.audit import PruningAudit, leave_report
+from llava_hvp.hook.serving import Chat, switch_by_request
 from llava_hvp.hook.training import UNPRUNED, Training
 from llava_hvp.pruning.monkeypatch import MonkeyPatcher
 from llava_hvp.pruning.record import Totals
@@ -294,6 +295,9 @@ class PrunedProcess:
 
         if self.request.asked and self.command == "llava.serve.cli":
             bridge_history(model)
+            Chat(vars(model).get("llava_hvp")).sit()
+        if self.request.asked and self.command == "llava.serve.model_worker":
+            switch_by_request(self._patches)
         if not self.prunes:
             return
         pruning = check_bound(model)

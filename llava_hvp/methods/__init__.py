@@ -7,6 +7,7 @@ the entry-point group `llava_hvp.methods`.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import hashlib
 import importlib
@@ -80,8 +81,8 @@ def method_class(name: str) -> type[Method]:
     if ":" in name:
         return _own(name, shown(name))
     raise OptionError(
-        f"unknown method {shown(name)}: give one of {', '.join(list_methods())}, or one of your "
-        "own as mymodule:MyMethod"
+        f"unknown method {shown(name)}: {nearest(name, list_methods())}give one of "
+        f"{', '.join(list_methods())}, or one of your own as mymodule:MyMethod"
     )
 
 
@@ -135,8 +136,15 @@ def check_known(name: str, options: Iterable[str], valid: Sequence[str]) -> None
     for option in options:
         if option not in valid:
             raise OptionError(
-                f"{name}: unknown option {shown(option)}: give one of {', '.join(valid)}"
+                f"{name}: unknown option {shown(option)}: {nearest(option, valid)}give one of "
+                f"{', '.join(valid)}"
             )
+
+
+def nearest(word: str, valid: Sequence[str]) -> str:
+    """As `did you mean hivtp? `, of words like a wrong one; "" where none is like it."""
+    alike = difflib.get_close_matches(str(word).lower(), valid, n=2)
+    return f"did you mean {' or '.join(alike)}? " if alike else ""
 
 
 def _own(path: str, called: str) -> type[Method]:

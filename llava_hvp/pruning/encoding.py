@@ -30,9 +30,11 @@ from llava_hvp.methods.base import (
 from llava_hvp.methods.masks import Grid
 from llava_hvp.pruning.shrunk import Shrunk
 from llava_hvp.pruning.shrunk import select as select_shrunk
+from llava_hvp.pruning.switch import Switch
 from llava_hvp.runtime import Runtime
 
 OfFeatures = Callable[[Tensor], Tensor]  # of features (T, N, D)
+PLANS = 16  # methods whose plans are held; of others they are worked out anew
 _CHANGING = threading.Lock()
 
 
@@ -91,7 +93,7 @@ class EncodedTiles:
 
 @dataclass(frozen=True)
 class CapturePlan:
-    """What a method reads of a loaded encoder, worked out once, with the hooks in place.
+    """What a method reads of a loaded encoder, worked out once for each.
 
     Parameters
     ----------
@@ -99,10 +101,10 @@ class CapturePlan:
         the layer whose output goes on, numbered from 1
     """
 
+    method: VisionMethod
     geometry: Geometry
     feature_layer: int
     needs: Needs
-    hooks: QKHooks
 
 
 class StockWeights:
@@ -142,14 +144,24 @@ class PrunedEncoder:
     that goes on, as an index into the hidden states.
     """
 
-    prune_method: VisionMethod
-    prune_runtime: Runtime
-    _plan: CapturePlan | None = None
+    prune_switch: Switch
+    _plans: tuple[CapturePlan, ...] = ()  # the newest last
+    _hooks: QKHooks | None = None  # for all of them
     _stock_weights: StockWeights | None = None  # of a tower whose dtype was changed
 
     # Of the host's tower.
     device: torch.device
     dtype: torch.dtype
+
+    @property
+    def prune_method(self) -> VisionMethod:
+        """The method in force here, in this thread."""
+        return self.prune_switch.now.method
+
+    @property
+    def prune_runtime(self) -> Runtime:
+        """How it is run."""
+        return self.prune_switch.now.runtime
 
     @property
     def vit(self) -> nn.Module:
@@ -162,32 +174,44 @@ class PrunedEncoder:
         raise NotImplementedError
 
     def plan(self) -> CapturePlan:
-        """What to read of the loaded encoder, hooks in place.
+        """What to read of the loaded encoder by the method in force, hooks in place.
 
-        They are set anew where loading has replaced the modules that they sat on, and where another
-        layer goes on now.
+        They are set anew where loading has replaced the modules that they sat on. Those that only
+        another method reads stay: another thread may be running it.
         """
-        layers = layers_of(self.vit)
-        plan = self._plan
-        if plan is not None and self._holds(plan, layers):
+        layers, method = layers_of(self.vit), self.prune_method
+        plan = self._held_plan(layers, method)
+        if plan is not None:
             return plan
         with _CHANGING:
-            plan = self._plan
-            if plan is None or not self._holds(plan, layers):
-                if plan is not None:
-                    plan.hooks.remove()
-                plan = self._plan = self._make_plan(layers)
-            return plan
+            return self._held_plan(layers, method) or self._make_plan(layers, method)
 
-    def _holds(self, plan: CapturePlan, layers: Sequence[Any]) -> bool:
+    def _held_plan(self, layers: Sequence[Any], method: VisionMethod) -> CapturePlan | None:
+        plan = next((plan for plan in reversed(self._plans) if plan.method == method), None)
+        if plan is None or self._hooks is None or not self._hooks.on(layers):
+            return None
         feature_layer = plan.geometry.normalised(self.hidden_state_index)
-        return plan.feature_layer == feature_layer and plan.hooks.on(layers)
+        return plan if plan.feature_layer == feature_layer else None
 
-    def _make_plan(self, layers: Sequence[Any]) -> CapturePlan:
+    def _make_plan(self, layers: Sequence[Any], method: VisionMethod) -> CapturePlan:
         geometry = read_geometry(self.vit)
         feature_layer = geometry.normalised(self.hidden_state_index)
-        needs = self.prune_method.needs(geometry.depth, feature_layer)
-        return CapturePlan(geometry, feature_layer, needs, QKHooks(layers, needs))
+        needs = method.needs(geometry.depth, feature_layer)
+        if self._hooks is not None and not self._hooks.on(layers):
+            self._hooks.remove()
+            self._hooks, self._plans = None, ()
+        if self._hooks is None:
+            self._hooks = QKHooks(layers, needs)
+        else:
+            self._hooks.cover(layers, needs)
+        plan = CapturePlan(method, geometry, feature_layer, needs)
+        others = [each for each in self._plans if each.method != method]
+        self._plans = (*others, plan)[-PLANS:]
+        return plan
+
+    def check(self, method: VisionMethod) -> None:
+        """Raise a LlavaHvpError unless a method can run on this loaded encoder."""
+        check_method(method, read_geometry(self.vit), self.hidden_state_index)
 
     def take_dtype(self, dtype: torch.dtype) -> None:
         """Run in this dtype from now on; the weights as they were wait on the CPU."""
@@ -210,11 +234,11 @@ class PrunedEncoder:
 
     def release(self) -> None:
         """Take the hooks off and give the weights back in their own dtype."""
-        if self._plan is not None:
-            self._plan.hooks.remove()
+        if self._hooks is not None:
+            self._hooks.remove()
         if self._stock_weights is not None:
             self._stock_weights.put_back(self.vit)
-        for name in ("prune_method", "prune_runtime", "_plan", "_stock_weights"):
+        for name in ("prune_switch", "_plans", "_hooks", "_stock_weights"):
             self.__dict__.pop(name, None)
 
     @property

@@ -20,17 +20,18 @@ Rows = Sequence[Sequence[int]]  # the images of each row
 
 def drops(pruning: Pruning, packed: PackedImages, rows: Rows) -> bool:
     """Whether the language model drops any token; else what stock gives can be given."""
-    if pruning.hooks is None:
+    plan = pruning.drop_plan
+    if plan is None:
         return False
     counts = tuple(tuple(len(packed.features[image]) for image in row) for row in rows)
-    return pruning.hooks.drops(counts)
+    return plan.drops(counts)
 
 
 def record_all(pruning: Pruning, packed: PackedImages) -> None:
     """Record a call of which the language model drops nothing."""
-    hooks, reports = pruning.hooks, packed.reports
-    if hooks is not None:
-        reports = in_all_layers(reports, [stage.layer for stage in hooks.stages], hooks.depth)
+    plan, reports = pruning.drop_plan, packed.reports
+    if plan is not None:
+        reports = in_all_layers(reports, [stage.layer for stage in plan.stages], plan.depth)
     pruning.record(reports)
 
 
@@ -64,8 +65,9 @@ def expect(
     valid : Tensor
         (B, n) bool, all but padding
     """
-    hooks = pruning.hooks
+    hooks, plan = pruning.hooks, pruning.drop_plan
     assert hooks is not None
+    assert plan is not None
     behind = torch.where(visual.any(1), visual.flip(1).int().argmax(1), valid.sum(1))
     counted = torch.stack((valid.sum(1), visual.sum(1), behind)).tolist()
     lengths, counts, tails = (tuple(values) for values in counted)
@@ -76,12 +78,12 @@ def expect(
     )
 
     def record(levels: list[Level]) -> None:
-        stages = [stage.layer for stage in hooks.stages]
+        stages = [stage.layer for stage in plan.stages]
         pruning.record(
-            in_layers(packed.reports, packed.tokens, rows, sent, levels, stages, hooks.depth)
+            in_layers(packed.reports, packed.tokens, rows, sent, levels, stages, plan.depth)
         )
 
-    hooks.expect(embeds, Prompt(visual, valid, lengths, sent, tails, record))
+    hooks.expect(embeds, Prompt(visual, valid, lengths, sent, tails, record), plan)
 
 
 def _shared(tokens: Sequence[int], room: int) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from llava_hvp.decoder.hooks import DecoderHooks
 from llava_hvp.methods.masks import Grid
 from llava_hvp.pruning.encoding import PrunedEncoder
 from llava_hvp.pruning.layout import Layout, Size
@@ -23,6 +24,12 @@ class HostModel(Protocol):
     @property
     def encoder(self) -> PrunedEncoder:
         """The vision tower; raises UnsupportedModelError where it is no pruned one any more."""
+
+    def decoder_hooks(self) -> DecoderHooks:
+        """Hooks on the language model, for methods inside it.
+
+        Raises UnsupportedModelError where it cannot be pruned.
+        """
 
     def layout(self, tiles: int, size: Size | None, merge: str) -> Layout:
         """The tokens that the host would send of an image of `tiles` tiles.

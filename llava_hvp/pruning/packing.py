@@ -110,6 +110,7 @@ def pack(
             view,
             encoded.reused,
             mosaic=mosaic,
+            pruned_by=str(pruning.config),
         )
         for count, place, tokens, size, selection, mosaic in zip(
             tiles, layouts, kept, sizes, selections, mosaics, strict=True

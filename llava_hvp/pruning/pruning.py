@@ -16,14 +16,16 @@ import torch
 from torch import Tensor
 
 from llava_hvp.decoder.hooks import DecoderHooks
-from llava_hvp.encoder.text import ClipText, cosine_relevance
-from llava_hvp.errors import LlavaHvpError
+from llava_hvp.decoder.plan import DropPlan
+from llava_hvp.encoder.text import ClipText
+from llava_hvp.errors import LlavaHvpError, OptionError, PrunedStateError
+from llava_hvp.given import config_for
 from llava_hvp.methods.base import VisionMethod
 from llava_hvp.methods.language import LanguageMethod
-from llava_hvp.methods.mmtok import content_words
-from llava_hvp.pruning.encoding import EncodedTiles, HostInputs, OfFeatures
+from llava_hvp.pruning.encoding import EncodedTiles, HostInputs
 from llava_hvp.pruning.host import HostModel
 from llava_hvp.pruning.layout import Size
+from llava_hvp.pruning.reading import ReadsPrompts
 from llava_hvp.pruning.report import ImageReport
 from llava_hvp.pruning.reuse import RecentlyEncoded, weights_version
 from llava_hvp.pruning.shrunk import Shrunk
@@ -33,7 +35,7 @@ from llava_hvp.runtime import PruningConfig, Runtime
 CHANGING = threading.RLock()
 
 
-class Pruning:
+class Pruning(ReadsPrompts):
     """A model being pruned; what `prune` returns.
 
     Ends with `unprune(model)`, or at the end of its `with` block.
@@ -51,7 +53,7 @@ class Pruning:
     on_refused : Callable[[LlavaHvpError], None] | None
         called with what a call was refused for, on transformers' own classes
     hooks : DecoderHooks | None
-        of the method inside the language model
+        on the language model, once a method has pruned inside it
     """
 
     def __init__(
@@ -77,23 +79,102 @@ class Pruning:
 
     @property
     def method(self) -> VisionMethod:
-        """The method in force."""
-        return self.host_model.encoder.prune_method
+        """The method in force, in this thread."""
+        return self.config.method
 
     @property
     def inside(self) -> LanguageMethod | None:
-        """The method inside the language model, if there is one."""
-        return None if self.hooks is None else self.hooks.method
+        """The method inside the language model, if there is one in force."""
+        return self.config.inside
 
     @property
     def runtime(self) -> Runtime:
         """How the method is run."""
-        return self.host_model.encoder.prune_runtime
+        return self.config.runtime
 
     @property
     def config(self) -> PruningConfig:
-        """Methods and running together."""
-        return PruningConfig(self.method, self.runtime, self.inside)
+        """Methods and running together, as they are in force in this thread."""
+        return self.host_model.encoder.prune_switch.now
+
+    @contextlib.contextmanager
+    def using(
+        self, method: Any, inside: LanguageMethod | str | None = None, **options: Any
+    ) -> Iterator[Pruning]:
+        """Prune by another method inside the block, or by none.
+
+        `with pruned.using(HiPrune(num_tokens=64)):`, by name `using("hiprune", num_tokens=64)`,
+        unpruned `using(None)`. It counts for the thread, or asynchronous task, that entered the
+        block; all others, and threads that are started inside it, have the model's own method.
+        Blocks nest. How the model runs (`runtime`) stays as it is.
+
+        Parameters
+        ----------
+        method : Method | str | Mapping | tuple | None
+            the method, its name, `{"method": name, **options}`, or both methods as a pair
+        inside : LanguageMethod | str | None
+            a second method, inside the language model
+        **options : Any
+            of a method that is given by name
+
+        Raises
+        ------
+        LlavaHvpError
+            an unknown method or option, or one that cannot run on this model; nothing has changed.
+            At the end of the block: it was left in another thread or task than it was entered in
+        """
+        self._check_on()
+        config = config_for(self.runtime, method, inside, options)
+        self._check(config)
+        switch = self.host_model.encoder.prune_switch
+        with switch.using(config):
+            self.load_text()
+            yield self
+
+    def _check_on(self) -> None:
+        """Raise PrunedStateError where this pruning is over."""
+        if self.model.__dict__.get("llava_hvp") is not self:
+            raise PrunedStateError(
+                "this model is not pruned any more, or anew: prune(model, method) gives what has "
+                "`using`"
+            )
+
+    def _check(self, config: PruningConfig) -> None:
+        """Raise a LlavaHvpError unless a block or a call of this model can be pruned so."""
+        encoder = self.host_model.encoder
+        own = encoder.prune_switch.own
+        if own.runtime.tower_dtype == "model" and config.method.keeps_all != own.method.keeps_all:
+            raise OptionError(
+                f"{config} for a block or a call, on a model pruned by {own}: its vision tower "
+                "cannot be in stock's dtype for one and in the model's for the other: leave "
+                "tower_dtype out"
+            )
+        encoder.check(config.method)
+        if config.inside is not None:
+            self.plan_of(config.inside)
+
+    def plan_of(self, inside: LanguageMethod) -> DropPlan:
+        """What a method drops inside the language model, with the hooks in place.
+
+        Raises a LlavaHvpError where this language model cannot be pruned so.
+        """
+        if self.hooks is not None:
+            return self.hooks.plan(inside)
+        with CHANGING:
+            hooks = self.hooks or self.host_model.decoder_hooks()
+            try:
+                plan = hooks.plan(inside)
+            except BaseException:
+                if self.hooks is None:
+                    hooks.remove()
+                raise
+            self.hooks = hooks
+        return plan
+
+    @property
+    def drop_plan(self) -> DropPlan | None:
+        """What is dropped inside the language model, by the method in force in this thread."""
+        return None if self.inside is None else self.plan_of(self.inside)
 
     @property
     def last(self) -> list[ImageReport]:
@@ -219,77 +300,6 @@ class Pruning:
             self.take_back()
             raise
         return self
-
-    def load_text(self) -> None:
-        """Load what a prompt-aware method reads the prompt with; raises TextEncoderError."""
-        encoder = self.host_model.encoder
-        needs = encoder.plan().needs
-        if (needs.relevance is not None or needs.words) and self.tokenizer is None:
-            self.tokenizer = self.host_model.load_tokenizer()
-        if needs.relevance == "clip" and not isinstance(self.clip_text, ClipText):
-            clip = ClipText.load(str(self.clip_text or self.host_model.clip_checkpoint))
-            clip.check(encoder.vit)
-            self.clip_text = clip
-
-    def relevance(self, tiles: tuple[int, ...], rows: list[Tensor] | None) -> OfFeatures | None:
-        """The function of patch features that a prompt-aware method needs; None for others.
-
-        Parameters
-        ----------
-        tiles : tuple[int, ...]
-            tiles of each image
-        rows : list[Tensor] | None
-            token ids of each row of the batch, without padding
-        """
-        encoder = self.host_model.encoder
-        text = encoder.plan().needs.relevance
-        if text is None or rows is None:
-            return None
-        self.load_text()
-        prompts = self.host_model.prompts(rows, len(tiles), self.tokenizer)
-        repeats = torch.tensor(tiles)
-
-        def of_features(features: Tensor) -> Tensor:
-            # An encoder may be there that another method of this model has read with.
-            if text == "clip" and isinstance(self.clip_text, ClipText):
-                clip = self.clip_text.to(features.device)
-                patches = clip.patches(encoder.vit, features)
-                texts = torch.stack([clip.embed(prompt) for prompt in prompts])
-            else:
-                patches = self.host_model.project(features)
-                texts = torch.stack([each.float().mean(0) for each in self._embedded(prompts)])
-            texts = texts.to(patches.device)
-            return cosine_relevance(patches, texts.repeat_interleave(repeats.to(texts.device), 0))
-
-        return of_features
-
-    @torch.no_grad()
-    def _words(self, images: int, rows: list[Tensor] | None) -> tuple[Tensor, ...] | None:
-        """(M, D) of each image: the input embeddings of its prompt's words; None without prompts.
-
-        Each word is tokenised by itself, as text that is split into words.
-        """
-        if rows is None:
-            return None
-        self.load_text()
-        prompts = self.host_model.prompts(rows, images, self.tokenizer)
-        words = [content_words(prompt).split() or prompt.split() for prompt in prompts]
-        return self._embedded(words)
-
-    def _embedded(self, texts: Sequence[str | list[str]]) -> tuple[Tensor, ...]:
-        """(tokens, D) input embeddings of each text, one string or words that stand alone.
-
-        In one look-up: where the ranks share the table, each look-up is one of all of them.
-        """
-        parts = [[text] if isinstance(text, str) else text for text in texts]
-        ids = [[i for part in words for i in self._ids(part)] for words in parts]
-        flat = torch.tensor([i for each in ids for i in each], dtype=torch.long)
-        return self.host_model.embed(flat).split([len(each) for each in ids])
-
-    def _ids(self, text: str) -> list[int]:
-        """Token ids of a text, no special ones added."""
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
 
 
 _LAST: ContextVar[tuple[weakref.ref[Pruning], list[ImageReport]] | None] = ContextVar(

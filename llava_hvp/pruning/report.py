@@ -55,6 +55,8 @@ class ImageReport:
         of a picture whose sub-images the host shrinks by interpolation (LLaVA-OneVision's largest),
         (1, tokens) masks of the tokens that it makes of them; there masks of patches, and what
         counts patches, are of those whose centre a kept token covers
+    pruned_by : str
+        methods with their options, as `hivtp r_max=0.5`
     """
 
     method: str
@@ -72,6 +74,7 @@ class ImageReport:
     stages: tuple[Tensor, ...] = ()
     stage_layers: tuple[int, ...] = ()
     mosaic: Selection | None = None
+    pruned_by: str = ""
 
     @property
     def average_tokens(self) -> float:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llava_hvp.encoder.capture import only_reads
 from llava_hvp.encoder.partitioned import is_partitioned
 from llava_hvp.pruning.encoding import EncodedTiles, HostInputs, PrunedEncoder
 
@@ -116,15 +117,13 @@ def weights_version(encoder: PrunedEncoder, projector: nn.Module | None = None) 
     changed by an optimiser. What changes through a parameter's `.data` in place leaves no trace: to
     find out, all weights would have to be read at each image.
     """
-    made_by: list[Any] = [
-        encoder.prune_method,
-        encoder.prune_runtime,
-        encoder.hidden_state_index,
-    ]
+    # All of what is in force: an image that another method inside gets counts as one of its own.
+    made_by: list[Any] = [encoder.prune_switch.now, encoder.hidden_state_index]
     read = (encoder.vit,) if projector is None else (encoder.vit, projector)
     for module in itertools.chain.from_iterable(part.modules() for part in read):
         # Numbers of hooks are given once only.
-        made_by += (id(module), *module._forward_pre_hooks, *module._forward_hooks)
+        made_by += (id(module), *module._forward_pre_hooks)
+        made_by += (n for n, hook in module._forward_hooks.items() if not only_reads(hook))
         made_by.append(id(vars(module).get("forward")))
         for weight in module._parameters.values():
             if weight is None:

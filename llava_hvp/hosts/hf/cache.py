@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llava_hvp.errors import UnsupportedModelError
+from llava_hvp.runtime import PruningConfig
 
 NOTE = "llava_hvp"  # the attribute of a cache
 
@@ -32,6 +33,8 @@ class CacheNote:
     following : Tensor | None
         (B, 1), the position of what follows the prompt, where its own stay as they were; there is
         nothing to take off then
+    config : PruningConfig | None
+        what its images were pruned by; None where there are none
     """
 
     long_ids: Tensor
@@ -39,6 +42,7 @@ class CacheNote:
     mask: Tensor
     positions: Tensor
     following: Tensor | None = None
+    config: PruningConfig | None = None
 
     def __post_init__(self) -> None:
         assert self.ids.shape == self.mask.shape
@@ -53,6 +57,16 @@ def note_of(cache: Any) -> CacheNote | None:
     """The note on a cache that is filled; None where there is none."""
     note: CacheNote | None = getattr(cache, NOTE, None)
     return note if note is not None and length_of(cache) else None
+
+
+def check_alike(note: CacheNote | None, now: PruningConfig) -> None:
+    """Raise UnsupportedModelError where a cache holds images that were pruned otherwise."""
+    before = None if note is None else note.config
+    if before is not None and before != now:
+        raise UnsupportedModelError(
+            f"past_key_values was filled by {before}, and this call is pruned by {now}: begin with "
+            "an empty cache, or go on by the same method, as prune=method or inside the same block"
+        )
 
 
 def take_note(cache: Any) -> CacheNote | None:

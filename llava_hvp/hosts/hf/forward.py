@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from llava_hvp.errors import UnsupportedModelError
 from llava_hvp.hosts.hf.cache import (
     CacheNote,
+    check_alike,
     length_of,
     new_cache,
     note_of,
@@ -74,6 +75,7 @@ def _rewritten(
         check_videos(kwargs)
         check_encoded(kwargs)
         note = note_of(kwargs.get("past_key_values"))
+        check_alike(note, pruning.config)
         return (), kwargs if note is None else {**kwargs, **_next_step(note, kwargs)}
     return (), short_call(pruning, kwargs)
 
@@ -96,6 +98,7 @@ def short_call(pruning: Pruning, given: dict[str, Any]) -> dict[str, Any]:
     ids, mask = given["input_ids"], given.get("attention_mask")
     cache = given.get("past_key_values")
     cached, note = length_of(cache), note_of(cache)
+    check_alike(note, pruning.config)
     new_mask = None if mask is None else mask[:, -ids.shape[1] :]
     host: Any = pruning.host_model
     if cached and host.family.keeps_positions:
@@ -113,7 +116,7 @@ def short_call(pruning: Pruning, given: dict[str, Any]) -> dict[str, Any]:
     if prompt.removed:
         rest |= _per_token(given, prompt, mask, note, cached)
     if cached == 0 and not pruning.host_model.model.training:
-        _note(rest, ids, prompt, given.get("position_ids"), following, config)
+        _note(rest, ids, prompt, given.get("position_ids"), following, pruning)
     announce(pruning, prompt, given)
     return rest
 
@@ -179,10 +182,10 @@ def _note(
     prompt: ShortPrompt,
     positions: Tensor | None,
     following: Tensor | None,
-    config: Any,
+    pruning: Pruning,
 ) -> None:
     """Give the call a cache with a note, where stock would make one without."""
-    text = config.get_text_config()
+    text = pruning.host_model.model.config.get_text_config()
     use = rest.get("use_cache")
     if not (text.use_cache if use is None else use):
         return
@@ -193,7 +196,8 @@ def _note(
     if positions is not None and prompt.removed:
         now = rest["position_ids"].amax(1, keepdim=True).cpu()
         off = positions.amax(1, keepdim=True).expand(rows, 1).cpu() - now
-    put_note(rest["past_key_values"], CacheNote(ids, prompt.ids, prompt.mask, off, following))
+    note = CacheNote(ids, prompt.ids, prompt.mask, off, following, pruning.config)
+    put_note(rest["past_key_values"], note)
 
 
 def _next_step(note: CacheNote, given: dict[str, Any]) -> dict[str, Any]:

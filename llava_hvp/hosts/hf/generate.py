@@ -18,6 +18,7 @@ from llava_hvp.decoder.prompt import withdraw
 from llava_hvp.errors import UnsupportedModelError
 from llava_hvp.hosts.hf.cache import (
     CacheNote,
+    check_alike,
     length_of,
     note_of,
     put_note,
@@ -64,7 +65,10 @@ class Generate:
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self.pruning.told():
-            return self._generate(args, kwargs)
+            if "prune" not in kwargs:
+                return self._generate(args, kwargs)
+            with self.pruning.using(kwargs.pop("prune")):
+                return self._generate(args, kwargs)
 
     def _generate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         names = [n for n in self.__signature__.parameters if n != "kwargs"]
@@ -75,6 +79,7 @@ class Generate:
             check_encoded(given)
             if note_of(cache) is None:
                 return self.stock(*args, **kwargs)
+        check_alike(note_of(cache), self.pruning.config)
         if given.get("inputs") is not None and given.get("input_ids") is None:
             given["input_ids"] = given.pop("inputs")
         note = take_note(cache)
@@ -123,7 +128,7 @@ def _generate(
         # A call that failed may be held on to, with its embeddings, and text come next.
         withdraw()
     following = None if positions is None else positions.next
-    note = CacheNote(long, whole, short_whole, _off(told, short_whole), following)
+    note = CacheNote(long, whole, short_whole, _off(told, short_whole), following, pruning.config)
     return _result(result, given, note)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_hvp import hosts
-from llava_hvp.decoder import hooks as decoder_hooks
+from llava_hvp.decoder.hooks import DecoderHooks
 from llava_hvp.encoder.text import ClipText, load_tokenizer
 from llava_hvp.encoder.vit import attention_of, read_geometry
 from llava_hvp.errors import (
@@ -51,6 +51,16 @@ class HFModel:
         self.processor = processor
         self.handles: list[Any] = []
         self._marks: tuple[Marks, ...] | None = None
+
+    def decoder_hooks(self) -> DecoderHooks:
+        """Hooks on the language model, for methods inside it."""
+        if not self.family.prunes_inside:
+            raise UnsupportedModelError(
+                "a method inside the language model, which of transformers' own classes is done "
+                f"for LLaVA-1.5 and LLaVA-NeXT: give this {type(self.model).__name__} a method at "
+                "the vision tower, as HiPrune(r_max=0.5)"
+            )
+        return DecoderHooks(self.model.model.language_model, new_cache)
 
     @property
     def grid(self) -> Grid:
@@ -175,7 +185,11 @@ def attach(
             )
         pruning = Pruning(host, getattr(tokenizer, "tokenizer", tokenizer), clip_text)
         if chosen.inside is not None:
-            pruning.hooks = _hooks(host, chosen.inside)
+            try:
+                pruning.plan_of(chosen.inside)
+            except BaseException:
+                host.encoder.release()
+                raise
         hook = ForwardHook(pruning)
         host.handles += [
             part.register_forward_pre_hook(hook, with_kwargs=True) for part in (model, model.model)
@@ -186,21 +200,6 @@ def attach(
             model.model.get_rope_index = RopeIndex(pruning)
         model.generate = Generate(pruning, model.__dict__.get("generate"))
     return pruning.with_text()
-
-
-def _hooks(host: HFModel, inside: LanguageMethod) -> decoder_hooks.DecoderHooks:
-    """Let a method inside drop tokens of this model's language model."""
-    try:
-        if not host.family.prunes_inside:
-            raise UnsupportedModelError(
-                f"{inside.name} prunes inside the language model, which of transformers' own "
-                "classes is done for LLaVA-1.5 and LLaVA-NeXT: give this "
-                f"{type(host.model).__name__} a method at the vision tower, as HiPrune(r_max=0.5)"
-            )
-        return decoder_hooks.attach(host.model.model.language_model, inside, new_cache)
-    except BaseException:
-        host.encoder.release()
-        raise
 
 
 def check_tiling(tiling: str) -> None:

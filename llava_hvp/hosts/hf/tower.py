@@ -10,6 +10,7 @@ from torch import nn
 from llava_hvp.encoder.vit import Geometry, read_geometry
 from llava_hvp.errors import UnsupportedModelError
 from llava_hvp.pruning.encoding import PrunedEncoder, check_method
+from llava_hvp.pruning.switch import Switch
 from llava_hvp.runtime import PruningConfig
 
 
@@ -27,7 +28,7 @@ class PrunedVisionTower(PrunedEncoder):
 
     def __init__(self, inner: Any, pruning: PruningConfig) -> None:
         self.inner = inner
-        self.prune_method, self.prune_runtime = pruning.method, pruning.runtime
+        self.prune_switch = Switch(pruning)
         geometry = read_geometry(self.vit)
         check_features(inner.config, geometry)
         check_method(pruning.method, geometry, self.hidden_state_index)

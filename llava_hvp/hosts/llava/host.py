@@ -13,11 +13,12 @@ from llava.model.llava_arch import LlavaMetaForCausalLM
 from torch import Tensor, nn
 
 from llava_hvp import hosts
-from llava_hvp.decoder import hooks as decoder_hooks
+from llava_hvp.decoder.hooks import DecoderHooks
 from llava_hvp.encoder.partitioned import gathered
 from llava_hvp.encoder.text import ClipText, load_tokenizer
 from llava_hvp.errors import UnsupportedModelError
 from llava_hvp.hosts.llava import compat, grid, overrides, tiling
+from llava_hvp.hosts.llava.generate import Generate
 from llava_hvp.hosts.llava.prompt import read_prompt, rows_of_images
 from llava_hvp.hosts.llava.tiling import TilingConfig
 from llava_hvp.hosts.llava.tower import PrunedCLIPVisionTower, tower_facts
@@ -51,6 +52,10 @@ class LlavaModel:
                 f"{type(tower).__name__} now: load the model again, or unprune(model) first"
             )
         return tower
+
+    def decoder_hooks(self) -> DecoderHooks:
+        """Hooks on the language model, for methods inside it."""
+        return DecoderHooks(self.model.get_model(), compat.new_cache)
 
     def tiling(self) -> TilingConfig:
         """What decides on the layout of its images."""
@@ -173,13 +178,14 @@ def bind(
     """
     pruning = Pruning(LlavaModel(model), tokenizer, clip_text)
     if chosen.inside is not None:
-        pruning.hooks = decoder_hooks.attach(model.get_model(), chosen.inside, compat.new_cache)
+        pruning.plan_of(chosen.inside)
     if model.get_vision_tower() is not None:  # else LLaVA's training makes one later
         grid.fix(model, chosen.runtime.tiling)
     model.llava_hvp = pruning
     for override in (*OVERRIDES, *compat.instance_bridges()):
         # No MethodType: one of those is pickled by its name, and loaded as the stock method.
         setattr(model, override.__name__, functools.partial(override, model))
+    model.generate = Generate(pruning, model.__dict__.get("generate"))
     return pruning
 
 
@@ -210,6 +216,10 @@ def detach(model: Any) -> None:
         pruning = hosts.pruning_of(model)
         for override in (*OVERRIDES, *compat.instance_bridges()):
             model.__dict__.pop(override.__name__, None)
+        if isinstance(model.__dict__.get("generate"), Generate):  # else somebody's who calls it
+            earlier = model.__dict__.pop("generate").earlier
+            if earlier is not None:
+                model.generate = earlier
         if pruning.hooks is not None:
             pruning.hooks.remove()
         del model.__dict__["llava_hvp"]

@@ -57,7 +57,7 @@ def prepare_inputs_labels_for_multimodal(
     prompts = _without_padding(input_ids, attention_mask)
     packed = _pack(self, images, image_sizes, prompts)
     # To count images waits for the device: only for a method inside.
-    counted = self.llava_hvp.hooks is not None
+    counted = self.llava_hvp.inside is not None
     rows = images_of_rows(prompts, len(packed.features)) if counted else ()
     drops = expected.drops(self.llava_hvp, packed, rows)
     if not drops:

@@ -13,6 +13,7 @@ from llava_hvp.errors import UnsupportedModelError
 from llava_hvp.methods.base import VisionMethod
 from llava_hvp.pruning.encoding import PrunedEncoder, check_method
 from llava_hvp.pruning.packing import features_by_tile
+from llava_hvp.pruning.switch import Switch
 from llava_hvp.runtime import PruningConfig
 
 
@@ -26,7 +27,7 @@ class PrunedCLIPVisionTower(PrunedEncoder, CLIPVisionTower):
     def __init__(
         self, vision_tower: str, args: Any, delay_load: bool = False, *, pruning: PruningConfig
     ):
-        self.prune_method, self.prune_runtime = pruning.method, pruning.runtime
+        self.prune_switch = Switch(pruning)
         super().__init__(vision_tower, args, delay_load)
         if not self.is_loaded:  # now, and not when the language model is there
             check_method(pruning.method, geometry_of(self.cfg_only), self.select_layer)
@@ -36,7 +37,7 @@ class PrunedCLIPVisionTower(PrunedEncoder, CLIPVisionTower):
         """Make a loaded stock tower a pruned one; on an error it stays as it was."""
         check_tower(tower, pruning.method)
         tower.__class__ = cls
-        tower.prune_method, tower.prune_runtime = pruning.method, pruning.runtime
+        tower.prune_switch = Switch(pruning)
         try:
             tower.plan()
         except BaseException:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from llava_hvp.encoder.capture import reduce_attention
 from llava_hvp.encoder.vit import refuse_sharded
@@ -25,6 +26,7 @@ class _Seen:
     """One pass of the tower in one thread."""
 
     heads: int
+    layers: Sequence[int]
     rotary: tuple[Tensor, Tensor] | None = None
     ends: Tensor | None = None
     scores: dict[int, Tensor] = field(default_factory=dict)
@@ -52,7 +54,9 @@ class _QKVHook:
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         seen = _SEEN.get()
-        if seen is None or seen.rotary is None or seen.ends is None:
+        if seen is None or self.layer not in seen.layers:  # another thread's, another method's
+            return
+        if seen.rotary is None or seen.ends is None:
             return
         refuse_sharded(f"qkv of layer {self.layer}", output.shape[-1] // 3, args[0].shape[-1])
         with torch.no_grad():
@@ -78,29 +82,32 @@ def _turned(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class QKVHooks:
     """Hooks on some layers, numbered from 1, of a tower's blocks."""
 
-    def __init__(self, blocks: Sequence[Any], layers: Sequence[int]) -> None:
-        self._layers = tuple(layers)
-        self._modules = self._projections(blocks)
-        self._handles = []
-        for layer, module in zip(self._layers, self._modules, strict=True):
-            attention = blocks[layer - 1].attn
-            self._handles += [
-                attention.register_forward_pre_hook(_PlacesHook(), with_kwargs=True),
-                module.register_forward_hook(_QKVHook(layer)),
-            ]
+    def __init__(self) -> None:
+        self._sitting: dict[int, tuple[nn.Module, list[RemovableHandle]]] = {}
 
-    def _projections(self, blocks: Sequence[Any]) -> tuple[nn.Module, ...]:
-        return tuple(blocks[layer - 1].attn.qkv for layer in self._layers)
+    def cover(self, blocks: Sequence[Any], layers: Sequence[int]) -> None:
+        """Hook these layers besides."""
+        for layer in layers:
+            if layer in self._sitting:
+                continue
+            attention = blocks[layer - 1].attn
+            handles = [
+                attention.register_forward_pre_hook(_PlacesHook(), with_kwargs=True),
+                attention.qkv.register_forward_hook(_QKVHook(layer)),
+            ]
+            self._sitting[layer] = attention.qkv, handles
 
     def on(self, blocks: Sequence[Any]) -> bool:
         """Whether the hooks sit on these blocks still: quantised loading replaces the modules."""
-        found = self._projections(blocks)
-        return all(a is b for a, b in zip(self._modules, found, strict=True))
+        sitting = tuple(self._sitting.items())  # another thread may be adding some
+        return all(module is blocks[layer - 1].attn.qkv for layer, (module, _) in sitting)
 
     def remove(self) -> None:
         """Take them off."""
-        for handle in self._handles:
-            handle.remove()
+        for _, handles in self._sitting.values():
+            for handle in handles:
+                handle.remove()
+        self._sitting = {}
 
 
 def is_recording() -> bool:
@@ -116,7 +123,7 @@ def recording(layers: Sequence[int], heads: int) -> Iterator[dict[int, Tensor]]:
 
     Raises UnsupportedModelError where a layer's hooks saw nothing.
     """
-    seen = _Seen(heads)
+    seen = _Seen(heads, layers)
     token = _SEEN.set(seen)
     try:
         yield seen.scores

@@ -83,6 +83,7 @@ class QwenImages:
                 None,
                 selection,
                 view=GridView(context.grid, side),
+                pruned_by=str(self.pruning.config),
             )
             for count, columns, context, selection in zip(
                 self.stock, self.columns, contexts, selections, strict=True

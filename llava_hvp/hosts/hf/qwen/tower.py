@@ -6,6 +6,7 @@ each image has of its own size. No patch can go before the merger.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,10 @@ from llava_hvp.errors import UnsupportedModelError
 from llava_hvp.hosts.hf.qwen.capture import QKVHooks, recording
 from llava_hvp.methods.base import Needs, VisionContext, VisionMethod
 from llava_hvp.methods.masks import Grid
-from llava_hvp.runtime import PruningConfig
+from llava_hvp.pruning.switch import Switch
+from llava_hvp.runtime import PruningConfig, Runtime
+
+_CHANGING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,6 @@ class QwenPlan:
     depth: int
     needs: Needs
     full: dict[int, int]
-    hooks: QKVHooks
 
 
 class QwenTower:
@@ -56,11 +59,20 @@ class QwenTower:
 
     def __init__(self, inner: Any, pruning: PruningConfig) -> None:
         self.inner = inner
-        self.prune_method: VisionMethod = pruning.method
-        self.prune_runtime = pruning.runtime
-        self._plan: QwenPlan | None = None
-        self._check()
+        self.prune_switch = Switch(pruning)
+        self._hooks = QKVHooks()
+        self.check(pruning.method)
         self.plan()
+
+    @property
+    def prune_method(self) -> VisionMethod:
+        """The method in force here, in this thread."""
+        return self.prune_switch.now.method
+
+    @property
+    def prune_runtime(self) -> Runtime:
+        """How it is run."""
+        return self.prune_switch.now.runtime
 
     @property
     def vit(self) -> Any:
@@ -68,21 +80,22 @@ class QwenTower:
         return self.inner.visual
 
     def plan(self) -> QwenPlan:
-        """What to read of the tower, hooks in place; set anew where loading replaced modules."""
-        plan = self._plan
-        if plan is None or not plan.hooks.on(self.vit.blocks):
-            if plan is not None:
-                plan.hooks.remove()
-            depth = len(self.vit.blocks)
-            needs = self.prune_method.needs(depth, depth)
-            full = {layer: self._nearest(layer) for layer in needs.received_attention}
-            hooks = QKVHooks(self.vit.blocks, sorted(set(full.values())))
-            plan = self._plan = QwenPlan(depth, needs, full, hooks)
-        return plan
+        """What to read of the tower by the method in force, hooks in place.
 
-    def _check(self) -> None:
+        They are set anew where loading has replaced the modules that they sat on.
+        """
+        blocks = self.vit.blocks
+        needs = self.prune_method.needs(len(blocks), len(blocks))
+        full = {layer: self._nearest(layer) for layer in needs.received_attention}
+        with _CHANGING:
+            if not self._hooks.on(blocks):
+                self._hooks.remove()
+            self._hooks.cover(blocks, sorted(set(full.values())))
+        return QwenPlan(len(blocks), needs, full)
+
+    def check(self, method: VisionMethod) -> None:
         """Raise UnsupportedModelError for what a method reads, and is not here."""
-        method, depth = self.prune_method, len(self.vit.blocks)
+        depth = len(self.vit.blocks)
         needs = method.needs(depth, depth)
         if needs.cls_attention or (method.needs_cls and not method.keeps_all):
             raise method.without_cls()
@@ -158,6 +171,4 @@ class QwenTower:
 
     def release(self) -> None:
         """Take the hooks off."""
-        if self._plan is not None:
-            self._plan.hooks.remove()
-            self._plan = None
+        self._hooks.remove()

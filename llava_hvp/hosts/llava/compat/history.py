@@ -24,7 +24,7 @@ def chat_forgets() -> bool:
 
 def bridge_history(model: Any) -> None:
     """Let `generate` of this model return prompt and answer, if the installed chat cuts them."""
-    if not chat_forgets() or hasattr(model.generate, "stock"):
+    if not chat_forgets() or hasattr(model.generate, "gives_prompt"):
         return
     stock = model.generate
 
@@ -35,5 +35,5 @@ def bridge_history(model: Any) -> None:
         begins = answer.shape[1] > 0 and bool((answer[:, 0] == model.config.bos_token_id).all())
         return torch.cat((inputs, answer[:, 1:] if begins else answer), dim=1)
 
-    generate.stock = stock  # type: ignore[attr-defined]
+    generate.gives_prompt = True  # type: ignore[attr-defined]
     model.generate = generate
