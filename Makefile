@@ -21,7 +21,7 @@ demo: $(VENVS)/$(MIDDLE)/ready
 test: test-$(OLD) test-$(MIDDLE) test-$(NEW) test-lmms test-deepspeed
 
 # On the older releases, what touches a host; what is pure, or about files and pages, on the newest.
-NEWEST_ONLY := answers config context docs eval_checkpoint eval_scores extras flops golden golden_merging \
+NEWEST_ONLY := answers config context docs eval_checkpoint eval_scores extras fit flops golden golden_merging \
 	golden_vision greedy hf_sequence inside_config inside_methods layering masks merging methods naming nodes \
 	pth protocol ranking record show show_merging show_page tables tiling_commands transfers vision_methods wheel
 test-%: $(VENVS)/%/ready
