@@ -17,7 +17,6 @@ from llava_hvp.checkpoints.variants import Variant, variants
 from llava_hvp.cli import main
 from llava_hvp.cli.fit import bytes_of
 from llava_hvp.errors import OptionError
-from llava_hvp.hosts.llava import compat
 from llava_hvp.runtime import PruningConfig
 
 ROOT = Path(__file__).parent.parent
@@ -48,7 +47,6 @@ def stored(model):
     ],
 )
 def test_what_is_worked_out_is_what_the_allocator_reports(name, tiles, bits, monkeypatch):
-    compat.bridge()
     geometry = LlavaGeometry(name, VISION, LANGUAGE, tiles)
     monkeypatch.setattr(subject, "get_geometry", lambda _: geometry)
     dtype = torch.float32 if bits is None else torch.float16
@@ -59,12 +57,10 @@ def test_what_is_worked_out_is_what_the_allocator_reports(name, tiles, bits, mon
     assert weights(geometry, layout) == pytest.approx(stored(what.checkpoint.model), rel=0.01)
     batch = 2
     work = make_workload(
-        what.checkpoint.model,
+        what.checkpoint,
         [pattern((640, 640), seed) for seed in range(batch)],  # a picture of all tiles
         what.prompt,
         new_tokens=2,
-        device=torch.device("cpu"),
-        dtype=dtype,
     )
     bench = Bench(what.checkpoint, VISION, work, Clock(torch.device("cpu")))
     chosen = [Variant(), *variants(["hivtp", "fastv"], [{"r_max": 0.5}])[1:]]

@@ -74,7 +74,12 @@ def _answer(viewer: Viewer, variant: Variant, picture: Any, ids: Any, new_tokens
     if report is None:
         return _made("unpruned", said, seconds, viewer.look(None, picture, ids), picture)
     label = str(variant)
-    return _made(label, said, seconds, report, overlay(report, picture, title=label, widest=CARD))
+    return _made(label, said, seconds, report, _drawn(report, picture))
+
+
+def _drawn(report: ImageReport, picture: Any) -> Any:
+    """What is kept, alone: the picture has a card of its own."""
+    return overlay(report, picture, title="kept", original=False, widest=CARD)
 
 
 def _made(label: str, said: str, seconds: float, report: ImageReport, drawn: Any) -> Answer:
