@@ -106,10 +106,14 @@ class Browser:
         )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
+        self.visit(path.resolve().as_uri())
+        self.wait("panels.every((p) => p.photo)")
+
+    def visit(self, address):
         self.problems.clear()
         self.requests.clear()
-        self.call("Page.navigate", url=path.resolve().as_uri())
-        self.wait("document.readyState === 'complete' && panels.every((p) => p.photo)")
+        self.call("Page.navigate", url=address)
+        self.wait("document.readyState === 'complete'")
 
     def wait(self, condition):
         deadline = time.monotonic() + SECONDS

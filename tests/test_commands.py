@@ -22,6 +22,7 @@ WITH_SETTINGS = (
     "accuracy",
     "bench",
     "convert",
+    "demo_app",
     "evaluate",
     "reproduce",
     "run",

@@ -51,7 +51,7 @@ FLOORS = (
     {"hosts"},
     {"checkpoints"},
     {"evaluation"},
-    {"hook", "lmms", "bench"},
+    {"hook", "lmms", "bench", "app"},
     {"accuracy"},
     {"__init__"},
     {"cli"},
@@ -63,7 +63,7 @@ FOREIGN = {
     "methods runtime options given config show decoder pruning": {"transformers", "llava"},
     "encoder testing hook lmms cli __init__": {"llava"},
     "shapes": {"torch", "transformers", "llava"},
-    "evaluation bench accuracy": {"transformers", "llava", "lmms_eval"},
+    "evaluation bench accuracy app": {"transformers", "llava", "lmms_eval"},
 }
 
 

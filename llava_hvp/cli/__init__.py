@@ -16,6 +16,7 @@ from llava_hvp.cli import (
     accuracy,
     bench,
     convert,
+    demo_app,
     doctor,
     evaluate,
     methods,
@@ -37,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for command in (
         run,
         show,
+        demo_app,
         evaluate,
         table,
         reproduce,

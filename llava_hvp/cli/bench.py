@@ -15,6 +15,7 @@ from llava_hvp.checkpoints.dtypes import DTYPES, dtype_of
 from llava_hvp.checkpoints.geometry import get_geometry, list_geometries
 from llava_hvp.checkpoints.naming import named_path
 from llava_hvp.checkpoints.variants import Variant, variants
+from llava_hvp.cli import fit
 from llava_hvp.cli.arguments import (
     add_budgets,
     at_least,
@@ -51,6 +52,12 @@ def add(commands: Any) -> None:
         "--geometry",
         metavar="NAME",
         help=f"random weights in a published shape: {', '.join(list_geometries())}",
+    )
+    what.add_argument(
+        "--fit",
+        metavar="8GB",
+        help="instead of measuring: work out from the shapes of one --geometry or several what "
+        "batch and prompt fit into so much memory; GB are 10^9 bytes, GiB 2^30",
     )
     what.add_argument("--model-path", help="instead: a LLaVA checkpoint")
     what.add_argument("--model-base", help="as LLaVA's commands take it")
@@ -277,6 +284,8 @@ def run(settings: BenchSettings) -> int:
 
 def main(args: argparse.Namespace) -> int:
     """Parse and run."""
+    if args.fit is not None:
+        return fit.run(fit.parse(args, _variants(args)))
     return run(parse(args))
 
 

@@ -57,6 +57,7 @@ NEEDED = (
     Needed("uvicorn", "uvicorn", "worker", WORKER),
     Needed("pandas", "pandas", "mmbench", MMBENCH),
     Needed("openpyxl", "openpyxl", "mmbench", MMBENCH),
+    Needed("gradio", "gradio", "app", "llava-hvp demo-app"),
     Needed("lmms-eval", "lmms_eval", "lmms", "llava-hvp reproduce of tables made with lmms-eval"),
 )
 

@@ -1,0 +1,1 @@
+"""A page where methods and budgets answer the same question side by side, made with Gradio."""
