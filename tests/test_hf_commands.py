@@ -159,3 +159,11 @@ def test_a_quantised_model_has_all_but_its_logits_so(name, shared):
 def test_a_host_that_cannot_be_is_said(flags, message, capsys):
     assert main(["bench", *flags.split(), "--device", "cpu"]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_eval_refuses_what_llavas_scripts_cannot_load(hf, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    path = hf("llava-1.5-llama").path
+    assert main(["eval", "pope", "--model-path", str(path), "--device", "cpu"]) == 2
+    assert "llava-hvp convert" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
