@@ -16,13 +16,19 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from PIL import Image
 
 from llava_hvp import Method, get_method, list_methods, prune
+from llava_hvp.checkpoints.variants import variants
+from llava_hvp.hosts.hf.versions import OLDEST, release
 from llava_hvp.pruning.report import ImageReport
 from llava_hvp.shapes import checkpoint
+
+if TYPE_CHECKING:
+    from llava_hvp.checkpoints.checkpoint import Checkpoint
 
 DOCS = Path(__file__).parent.parent / "docs"
 BUDGETS, QUARTER = (0.75, 0.5, 0.4, 0.25, 0.11), 0.25
@@ -126,6 +132,31 @@ def run(path: Path, picture: Path, asked: dict[str, str], out: Path, rounds: int
             if r_max == QUARTER:
                 report.overlay(photo).save(out / f"{path.name}-{name.replace('+', 'p')}.png")
     print(f"kept patches at r_max 0.25, by role: {out / path.name}-*.png")
+    if release() >= OLDEST:
+        compare_hosts(path, opened, photo, list(asked))
+
+
+def compare_hosts(path: Path, opened: Checkpoint, photo: Image.Image, asked: list[str]) -> None:
+    """Ask transformers' own classes too, which have the same weights; exit where they differ."""
+    from llava_hvp.checkpoints.convert import to_transformers
+    from llava_hvp.checkpoints.opening import open_checkpoint
+    from llava_hvp.checkpoints.viewer import Viewer
+
+    target = to_transformers(path, path.with_name(f"{path.name}-hf"), opened.conv_mode)
+    both = [Viewer(one, one.view()) for one in (opened, open_checkpoint(str(target), "cpu"))]
+    for name in ("none", "hivtp", "hiprune++", "hivtp+fastv"):
+        variant = variants([name], [{"r_max": QUARTER}])[-1]
+        for question in asked:
+            (said, mine), (answer, theirs) = (
+                viewer.answer(variant, photo, viewer.prompt(question), 8) for viewer in both
+            )
+            kept = [torch.stack((r.sent, *r.stages)) for r in (mine, theirs) if r is not None]
+            if said != answer or not all(torch.equal(one, kept[0]) for one in kept):
+                sys.exit(f"{target.name}: {variant}: {question} {answer!r}, on LLaVA's {said!r}")
+    print(
+        f"{target.name}, by transformers' own classes: the same answers and kept patches "
+        f"(none, hivtp, hiprune++ and hivtp+fastv at {QUARTER})"
+    )
 
 
 def type_commands(path: Path, photo: Path) -> None:

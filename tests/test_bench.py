@@ -161,7 +161,7 @@ def test_an_option_goes_to_the_methods_that_have_it():
 def test_every_method_runs_and_its_floor_keeps_the_same(bench):
     chosen = variants(["hivtp", "hiprune", "hiprune++", "random", "uniform"], [{"r_max": 0.5}])
     ticks = []
-    measured = measure(bench, chosen, 2, tick=ticks.append)
+    (measured,) = measure([bench], chosen, 2, tick=ticks.append)
     assert len(ticks) == turns(chosen, 2, bench.vision)
     none = measured[0]
     assert none.kept == none.stock
@@ -239,7 +239,7 @@ def test_variants_take_turns_and_a_method_follows_its_floor():
                 (turn.of.variant.name + " floor" * turn.is_floor, counted)
             ),
         )
-        module.measure(Recorder(), chosen, 2)
+        module.measure([Recorder()], chosen, 2)
     names = [name for name, _ in order]
     assert names[:4] == ["random", "none", "hivtp floor", "hivtp"]
     assert names[4:8] == ["none", "hivtp floor", "hivtp", "random"]
@@ -248,7 +248,7 @@ def test_variants_take_turns_and_a_method_follows_its_floor():
 
 
 def test_time_is_up_after_two_rounds(bench):
-    measured = measure(bench, variants(["random"], [{"r_max": 0.5}]), 50, most_seconds=1e-9)
+    (measured,) = measure([bench], variants(["random"], [{"r_max": 0.5}]), 50, most_seconds=1e-9)
     assert len(measured[0].seconds["ttft"]) == 2
 
 
@@ -280,7 +280,7 @@ def test_ratios_are_of_the_same_round(bench):
         {"encode": 10, "prefill": 5, "answer": 7},
     )
     none.peaks = {"encode": 20, "prefill": 10, "answer": 14}
-    rows = rows_of([none, method], bench.work, get_geometry("llava-1.5-tiny"))
+    rows = rows_of([none, method], bench.work, get_geometry("llava-1.5-tiny"), "llava")
     row = rows[1]
     assert row.to_none["ttft"].median == row.to_none["encode"].median == 0.5
     assert row.to_none["ttft"].low == row.to_none["ttft"].high == 0.5
@@ -298,7 +298,7 @@ def test_ratios_are_of_the_same_round(bench):
         == complete(get_geometry("llava-1.5-tiny"), 25, projected=32, text_tokens=20).projector
     )
     assert losses(rows) == []
-    slow = rows_of([method, none], bench.work, get_geometry("llava-1.5-tiny"))
+    slow = rows_of([method, none], bench.work, get_geometry("llava-1.5-tiny"), "llava")
     assert len(losses(slow)) == 1
     assert "TTFT 2.000" in losses(slow)[0]
 

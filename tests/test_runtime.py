@@ -103,5 +103,5 @@ def test_a_variant_and_its_floor_are_run_alike():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure, "_look", look)
         patch.setattr(measure, "_take", take)
-        measure.measure(None, [Variant(), Variant(PruningConfig(HIVTP(), SPATIAL))], 2)
+        measure.measure([None], [Variant(), Variant(PruningConfig(HIVTP(), SPATIAL))], 2)
     assert set(seen) == {(False, None), (False, SPATIAL), (True, SPATIAL)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections import defaultdict
@@ -74,26 +75,30 @@ class Measurements:
 class _Turn:
     """What is run: a variant, or the floor below one."""
 
+    bench: Bench
     variant: Variant
     of: Measurements
     is_floor: bool
 
 
 def measure(
-    bench: Bench,
+    benches: Sequence[Bench],
     variants: Sequence[Variant],
     rounds: int,
     *,
     tick: Callable[[str], None] = lambda what: None,
     most_seconds: float = float("inf"),
-) -> list[Measurements]:
-    """Peaks and kept tokens of every variant, then `rounds` rounds of all of them.
+) -> list[list[Measurements]]:
+    """Peaks and kept tokens of every variant on each bench, then `rounds` rounds of all of them.
 
-    Each round starts with the next variant, and a method follows right after its floor, so that a
-    machine that slows down slows what is compared alike.
+    Each round starts with the next variant, a method follows right after its floor, and every
+    bench takes its turn before the next variant does, so that a machine that slows down slows what
+    is compared alike.
 
     Parameters
     ----------
+    benches : Sequence[Bench]
+        one for each host; for each a list comes back
     tick : Callable[[str], None]
         called with a word on what was done after every turn
     most_seconds : float
@@ -101,30 +106,36 @@ def measure(
     """
     began = time.perf_counter()
     groups: list[list[_Turn]] = []
-    for variant in variants:
+    for variant, bench in itertools.product(variants, benches):
         measured, floor = _look(bench, variant)
         groups.append([])
         if floor is not None:
             below = (
                 None if variant.pruning is None else PruningConfig(floor, variant.pruning.runtime)
             )
-            groups[-1].append(_Turn(Variant(below), measured, True))
-        groups[-1].append(_Turn(variant, measured, False))
-        tick(f"memory of {variant}")
+            groups[-1].append(_Turn(bench, Variant(below), measured, True))
+        groups[-1].append(_Turn(bench, variant, measured, False))
+        tick(f"memory of {_named(variant, bench, benches)}")
     for number in range(-WARM_UP, rounds):
         started = time.perf_counter()
         start = number % len(groups)
         for turn in (turn for group in groups[start:] + groups[:start] for turn in group):
-            _take(bench, turn, counted=number >= 0)
-            tick(f"round {number + 1} of {rounds}: {turn.of.variant}")
+            _take(turn, counted=number >= 0)
+            name = _named(turn.of.variant, turn.bench, benches)
+            tick(f"round {number + 1} of {rounds}: {name}")
         took = time.perf_counter() - started
         if number + 1 >= FEWEST and time.perf_counter() - began + took > most_seconds:
             break
-    return [group[-1].of for group in groups]
+    found = [group[-1].of for group in groups]
+    return [found[number :: len(benches)] for number in range(len(benches))]
+
+
+def _named(variant: Variant, bench: Bench, benches: Sequence[Bench]) -> str:
+    return f"{variant}, {bench.checkpoint.host}" if len(benches) > 1 else str(variant)
 
 
 def turns(variants: Sequence[Variant], rounds: int, vision: Vision) -> int:
-    """How often `measure` ticks."""
+    """How often `measure` ticks for each bench."""
     turns_a_round = sum(1 + variant.has_floor(vision) for variant in variants)
     return len(variants) + (rounds + WARM_UP) * turns_a_round
 
@@ -177,7 +188,8 @@ def _floor(pruning: Any, reports: Sequence[ImageReport]) -> Floor:
     return Floor(keep=torch.cat(keeps), r_max=0.5)
 
 
-def _take(bench: Bench, turn: _Turn, *, counted: bool) -> None:
+def _take(turn: _Turn, *, counted: bool) -> None:
+    bench = turn.bench
     with bench.checkpoint.pruned_by(turn.variant) as pruning:
         parts = bench.time_parts(pruning)
         # Past its first token the floor does what the method does.

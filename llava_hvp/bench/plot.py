@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any, BinaryIO
 
-from llava_hvp.bench.results import BenchRow
+from llava_hvp.bench.results import BenchRow, hosts_of
 
 
 def title_of(about: dict[str, str]) -> str:
@@ -32,15 +32,19 @@ def figure_of(title: str, rows: Sequence[BenchRow]) -> Any:
     figure.suptitle("\n".join(textwrap.wrap(title, 110)), fontsize="medium")
     axes = figure.subplots(len(batches), 2, squeeze=False, sharey="col")
     for line, batch in zip(axes, batches, strict=True):
-        none, *pruned = [row for row in rows if row.batch == batch]
+        group = [row for row in rows if row.batch == batch]
+        hosts = hosts_of(group)
+        none, pruned = group[0], group[len(hosts) :]
         for axis, phase, what in zip(
             line, ("ttft", "answer"), ("time to first token", "tokens/s of the answer"), strict=True
         ):
             axis.axhline(1, color="grey", linewidth=1, label="unpruned LLaVA")
-            names = dict.fromkeys(row.method for row in pruned)
-            for name, (colour, marker) in zip(names, itertools.cycle(STYLES), strict=False):
+            lines = dict.fromkeys((row.method, row.host) for row in pruned)
+            styles = itertools.cycle(STYLES)
+            for (name, host), (colour, marker) in zip(lines, styles, strict=False):
                 found = sorted(
-                    (row for row in pruned if row.method == name), key=lambda r: r.average_tokens
+                    (row for row in pruned if (row.method, row.host) == (name, host)),
+                    key=lambda r: r.average_tokens,
                 )
                 middle = [row.to_none[phase].median for row in found]
                 axis.errorbar(
@@ -53,7 +57,7 @@ def figure_of(title: str, rows: Sequence[BenchRow]) -> Any:
                     color=colour,
                     marker=marker,
                     capsize=3,
-                    label=name,
+                    label=f"{name}, {host}" if len(hosts) > 1 else name,
                 )
             axis.set_xlabel(f"visual tokens kept of {none.stock_tokens:.0f}")
             axis.set_ylabel("ratio to unpruned LLaVA")

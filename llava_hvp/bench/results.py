@@ -25,10 +25,12 @@ WORDS = {
 
 @dataclass(frozen=True)
 class BenchRow:
-    """One variant in one batch.
+    """One variant on one host in one batch.
 
     Parameters
     ----------
+    host : str
+        whose classes the model is of: llava or transformers
     tiles : int
         of the whole batch
     kept_tokens, stock_tokens : float
@@ -58,6 +60,7 @@ class BenchRow:
         by the papers' convention, LLaVA-1.5 only
     """
 
+    host: str
     method: str
     options: str
     batch: int
@@ -87,12 +90,22 @@ class BenchRow:
 
 
 def rows_of(
-    measured: Sequence[Measurements], work: Workload, geometry: LlavaGeometry
+    measured: Sequence[Measurements], work: Workload, geometry: LlavaGeometry, host: str
 ) -> list[BenchRow]:
-    """One row a variant; the first is `none`."""
+    """One row a variant of one host; the first is its `none`."""
     none = measured[0]
     rates = {id(m): _rates(m.seconds, work) for m in measured}
-    return [_row(m, none, rates[id(m)], rates[id(none)], work, geometry) for m in measured]
+    return [_row(m, none, rates[id(m)], rates[id(none)], work, geometry, host) for m in measured]
+
+
+def beside(rows: Sequence[Sequence[BenchRow]]) -> list[BenchRow]:
+    """Rows of several hosts as one list, those of a variant side by side."""
+    return [row for same in zip(*rows, strict=True) for row in same]
+
+
+def hosts_of(rows: Sequence[BenchRow]) -> list[str]:
+    """The hosts in the order of their rows."""
+    return list(dict.fromkeys(row.host for row in rows))
 
 
 def _rates(seconds: Samples, work: Workload) -> Samples:
@@ -113,6 +126,7 @@ def _row(
     none_rates: Samples,
     work: Workload,
     geometry: LlavaGeometry,
+    host: str,
 ) -> BenchRow:
     seconds, floor = measured.seconds, measured.floor
     vision = geometry.vision
@@ -143,6 +157,7 @@ def _row(
         new_tokens=work.new_tokens,
     )
     return BenchRow(
+        host=host,
         method=measured.variant.name,
         options=measured.variant.options,
         batch=work.batch,
@@ -194,8 +209,12 @@ def losses(rows: Sequence[BenchRow]) -> list[str]:
             if (spread.median < 1 if name in SPEEDS else spread.median > 1)
         ]
         if worse:
-            lines.append(f"{row.label}, batch {row.batch}: {', '.join(worse)}")
+            lines.append(f"{_named(row, rows)}, batch {row.batch}: {', '.join(worse)}")
     return lines
+
+
+def _named(row: BenchRow, rows: Sequence[BenchRow]) -> str:
+    return f"{row.label} on {row.host}" if len(hosts_of(rows)) > 1 else row.label
 
 
 def losses_to_floor(rows: Sequence[BenchRow]) -> list[str]:
@@ -208,5 +227,5 @@ def losses_to_floor(rows: Sequence[BenchRow]) -> list[str]:
             if row.layer_tokens and row.to_floor[name].median > 1
         ]
         if slower:
-            lines.append(f"{row.label}, batch {row.batch}: {', '.join(slower)}")
+            lines.append(f"{_named(row, rows)}, batch {row.batch}: {', '.join(slower)}")
     return lines

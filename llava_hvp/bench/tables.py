@@ -6,18 +6,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from llava_hvp.bench.measure import Spread
-from llava_hvp.bench.results import BenchRow, losses, losses_to_floor
+from llava_hvp.bench.results import BenchRow, hosts_of, losses, losses_to_floor
 from llava_hvp.tables import MARKDOWN, aligned
 
 Cell = tuple[str, str]  # heading, text; "x none" stands right of what it is the ratio of
 
 EXPLAINED = (
     "`kept`: visual tokens of an image, inside the language model averaged over its layers. "
-    "`x none`: ratio to unpruned LLaVA, `x floor`: to the same patches kept without capture or "
-    "choice (for a method inside the language model as many as its average, drawn at random at the "
-    "tower), each in the same round (medians, TTFT with quartiles). Times below 1 and speeds "
-    "above 1 are a gain. Encode includes the selection; launch is the share of the prefill during "
-    "which the host was still launching."
+    "`x none`: ratio to unpruned LLaVA on the same host, `x floor`: to the same patches kept "
+    "without capture or choice (for a method inside the language model as many as its average, "
+    "drawn at random at the tower), each in the same round (medians, TTFT with quartiles). Times "
+    "below 1 and speeds above 1 are a gain. Encode includes the selection; launch is the share of "
+    "the prefill during which the host was still launching."
 )
 
 
@@ -31,8 +31,10 @@ def render(about: dict[str, Any], rows: Sequence[BenchRow], style: str) -> str:
         stock, tiles = group[0].stock_tokens, group[0].tiles // batch
         what = f"Batch {batch}: {stock:.0f} visual tokens, {tiles} tile{'s' * (tiles > 1)} an image"
         parts.append(f"## {what}" if style == MARKDOWN else what)
-        none = group[0]
-        for columns in (_answer, _phases, _memory, lambda row, none=none: _flops(row, none)):
+        nones: dict[str, BenchRow] = {}
+        for row in group:
+            nones.setdefault(row.host, row)
+        for columns in (_answer, _phases, _memory, lambda row, n=nones: _flops(row, n[row.host])):
             parts.append(_tabulate(group, columns, style))
     lost = losses(rows)
     listed = "".join(f"\n- {line}" for line in lost)
@@ -100,6 +102,7 @@ def _tabulate(
     lines = [
         [
             ("method", row.method),
+            *([("host", row.host)] if len(hosts_of(rows)) > 1 else []),
             ("options", row.options),
             ("kept", f"{row.average_tokens:.0f}"),
             *columns(row),

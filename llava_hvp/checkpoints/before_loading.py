@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from llava_hvp.checkpoints.form import is_transformers, read_config
+from llava_hvp.errors import UnsupportedModelError
 from llava_hvp.runtime import PruningConfig
 
 
@@ -34,6 +35,15 @@ def check_before_loading(model_path: str, prunings: Iterable[PruningConfig | Non
     for pruning in chosen:
         pruning.method.needs(depth, select if select >= 0 else depth + 1 + select)
         pruning.method.check((side, side))
+
+
+def check_llavas_form(model_path: str) -> None:
+    """Raise UnsupportedModelError for a checkpoint that LLaVA's own scripts cannot load."""
+    if is_transformers(model_path):
+        raise UnsupportedModelError(
+            f"--model-path {model_path} is in transformers' form, and LLaVA's own scripts answer "
+            "here, which load LLaVA's: llava-hvp convert writes that form of it"
+        )
 
 
 def check_language(model_path: str, pruning: PruningConfig | None) -> None:

@@ -6,7 +6,7 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,8 @@ class Checkpoint(ABC):
     clip_text : ClipText | None
         the text encoder of the tower's own checkpoint, once a method has read the prompt with it
     """
+
+    host: ClassVar[str]  # whose classes the model is of, in words
 
     name: str
     tokenizer: Any

@@ -47,6 +47,11 @@ class Language:
     vocab: int = 32000
 
     @property
+    def is_mistral(self) -> bool:
+        """Whether several heads share keys and values, as in Mistral."""
+        return self.kv_heads != self.heads
+
+    @property
     def layer_weights(self) -> int:
         """Weights of one layer's matrices: q and o, k and v, gate, up and down."""
         kv = self.hidden * self.kv_heads // self.heads

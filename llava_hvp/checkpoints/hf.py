@@ -29,6 +29,8 @@ class HFCheckpoint(Checkpoint):
     `conv_mode` empty where prompts are in its own chat template.
     """
 
+    host = "transformers"
+
     @property
     def reader(self) -> Any:
         """What a method reads the prompt with."""

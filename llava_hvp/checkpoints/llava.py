@@ -30,6 +30,8 @@ from llava_hvp.show.frame import View
 class LlavaCheckpoint(Checkpoint):
     """A loaded model of LLaVA's own classes; `processor` is its vision tower's."""
 
+    host = "llava"
+
     @property
     def vit(self) -> nn.Module:
         """The vision transformer."""

@@ -1,6 +1,6 @@
 """LLaVA models of a published shape with random weights, made straight on their device.
 
-Of LLaVA's own classes, for measurements that need no weights: no file is read or written, and no
+Of LLaVA's own classes (`synthetic_hf` has transformers'), for measurements that need no weights: no
 weight is ever in host memory unless the model is to be there.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llava_hvp.checkpoints.geometry import LlavaGeometry, Vision, shapes_of
+from llava_hvp.checkpoints.geometry import Language, LlavaGeometry, Vision, shapes_of
 from llava_hvp.encoder.text import ClipText
 from llava_hvp.testing.tokenizers import write_clip_tokenizer, write_llama_tokenizer
 
@@ -47,19 +47,19 @@ def build_model(
     """
     if tower_dtype is None:
         tower_dtype = dtype if geometry.is_next else torch.float32
-    vision = _clip_config(geometry.vision)
+    vision = clip_config(geometry.vision)
     with tempfile.TemporaryDirectory(prefix="llava-hvp-") as folder:
         # LLaVA reads the tower's shape from a folder while the model is built.
         Path(folder, "config.json").write_text(json.dumps(vision.to_dict(), default=str))
         config, kind = _llava_config(geometry, folder)
-        with _defaults(device, dtype):
+        with made(device, dtype):
             model = kind(config) if bits is None else _quantised(kind, config, bits)
     tower = model.get_vision_tower()
-    with _defaults(device, tower_dtype):
-        tower.vision_tower = _module("CLIPVisionModel")(vision).requires_grad_(False)
+    with made(device, tower_dtype):
+        tower.vision_tower = module_of("CLIPVisionModel")(vision).requires_grad_(False)
         if bits is not None and geometry.is_next:  # the tower comes within the checkpoint
             quantise(tower.vision_tower, bits)
-    tower.image_processor = _image_processor(geometry.vision.image)
+    tower.image_processor = clip_image_processor(geometry.vision.image)
     tower.is_loaded = True
     newline = getattr(model.get_model(), "image_newline", None)
     if newline is not None:
@@ -88,8 +88,8 @@ def build_text(geometry: LlavaGeometry, device: str) -> tuple[Any, ClipText]:
         eos_token_id=clip_tokenizer.eos_token_id,
         projection_dim=wide,
     )
-    with _defaults(device, torch.float32):
-        encoder = _module("CLIPTextModel")(config).eval()
+    with made(device, torch.float32):
+        encoder = module_of("CLIPTextModel")(config).eval()
         text, patches = nn.Linear(wide, wide, bias=False), nn.Linear(geometry.vision.hidden, wide)
     length = config.max_position_embeddings
     return tokenizer, ClipText(
@@ -139,21 +139,34 @@ def quantise(model: nn.Module, bits: int) -> None:
 
 
 def _quantised(kind: type, config: Any, bits: int) -> Any:
-    """Layer by layer, so that one layer at a time exists in full precision."""
-    total, config.num_hidden_layers = config.num_hidden_layers, 1
-    model = kind(config)
+    """A model whose layers never are in full precision all at once."""
+    with one_layer(config):
+        model = kind(config)
     quantise(model, bits)
-    layers = model.get_model().layers
-    for index in range(1, total):
-        layer = type(layers[0])(config, index)
-        quantise(layer, bits)
-        layers.append(layer)
-    config.num_hidden_layers = total
+    add_layers(model.get_model().layers, config, bits)
     return model
 
 
 @contextlib.contextmanager
-def _defaults(device: str, dtype: torch.dtype) -> Iterator[None]:
+def one_layer(config: Any) -> Iterator[None]:
+    """What is made of a language model's config in the block has one layer; see `add_layers`."""
+    total, config.num_hidden_layers = config.num_hidden_layers, 1
+    try:
+        yield
+    finally:
+        config.num_hidden_layers = total
+
+
+def add_layers(layers: nn.ModuleList, config: Any, bits: int) -> None:
+    """Append to the first layer what the config has behind it, quantised one at a time."""
+    for index in range(1, config.num_hidden_layers):
+        layer = type(layers[0])(config, index)
+        quantise(layer, bits)
+        layers.append(layer)
+
+
+@contextlib.contextmanager
+def made(device: str, dtype: torch.dtype) -> Iterator[None]:
     """Tensors that are made in the block are made there, and of this dtype."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -164,7 +177,8 @@ def _defaults(device: str, dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _clip_config(vision: Vision) -> Any:
+def clip_config(vision: Vision) -> Any:
+    """transformers' config of a CLIP vision tower."""
     from transformers import CLIPVisionConfig
 
     return CLIPVisionConfig(
@@ -177,6 +191,25 @@ def _clip_config(vision: Vision) -> Any:
     )
 
 
+def language_arguments(language: Language) -> dict[str, Any]:
+    """What a config of a language model is made with."""
+    return {
+        "hidden_size": language.hidden,
+        "intermediate_size": language.mlp,
+        "num_hidden_layers": language.layers,
+        "num_attention_heads": language.heads,
+        "num_key_value_heads": language.kv_heads,
+        "vocab_size": language.vocab,
+        "max_position_embeddings": 4096,
+        "use_cache": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "tie_word_embeddings": False,
+        **({"sliding_window": None} if language.is_mistral else {}),
+    }
+
+
 def _llava_config(geometry: LlavaGeometry, tower: str) -> tuple[Any, type]:
     from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
     from llava.model.language_model.llava_mistral import (
@@ -184,28 +217,13 @@ def _llava_config(geometry: LlavaGeometry, tower: str) -> tuple[Any, type]:
         LlavaMistralForCausalLM,
     )
 
-    language, side = geometry.language, geometry.vision.image
-    mistral = language.kv_heads != language.heads
+    side = geometry.vision.image
     kinds = (
         (LlavaMistralConfig, LlavaMistralForCausalLM)
-        if mistral
+        if geometry.language.is_mistral
         else (LlavaConfig, LlavaLlamaForCausalLM)
     )
-    config = kinds[0](
-        hidden_size=language.hidden,
-        intermediate_size=language.mlp,
-        num_hidden_layers=language.layers,
-        num_attention_heads=language.heads,
-        num_key_value_heads=language.kv_heads,
-        vocab_size=language.vocab,
-        max_position_embeddings=4096,
-        use_cache=True,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        tie_word_embeddings=False,
-        **({"sliding_window": None} if mistral else {}),
-    )
+    config = kinds[0](**language_arguments(geometry.language))
     llava = {
         "mm_hidden_size": geometry.vision.hidden,
         "mm_projector_type": "mlp2x_gelu",
@@ -227,7 +245,8 @@ def _llava_config(geometry: LlavaGeometry, tower: str) -> tuple[Any, type]:
     return config, kinds[1]
 
 
-def _image_processor(side: int) -> Any:
+def clip_image_processor(side: int) -> Any:
+    """As CLIP's own checkpoints have it."""
     from transformers import CLIPImageProcessor
 
     return CLIPImageProcessor(
@@ -235,7 +254,8 @@ def _image_processor(side: int) -> Any:
     )
 
 
-def _module(name: str) -> Any:
+def module_of(name: str) -> Any:
+    """A class of transformers, whatever its constructor is said to take."""
     import transformers
 
     return getattr(transformers, name)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_hvp.bench import subject
-from llava_hvp.bench.workload import Workload, make_workload, pattern
+from llava_hvp.bench.workload import make_workload, pattern
 from llava_hvp.checkpoints.before_loading import check_before_loading, check_inside
 from llava_hvp.checkpoints.dtypes import DTYPES, dtype_of
 from llava_hvp.checkpoints.geometry import get_geometry, list_geometries
@@ -31,6 +32,7 @@ from llava_hvp.cli.arguments import (
 )
 from llava_hvp.cli.extras import can_plot, need
 from llava_hvp.errors import OptionError
+from llava_hvp.hosts.hf.versions import check_release
 from llava_hvp.lazy import torch
 from llava_hvp.methods import list_methods
 from llava_hvp.options import unpruned
@@ -59,6 +61,12 @@ def add(commands: Any) -> None:
         help="instead of measuring: work out from the shapes of one --geometry or several what "
         "batch and prompt fit into so much memory; GB are 10^9 bytes, GiB 2^30",
     )
+    what.add_argument(
+        "--host",
+        metavar="HOST,HOST",
+        help=f"with --geometry: whose classes, of {', '.join(subject.HOSTS)}; several take turns "
+        "with the same weights; llava by default",
+    )
     what.add_argument("--model-path", help="instead: a LLaVA checkpoint")
     what.add_argument("--model-base", help="as LLaVA's commands take it")
     what.add_argument(
@@ -74,7 +82,7 @@ def add(commands: Any) -> None:
         "--tower-dtype",
         choices=DTYPES,
         help="with --geometry; by default as LLaVA's scripts leave the tower: float32 for 1.5, "
-        "--dtype for NeXT",
+        "--dtype for NeXT; of --host transformers --dtype",
     )
     how = parser.add_argument_group("how it is pruned")
     how.add_argument(
@@ -124,6 +132,8 @@ class BenchSettings:
     ----------
     geometry, model_path : str | None
         a published shape with random weights, or a checkpoint; one is None
+    hosts : tuple[str, ...]
+        whose classes random weights are of
     bits : int | None
         4 or 8 to quantise
     tower_dtype : torch.dtype | None
@@ -147,6 +157,7 @@ class BenchSettings:
     """
 
     geometry: str | None
+    hosts: tuple[str, ...]
     model_path: str | None
     model_base: str | None
     conv_mode: str | None
@@ -186,6 +197,7 @@ def parse(args: argparse.Namespace) -> BenchSettings:
     half = bits is not None or torch.device(device).type == "cuda"
     settings = BenchSettings(
         geometry=args.geometry,
+        hosts=_hosts(args),
         model_path=None if args.model_path is None else named_path(args.model_path),
         model_base=args.model_base,
         conv_mode=args.conv_mode,
@@ -207,6 +219,7 @@ def parse(args: argparse.Namespace) -> BenchSettings:
         out=args.out,
         plots=args.out is not None and can_plot(),
     )
+    _check_tower(settings)
     if settings.geometry is not None:
         layers = get_geometry(settings.geometry).language.layers
         for variant in settings.variants:
@@ -227,6 +240,31 @@ def _check_subject(args: argparse.Namespace) -> None:
         get_geometry(args.geometry)
     elif args.tower_dtype:
         raise OptionError("--tower-dtype goes with --geometry: a checkpoint's tower is as loaded")
+
+
+def _hosts(args: argparse.Namespace) -> tuple[str, ...]:
+    """Raises OptionError for unknown ones, UnsupportedVersionError on releases without them."""
+    if args.host is None:
+        return subject.HOSTS[:1]
+    if args.model_path is not None:
+        raise OptionError(f"--host {args.host} goes with --geometry: a checkpoint's form decides")
+    hosts = tuple(args.host.split(","))
+    if len(set(hosts)) < len(hosts) or not set(hosts) <= set(subject.HOSTS):
+        raise OptionError(f"--host {args.host}: give one or both of {','.join(subject.HOSTS)}")
+    if "transformers" in hosts:
+        check_release()
+    return hosts
+
+
+def _check_tower(settings: BenchSettings) -> None:
+    """Raise OptionError for a tower in another dtype than transformers' classes run it in."""
+    asked = settings.tower_dtype
+    if "transformers" in settings.hosts and asked not in (None, settings.dtype):
+        raise OptionError(
+            f"--tower-dtype {str(asked).removeprefix('torch.')}: --host transformers has the tower "
+            f"in {str(settings.dtype).removeprefix('torch.')}, as all of the model: leave it out, "
+            "or give that as --dtype"
+        )
 
 
 def _variants(args: argparse.Namespace) -> tuple[Variant, ...]:
@@ -253,26 +291,21 @@ def run(settings: BenchSettings) -> int:
     from llava_hvp.bench.plot import plot, title_of
     from llava_hvp.bench.tables import render
 
-    what = _subject(settings)
+    subjects = _subjects(settings)
     device, rows = torch.device(settings.device), []
     for batch in settings.batches:
-        work = make_workload(
-            what.checkpoint,
-            pictures[:batch],
-            what.prompt,
-            new_tokens=settings.new_tokens,
-            variant=settings.variants[0],
-        )
-        rows += _measure(settings, what, work)
+        rows += _measure(settings, subjects, pictures[:batch])
     facts = about(
         device,
-        f"{what.about}; {pictures[0].width} x {pictures[0].height} pixels, {work.text_tokens} text "
-        f"tokens, {settings.new_tokens} new ones; medians over {rows[0].rounds} rounds.",
+        f"{subject.about_all(subjects)}; {pictures[0].width} x {pictures[0].height} pixels, "
+        f"{len(subjects[0].prompt) - 1} text tokens, {settings.new_tokens} new ones; medians over "
+        f"{rows[0].rounds} rounds.",
     )
     print(render(facts, rows, TERMINAL))
     if settings.out:
         bits = f"-{settings.bits}bit" if settings.bits else ""
-        name = f"{what.name}{bits}-{device.type}"
+        hosts = "" if settings.hosts == subject.HOSTS[:1] else f"-{'-'.join(settings.hosts)}"
+        name = f"{subjects[0].name}{hosts}{bits}-{device.type}"
         write_results(
             settings.out / name,
             {**facts, "rows": [asdict(row) for row in rows]},
@@ -289,10 +322,12 @@ def main(args: argparse.Namespace) -> int:
     return run(parse(args))
 
 
-def _subject(settings: BenchSettings) -> subject.Subject:
+def _subjects(settings: BenchSettings) -> list[subject.Subject]:
+    """One for each host."""
     if settings.geometry is not None:
         return subject.of_geometry(
             settings.geometry,
+            settings.hosts,
             settings.device,
             settings.dtype,
             tower_dtype=settings.tower_dtype,
@@ -301,7 +336,7 @@ def _subject(settings: BenchSettings) -> subject.Subject:
             seed=settings.seed,
         )
     assert settings.model_path is not None  # of the two, one is given
-    return subject.of_checkpoint(
+    opened = subject.of_checkpoint(
         settings.model_path,
         settings.model_base,
         settings.device,
@@ -310,6 +345,7 @@ def _subject(settings: BenchSettings) -> subject.Subject:
         conv_mode=settings.conv_mode,
         question=settings.prompt,
     )
+    return [opened]
 
 
 def _pictures(settings: BenchSettings, count: int) -> list[Any]:
@@ -323,20 +359,37 @@ def _pictures(settings: BenchSettings, count: int) -> list[Any]:
         raise OptionError(f"--image-file {settings.image_file}: {error}") from error
 
 
-def _measure(settings: BenchSettings, what: subject.Subject, work: Workload) -> list[BenchRow]:
-    """All rounds of one batch."""
+def _measure(
+    settings: BenchSettings, subjects: Sequence[subject.Subject], pictures: Sequence[Any]
+) -> list[BenchRow]:
+    """All rounds of one batch, of every host in turn."""
     from llava_hvp.bench.clock import Clock
     from llava_hvp.bench.measure import measure, turns
     from llava_hvp.bench.phases import Bench
-    from llava_hvp.bench.results import rows_of
+    from llava_hvp.bench.results import beside, rows_of
 
-    vision = what.geometry.vision
+    geometry = subjects[0].geometry
+    vision = geometry.vision
     chosen = list(settings.variants)
     if settings.all_attentions:
         chosen += [replace(v, all_attentions=True) for v in chosen if v.captures(vision)]
-    bench = Bench(what.checkpoint, vision, work, Clock(torch.device(settings.device)))
+    clock, benches = Clock(torch.device(settings.device)), []
+    for what in subjects:
+        work = make_workload(
+            what.checkpoint,
+            pictures,
+            what.prompt,
+            new_tokens=settings.new_tokens,
+            variant=settings.variants[0],
+        )
+        benches.append(Bench(what.checkpoint, vision, work, clock))
     share = settings.max_seconds / len(settings.batches)
-    total = turns(chosen, settings.rounds, vision)
-    with progress(total, f"batch {work.batch}", "turn") as bar:
-        measured = measure(bench, chosen, settings.rounds, tick=bar.named, most_seconds=share)
-    return rows_of(measured, work, what.geometry)
+    total = turns(chosen, settings.rounds, vision) * len(benches)
+    with progress(total, f"batch {len(pictures)}", "turn") as bar:
+        measured = measure(benches, chosen, settings.rounds, tick=bar.named, most_seconds=share)
+    return beside(
+        [
+            rows_of(own, bench.work, geometry, bench.checkpoint.host)
+            for own, bench in zip(measured, benches, strict=True)
+        ]
+    )

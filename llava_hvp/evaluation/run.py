@@ -7,7 +7,7 @@ import shlex
 import sys
 from typing import Any
 
-from llava_hvp.checkpoints.before_loading import check_before_loading
+from llava_hvp.checkpoints.before_loading import check_before_loading, check_llavas_form
 from llava_hvp.checkpoints.naming import model_name
 from llava_hvp.console import say
 from llava_hvp.errors import EvaluationError
@@ -29,6 +29,7 @@ def evaluate(job: Job) -> dict[str, Any]:
     Raises LlavaHvpError. Nothing is loaded and nothing written before the data is complete.
     """
     flags = job.flags
+    check_llavas_form(job.model_path)
     check_before_loading(job.model_path, [job.request.pruning])
     data = find_data(
         job.benchmark,
