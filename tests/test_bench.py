@@ -1,5 +1,6 @@
 """`llava-hvp bench`: what it measures is what it says it measures."""
 
+import itertools
 import json
 import re
 
@@ -77,6 +78,28 @@ def test_the_command_measures_and_writes(tmp_path, capsys):
         assert row["seconds"]["ttft"]["median"] > row["seconds"]["prefill"]["median"] > 0
         assert (row["peak_to_none"]["prefill"] < 1) != is_none
         assert row["rounds"] == 2
+
+
+def test_processor_time_is_what_is_counted_where_it_is_asked_for(tmp_path, monkeypatch):
+    counted = itertools.count()
+    monkeypatch.setattr("time.process_time", lambda: float(next(counted)))
+    flags = "--geometry llava-1.5-tiny --methods none --rounds 2 --new-tokens 2 --device cpu"
+    assert main(["bench", *flags.split(), "--processor-time", "--out", str(tmp_path)]) == 0
+    content = json.loads(next(tmp_path.glob("*.json")).read_text())
+    (row,) = content["rows"]
+    medians = {name: spread["median"] for name, spread in row["seconds"].items()}
+    assert medians == {"encode": 1, "prefill": 2, "ttft": 1}  # looks between
+    assert "2 rounds, processor time" in content["model"]
+
+
+def test_processor_time_of_several_threads_is_refused(capsys):
+    flags = "--geometry llava-1.5-tiny --device cpu --processor-time"
+    torch.set_num_threads(2)
+    try:
+        assert main(["bench", *flags.split()]) == 2
+    finally:
+        torch.set_num_threads(1)
+    assert "--processor-time on cpu with 2 threads" in capsys.readouterr().err
 
 
 def test_a_checkpoint_is_measured_too(checkpoints, photos, tmp_path, capsys):

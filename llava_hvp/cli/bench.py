@@ -119,6 +119,11 @@ def add(commands: Any) -> None:
         default=float("inf"),
         help="stop short of --rounds (but not of two) after this time, shared by the batches",
     )
+    rounds.add_argument(
+        "--processor-time",
+        action="store_true",
+        help="on a CPU that others use too, with OMP_NUM_THREADS=1: time computed, not time passed",
+    )
     rounds.add_argument("--seed", type=int, default=0)
     rounds.add_argument("--out", type=Path, metavar="FOLDER", help="for JSON, Markdown and a plot")
     parser.set_defaults(main=main)
@@ -150,6 +155,8 @@ class BenchSettings:
         of the prompt of random weights; `prompt` is a checkpoint's
     max_seconds : float
         shared by the batches
+    processor_time : bool
+        count what this process computes in place of the time that passes
     out : Path | None
         folder of the results
     plots : bool
@@ -175,6 +182,7 @@ class BenchSettings:
     new_tokens: int
     rounds: int
     max_seconds: float
+    processor_time: bool
     seed: int
     out: Path | None
     plots: bool
@@ -215,11 +223,17 @@ def parse(args: argparse.Namespace) -> BenchSettings:
         new_tokens=args.new_tokens,
         rounds=args.rounds,
         max_seconds=args.max_seconds,
+        processor_time=args.processor_time,
         seed=args.seed,
         out=args.out,
         plots=args.out is not None and can_plot(),
     )
     _check_tower(settings)
+    if settings.processor_time and (device != "cpu" or torch.get_num_threads() > 1):
+        raise OptionError(
+            f"--processor-time on {device} with {torch.get_num_threads()} threads: it is that of "
+            "all threads of a CPU, so give --device cpu, and OMP_NUM_THREADS=1 before the command"
+        )
     if settings.geometry is not None:
         layers = get_geometry(settings.geometry).language.layers
         for variant in settings.variants:
@@ -299,7 +313,7 @@ def run(settings: BenchSettings) -> int:
         device,
         f"{subject.about_all(subjects)}; {pictures[0].width} x {pictures[0].height} pixels, "
         f"{len(subjects[0].prompt) - 1} text tokens, {settings.new_tokens} new ones; medians over "
-        f"{rows[0].rounds} rounds.",
+        f"{rows[0].rounds} rounds{', processor time' * settings.processor_time}.",
     )
     print(render(facts, rows, TERMINAL))
     if settings.out:
@@ -373,7 +387,8 @@ def _measure(
     chosen = list(settings.variants)
     if settings.all_attentions:
         chosen += [replace(v, all_attentions=True) for v in chosen if v.captures(vision)]
-    clock, benches = Clock(torch.device(settings.device)), []
+    device, benches = torch.device(settings.device), []
+    clock = Clock(device, processor=settings.processor_time)
     for what in subjects:
         work = make_workload(
             what.checkpoint,
