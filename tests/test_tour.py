@@ -55,7 +55,9 @@ def test_the_language_model_gets_fewer_tokens_behind_the_drop(executed):
 
 def test_methods_are_compared_at_a_quarter(executed):
     text, _ = said(executed, "visionzip")
-    rows = dict(line.split(maxsplit=1) for line in text.splitlines())
+    *lines, last = text.splitlines()
+    assert last.startswith("digits at a twentieth: ")
+    rows = dict(line.split(maxsplit=1) for line in lines)
     assert rows.pop("unpruned") == "4 of 4"
     assert len(rows) == 6
     for row in rows.values():
