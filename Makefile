@@ -23,7 +23,7 @@ test: test-$(OLD) test-$(MIDDLE) test-$(NEW) test-lmms test-deepspeed
 # On the older releases, what touches a host; what is pure, or about files and pages, on the newest.
 NEWEST_ONLY := answers config context demo_app docs eval_checkpoint eval_scores extras fit flops given golden golden_merging \
 	golden_vision greedy hf_sequence inside_config inside_methods layering masks merging methods naming nodes \
-	pth protocol ranking record show show_merging show_page tables tiling_commands transfers vision_methods wheel
+	pth protocol ranking record show show_merging show_page tables tiling_commands tour transfers vision_methods wheel
 test-%: $(VENVS)/%/ready
 	$(VENVS)/$*/bin/python -m pytest -q --numprocesses auto --dist loadfile \
 		$(if $(filter-out $(NEW),$*),$(NEWEST_ONLY:%=--ignore=tests/test_%.py))
@@ -60,7 +60,7 @@ $(VENVS)/%/ready: pyproject.toml Makefile $(wildcard startup/*)
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed: make PYTHON=python3.11") if sys.version_info < (3, 10) else None'
 	$(PYTHON) -m venv $(VENVS)/$*
 	$(VENVS)/$*/bin/python -m pip install --quiet torch==$(TORCH) transformers==$* -e '.[dev]' \
-		$(if $(filter $(OLD),$*),'peft<0.9') $(if $(filter $(NEW),$*),'gradio>=6')
+		$(if $(filter $(OLD),$*),'peft<0.9') $(if $(filter $(NEW),$*),'gradio>=6' ipykernel nbclient)
 	$(VENVS)/$*/bin/python -m pip install --quiet --no-deps llava-torch==1.2.2.post1
 	touch $@
 

@@ -50,8 +50,8 @@ def test_what_is_worked_out_is_what_the_allocator_reports(name, tiles, bits, mon
     geometry = LlavaGeometry(name, VISION, LANGUAGE, tiles)
     monkeypatch.setattr(subject, "get_geometry", lambda _: geometry)
     dtype = torch.float32 if bits is None else torch.float16
-    what = subject.of_geometry(
-        name, "cpu", dtype, tower_dtype=None, bits=bits, text_tokens=TEXT, seed=0
+    (what,) = subject.of_geometry(
+        name, ["llava"], "cpu", dtype, tower_dtype=None, bits=bits, text_tokens=TEXT, seed=0
     )
     layout = Layout(dtype.itemsize, dtype.itemsize, bits is not None, "cpu")
     assert weights(geometry, layout) == pytest.approx(stored(what.checkpoint.model), rel=0.01)
@@ -136,6 +136,7 @@ def test_a_model_that_does_not_fit_is_said_and_the_exit_code_too(capsys):
     ("flags", "told"),
     [
         ("--model-path x", "--fit and --model-path exclude each other"),
+        ("--host transformers", "--fit and --host exclude each other"),
         ("", "--fit is worked out from shapes: give --geometry"),
         ("--geometry llava-2", "unknown geometry 'llava-2': give one of llava-1.5-7b"),
         ("--geometry llava-1.5-7b --batch 0", "--batch 0: give numbers"),

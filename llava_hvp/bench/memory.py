@@ -1,8 +1,8 @@
 """Bytes that an answer takes on its device, worked out from the shapes, before anything is loaded.
 
-As transformers from 4.57 on runs LLaVA, with a fused attention; what is held at once was read off
-torch's allocator. Counts of tokens are the most that a picture can have: one that AnyRes cuts into
-all its tiles without a margin, and every method's whole budget.
+Of LLaVA's own classes, as transformers from 4.57 on runs them, with a fused attention; what is held
+at once was read off torch's allocator. Counts of tokens are the most that a picture can have: one
+that AnyRes cuts into all its tiles without a margin, and every method's whole budget.
 """
 
 from __future__ import annotations

@@ -25,7 +25,15 @@ UNITS = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
 BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 # Of a GPU, for CUDA's context, the libraries' workspaces and the gaps between torch's blocks.
 RESERVED = 800 * 10**6
-OTHERS = ("model_path", "model_base", "conv_mode", "image_file", "image_size", "all_attentions")
+OTHERS = (
+    "host",
+    "model_path",
+    "model_base",
+    "conv_mode",
+    "image_file",
+    "image_size",
+    "all_attentions",
+)
 
 
 @dataclass(frozen=True)
