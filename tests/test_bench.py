@@ -258,7 +258,7 @@ def test_variants_take_turns_and_a_method_follows_its_floor():
         patch.setattr(
             module,
             "_take",
-            lambda bench, turn, counted: order.append(
+            lambda turn, counted: order.append(
                 (turn.of.variant.name + " floor" * turn.is_floor, counted)
             ),
         )
