@@ -33,6 +33,8 @@ ASKED = "What is to the left of the blue circle?"
 # Each with how many questions: one of LLaVA-NeXT takes four times as long.
 CHECKPOINTS = {"llava-shapes": 100, "llava-shapes-next": 50}
 QUARTER = 0.25
+# What both hosts are asked for.
+HOSTS = ("none", "hivtp", "hiprune++", "hivtp+fastv")
 
 
 def main() -> None:
@@ -46,8 +48,9 @@ def main() -> None:
         for name, questions in CHECKPOINTS.items():
             count = arguments.questions or questions
             found += answer(checkpoint(folder, name), count, arguments.out)
+    if release() >= OLDEST:
+        print(f"transformers' own classes: same answers, same patches kept ({', '.join(HOSTS)})")
     print(summary(found))
-    print(f"pictures of what was kept of the photo: {arguments.out}/")
     print(
         "next, try: README.md's quick start; on a LLaVA of yours, --prune-method hivtp --r-max 0.5"
     )
@@ -87,7 +90,7 @@ def draw(opened: Any, file: Path) -> None:
     with prune(opened.model, HIVTP(r_max=QUARTER)) as pruned:
         part = said()
         pruned.last[0].overlay(photo).save(file)
-    print(f"  {PHOTO.name}: {ASKED} {everything}; with a quarter of the tokens: {part}", flush=True)
+    print(f"  {file}: {ASKED} {everything}; with a quarter: {part}", flush=True)
 
 
 def compare_hosts(path: Path, opened: Checkpoint) -> None:
@@ -98,8 +101,8 @@ def compare_hosts(path: Path, opened: Checkpoint) -> None:
 
     target = to_transformers(path, path.with_name(f"{path.name}-hf"), opened.conv_mode)
     both = [Viewer(one, one.view()) for one in (opened, open_checkpoint(str(target), "cpu"))]
-    photo, names = Image.open(PHOTO).convert("RGB"), ("none", "hivtp", "hiprune++", "hivtp+fastv")
-    for name in names:
+    photo = Image.open(PHOTO).convert("RGB")
+    for name in HOSTS:
         variant = variants([name], [{"r_max": QUARTER}])[-1]
         (said, mine), (answer, theirs) = (
             viewer.answer(variant, photo, viewer.prompt(ASKED), 8) for viewer in both
@@ -107,7 +110,6 @@ def compare_hosts(path: Path, opened: Checkpoint) -> None:
         kept = [torch.stack((r.sent, *r.stages)) for r in (mine, theirs) if r is not None]
         if said != answer or not all(torch.equal(one, kept[0]) for one in kept):
             sys.exit(f"{target.name}: {variant}: {answer!r}, on LLaVA's {said!r}")
-    print(f"  transformers' own classes: same answer, same patches kept ({', '.join(names)})")
 
 
 def summary(scores: Sequence[VariantScore]) -> str:
