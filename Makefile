@@ -1,4 +1,4 @@
-# make demo: set up, and ask two trained LLaVAs, unpruned and pruned with every method.  make test: all tests, on three
+# make demo: set up, and ask two trained LLaVAs, unpruned and pruned.  make test: all tests, on three
 # releases of transformers, in lmms-eval and under DeepSpeed.  make docs: the site, in site/.  Set PYTHON to choose the interpreter (3.10
 # or newer).
 PYTHON ?= python3
@@ -9,6 +9,9 @@ NEW := 5.23.0
 LMMS := 0.7.3
 DEEPSPEED := 0.19.8
 VENVS := .venvs
+# Without a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu spares 5 GB of CUDA.
+TORCH_INDEX ?=
+PIP_INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 # Threads that spin while they wait bring a busy machine to a crawl: a first token of 0.2 s took
 # 2.6 s beside another process.
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -21,7 +24,7 @@ demo: $(VENVS)/$(MIDDLE)/ready
 test: test-$(OLD) test-$(MIDDLE) test-$(NEW) test-lmms test-deepspeed
 
 # On the older releases, what touches a host; what is pure, or about files and pages, on the newest.
-NEWEST_ONLY := answers config context demo_app docs eval_checkpoint eval_scores extras fit flops given golden golden_merging \
+NEWEST_ONLY := answers config context demo_app docs eval_checkpoint eval_scores examples extras fit flops given golden golden_merging \
 	golden_vision greedy hf_sequence inside_config inside_methods layering masks merging methods naming nodes \
 	pth protocol ranking record show show_merging show_page tables tiling_commands tour transfers vision_methods wheel
 test-%: $(VENVS)/%/ready
@@ -58,10 +61,11 @@ bench: $(VENVS)/$(NEW)/ready
 # import beside the oldest transformers.
 $(VENVS)/%/ready: pyproject.toml Makefile $(wildcard startup/*)
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed: make PYTHON=python3.11") if sys.version_info < (3, 10) else None'
+	@echo "Setting up $(VENVS)/$*: torch, transformers $* and LLaVA are downloaded, once, in some minutes"
 	$(PYTHON) -m venv $(VENVS)/$*
-	$(VENVS)/$*/bin/python -m pip install --quiet torch==$(TORCH) transformers==$* -e '.[dev]' \
+	$(VENVS)/$*/bin/python -m pip install $(PIP_INDEX) torch==$(TORCH) transformers==$* -e '.[dev]' \
 		$(if $(filter $(OLD),$*),'peft<0.9') $(if $(filter $(NEW),$*),'gradio>=6' ipykernel nbclient)
-	$(VENVS)/$*/bin/python -m pip install --quiet --no-deps llava-torch==1.2.2.post1
+	$(VENVS)/$*/bin/python -m pip install --no-deps llava-torch==1.2.2.post1
 	touch $@
 
 # torch is named in the same call, or lmms-eval takes the build for CUDA. Its torchvision and timm

@@ -428,6 +428,24 @@ def test_a_folder_that_cannot_be_written_is_said_before_a_model_is_loaded(tmp_pa
     assert "cannot be written" in capsys.readouterr().err
 
 
+def test_the_quick_form_is_short_and_says_beforehand_how_long_it_takes(tmp_path, capsys):
+    asked = ["accuracy", "--quick", "--questions", "4", "--out", str(tmp_path)]
+    assert main(asked) == 0
+    printed = capsys.readouterr()
+    lines = printed.err.splitlines()
+    (told,) = (n for n, line in enumerate(lines) if "each asked unpruned and in 6 ways" in line)
+    assert re.search(r"about \d+ (seconds|minutes) on one CPU core; Ctrl-C stops", lines[told])
+    assert "go on with the same command" in lines[told]
+    rows = json.loads((tmp_path / "llava-shapes.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == [
+        "none",
+        *(name for name in ("hivtp", "hiprune", "random") for _ in range(2)),
+    ]
+    assert all(row["questions"] == 4 and row["choice"] is None for row in rows)
+    # Why HiPrune falls short here stands above the figures.
+    assert printed.out.index("HiPrune's registers are background") < printed.out.index("hiprune ")
+
+
 def test_panels_of_a_plot_share_their_scale_and_the_title_names_no_variable():
     """On the committed results: what tasks come to can be compared by eye."""
     folder = Path(__file__).parent.parent / "docs" / "results" / "accuracy"

@@ -43,6 +43,29 @@ def test_the_readme_names_every_method(name):
     assert f"`{name}`" in (ROOT / "README.md").read_text()
 
 
+def test_the_readme_is_short_and_begins_with_a_picture_and_results():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 150
+    first = [
+        next(n for n, line in enumerate(lines) if line.startswith(what)) for what in ("![", "|")
+    ]
+    assert first == sorted(first)
+    assert first[1] < 25
+    # Whose figure each is.
+    table = [line for line in lines[first[1] + 2 :][:4] if line.startswith("|")]
+    assert len(table) == 4
+    assert all(line.startswith(("| **published**", "| **measured here**")) for line in table)
+
+
+def test_both_papers_are_cited_with_all_their_authors():
+    cited = (ROOT / "CITATION.cff").read_text()
+    (bibtex,) = re.findall(r"```bibtex\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    for title in re.findall(r'title: "(H[^"]+)"', cited):
+        assert title in bibtex
+    for name in re.findall(r"family-names: (\w+)", cited):
+        assert f"{name}, " in bibtex
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_links_and_names_lead_somewhere(page):
     text = page.read_text()

@@ -57,6 +57,7 @@ def heading(about: dict[str, Any], style: str) -> list[str]:
         f"{code}{about['command']}",
         f"{about['machine']}; {about['versions']}.",
         about["model"],
+        *([about["note"]] if "note" in about else []),
     ]
 
 

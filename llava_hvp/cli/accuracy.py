@@ -26,6 +26,7 @@ from llava_hvp.cli.arguments import (
 )
 from llava_hvp.cli.evaluate import INTERRUPTED
 from llava_hvp.cli.extras import can_plot, need
+from llava_hvp.cli.parser import add_command
 from llava_hvp.console import say
 from llava_hvp.errors import LlavaHvpError, OptionError
 from llava_hvp.evaluation.files import read_json
@@ -44,17 +45,42 @@ if TYPE_CHECKING:
     from llava_hvp.checkpoints.checkpoint import Checkpoint
 
 BUDGETS = "0.75,0.5,0.4,0.25,0.11"  # of r_max
+QUESTIONS = 2000
+# Of --quick: what a first look needs.
+QUICK_METHODS, QUICK_BUDGETS, QUICK_QUESTIONS = "hivtp,hiprune,random", "0.5,0.25", 100
+# Seconds of an answer on one CPU core, choices looked at included, as `docs/measured.md` has them.
+AN_ANSWER = 0.03
+TOY = (
+    "This checkpoint is small and was trained here: it tells whether a method finds what a "
+    "question needs, and not what LLaVA-7B loses. Layers that methods read by default are those of "
+    "CLIP-L/336 scaled to its twelve, which look at other things: HiPrune's registers are "
+    "background here, so that it falls below random."
+)
+
+EXAMPLES = (
+    "llava-hvp accuracy --quick --out results/accuracy",
+    "llava-hvp accuracy --methods hivtp,fastv,hivtp+fastv --r-max 0.4 --questions 20",
+)
 
 
 def add(commands: Any) -> None:
     """Add the subcommand."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "accuracy",
-        help="measure what pruning does to answers, on a trained LLaVA that is shipped",
-        allow_abbrev=False,
+        "measure what pruning does to answers, on a trained LLaVA that is shipped",
+        "All methods at five budgets take an hour on a CPU core; --quick takes half a "
+        "minute. With --out a run that was stopped goes on with the same command.",
+        EXAMPLES,
     )
     parser.add_argument("--model", choices=list_checkpoints(), default="llava-shapes")
     parser.add_argument("--model-path", type=Path, help="instead: one that you have trained")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"a first look: {QUICK_QUESTIONS} questions, {QUICK_METHODS} at {QUICK_BUDGETS}, "
+        "where other flags do not say otherwise; what a choice costs is not measured",
+    )
     parser.add_argument(
         "--methods",
         help="separated by commas, all by default; unpruned is always measured",
@@ -67,7 +93,9 @@ def add(commands: Any) -> None:
     )
     add_budgets(parser, BUDGETS)
     parser.add_argument("--prune-opt", action="append", metavar="KEY=VALUE")
-    parser.add_argument("--questions", type=int, default=2000, help="held-out, 2000 by default")
+    parser.add_argument(
+        "--questions", type=int, metavar="N", help=f"held-out, {QUESTIONS} by default"
+    )
     parser.add_argument("--batch", type=int, default=16, help="questions at a time, 16 by default")
     parser.add_argument("--device", help="cuda where there is one, else cpu")
     parser.add_argument(
@@ -106,6 +134,8 @@ class AccuracySettings:
         throw away the answers of an interrupted run
     plots : bool
         whether a plot can be drawn
+    looks : bool
+        whether it is measured what choices cost, and what half precision leaves of them
     """
 
     model: str
@@ -118,12 +148,14 @@ class AccuracySettings:
     results: Path | None
     restart: bool
     plots: bool
+    looks: bool
 
 
 def parse(args: argparse.Namespace) -> AccuracySettings:
     """The settings; raises OptionError for what is wrong, with nothing loaded."""
-    for name in ("questions", "batch"):
-        at_least(args, name, 1)
+    if args.questions is not None:
+        at_least(args, "questions", 1)
+    at_least(args, "batch", 1)
     if args.model_path is not None and not args.model_path.is_dir():
         raise OptionError(f"--model-path {args.model_path}: no such folder")
     check_folder(args.out)
@@ -137,20 +169,23 @@ def parse(args: argparse.Namespace) -> AccuracySettings:
         device=device_of(args.device),
         variants=_variants(args),
         pictures=args.pictures or exam_for(model),
-        questions=args.questions,
+        questions=args.questions or (QUICK_QUESTIONS if args.quick else QUESTIONS),
         batch=args.batch,
         results=args.out / file if args.out else None,
         restart=args.restart,
         plots=plots,
+        looks=not args.quick,
     )
 
 
 def _variants(args: argparse.Namespace) -> tuple[Variant, ...]:
     """What is compared; of all methods by default, those budgets that can be had."""
-    given, options = budgets(args, BUDGETS), args.prune_opt or ()
+    given = budgets(args, QUICK_BUDGETS if args.quick else BUDGETS)
+    options = args.prune_opt or ()
+    methods = args.methods or (QUICK_METHODS if args.quick else None)
     folder = args.model_path or SHIPPED / args.model
-    if args.methods is not None:
-        chosen = variants(args.methods.split(","), given, options)
+    if methods is not None:
+        chosen = variants(methods.split(","), given, options)
         check_before_loading(str(folder.resolve()), [variant.pruning for variant in chosen])
         return tuple(chosen)
     found, refused = [], []
@@ -182,6 +217,8 @@ def run(settings: AccuracySettings) -> int:
         f"pictures, up to {settings.batch} at a time.",
     )
     facts["template"] = TEMPLATE
+    if settings.model_path is None:
+        facts["note"] = TOY
     base = settings.results
     with contextlib.ExitStack() as stack:
         answers = Answers()
@@ -191,6 +228,7 @@ def run(settings: AccuracySettings) -> int:
             answers = stack.enter_context(keeping(unfinished, depends, restart=settings.restart))
         if len(answers):
             say(f"{len(answers)} answers are there; {answers.folder}")
+        say(_announced(settings, len(asked), len(answers)))
         try:
             scores = scores_of(_measure(settings, asked, answers), answers)
         except KeyboardInterrupt:
@@ -217,6 +255,19 @@ def run(settings: AccuracySettings) -> int:
                 say(f"wrote {page}")
             answers.throw_away()
     return 0
+
+
+def _announced(settings: AccuracySettings, questions: int, there: int) -> str:
+    """What is to be done and how long it takes, before it begins."""
+    wanted = questions * len(settings.variants) - there
+    seconds = AN_ANSWER * wanted
+    long = f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{max(5, seconds):.0f} seconds"
+    goes_on = "go on with the same command" if settings.results else "keep them by --out FOLDER"
+    ways = len(settings.variants) - 1
+    return (
+        f"{questions} questions, each asked unpruned and in {ways} ways pruned: "
+        f"about {long} on one CPU core; Ctrl-C stops, {goes_on}"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -271,6 +322,8 @@ def _measure(
             marks = examine(
                 opened, asked, chosen, batch=settings.batch, tick=bar.more, answers=answers
             )
+        if not settings.looks:
+            return marks
         looked_at = list(sheets(opened, spread(asked), settings.batch))
         looks = len(looked_at) * sum(map(is_looked_at, chosen))
         with progress(looks, settings.model, "choice") as bar:

@@ -31,6 +31,7 @@ from llava_hvp.cli.arguments import (
     write_results,
 )
 from llava_hvp.cli.extras import can_plot, need
+from llava_hvp.cli.parser import add_command
 from llava_hvp.errors import OptionError
 from llava_hvp.hosts.hf.versions import check_release
 from llava_hvp.lazy import torch
@@ -43,11 +44,22 @@ if TYPE_CHECKING:
 
 BUDGETS = "0.75,0.5,0.4,0.25"  # of r_max
 
+EXAMPLES = (
+    "llava-hvp bench --geometry llava-1.5-tiny --methods hivtp,random --r-max 0.5 "
+    "--rounds 2 --new-tokens 4 --device cpu",
+)
+
 
 def add(commands: Any) -> None:
     """Add the subcommand."""
-    parser = commands.add_parser(
-        "bench", help="measure time, memory and FLOPs beside unpruned LLaVA", allow_abbrev=False
+    parser = add_command(
+        commands,
+        "bench",
+        "measure time, memory and FLOPs beside unpruned LLaVA",
+        "Unpruned and pruned take turns in one process; no weights are needed with "
+        "--geometry. The -7b shapes want a GPU, -160m a minute or two of a CPU, -tiny "
+        "seconds.",
+        EXAMPLES,
     )
     what = parser.add_argument_group("what is measured")
     what.add_argument(

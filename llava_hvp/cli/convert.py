@@ -10,16 +10,24 @@ from typing import Any
 from llava_hvp.checkpoints.chat_templates import TEMPLATES
 from llava_hvp.checkpoints.form import is_transformers, read_config
 from llava_hvp.cli.extras import need
+from llava_hvp.cli.parser import add_command
 from llava_hvp.console import say
 from llava_hvp.errors import LlavaHvpError, OptionError
+
+EXAMPLES = (
+    "llava-hvp convert shapes/llava-shapes shapes-hf",
+    "llava-hvp convert shapes-hf llava-shapes-again",
+)
 
 
 def add(commands: Any) -> None:
     """Add the subcommand."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "convert",
-        help="write a LLaVA checkpoint for transformers' own classes, or one of these for LLaVA",
-        allow_abbrev=False,
+        "write a LLaVA checkpoint for transformers' own classes, or one of these for LLaVA",
+        "The weights are the same, under other names.",
+        EXAMPLES,
     )
     parser.add_argument("source", type=Path, help="folder of a checkpoint of either form")
     parser.add_argument(

@@ -13,6 +13,7 @@ from llava_hvp.checkpoints.naming import model_name, named_path
 from llava_hvp.checkpoints.variants import Variant, name_of, variants
 from llava_hvp.cli.arguments import at_least, bits_of, device_of, listed
 from llava_hvp.cli.extras import need
+from llava_hvp.cli.parser import add_command
 from llava_hvp.console import say
 from llava_hvp.errors import OptionError
 from llava_hvp.methods import NONE, list_methods
@@ -21,15 +22,20 @@ from llava_hvp.shapes.exams import exam, exam_for
 from llava_hvp.shapes.scenes import Scene
 
 LOCAL = "127.0.0.1"
-EXAMPLES, SEARCHED = 4, 100  # pictures, of so many questions
+PICTURES, SEARCHED = 4, 100  # pictures, of so many questions
+
+EXAMPLES = ("llava-hvp demo-app",)
 
 
 def add(commands: Any) -> None:
     """Add the subcommand."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "demo-app",
-        help="open a page that compares methods on your pictures, side by side",
-        allow_abbrev=False,
+        "open a page that compares methods on your pictures, side by side",
+        "It is served to this machine only, until Ctrl-C; pip install 'llava-hvp[app]' brings "
+        "Gradio.",
+        EXAMPLES,
     )
     what = parser.add_argument_group("what answers")
     what.add_argument(
@@ -171,7 +177,7 @@ def _examples(folder: Path, name: str) -> list[tuple[Path, str]]:
     found: dict[str, tuple[Path, str]] = {}
     drawn: list[Scene] = []
     for scene, question in exam(exam_for(name), SEARCHED):
-        if question.task not in found and scene not in drawn and len(found) < EXAMPLES:
+        if question.task not in found and scene not in drawn and len(found) < PICTURES:
             drawn.append(scene)
             picture = folder / f"example-{len(drawn)}.png"
             draw(scene).save(picture)

@@ -17,6 +17,7 @@ from llava_hvp import config
 from llava_hvp.cli import operators
 from llava_hvp.cli.extras import HOST, NEEDED, install
 from llava_hvp.cli.interpreter import hook_in
+from llava_hvp.cli.parser import add_command
 from llava_hvp.errors import LlavaHvpError
 from llava_hvp.lazy import torch
 from llava_hvp.version import version_of
@@ -38,9 +39,18 @@ class Findings:
         self.problems.append((text, remedy))
 
 
+EXAMPLES = ("llava-hvp doctor",)
+
+
 def add(commands: Any) -> None:
     """Add the subcommand."""
-    parser = commands.add_parser("doctor", help="check this environment, with remedies")
+    parser = add_command(
+        commands,
+        "doctor",
+        "check this environment, with remedies",
+        "Run it first when something is wrong.",
+        EXAMPLES,
+    )
     parser.set_defaults(main=main)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from llava_hvp import config
 from llava_hvp.checkpoints.naming import named_path
 from llava_hvp.cli.interpreter import hook_in
+from llava_hvp.cli.parser import add_command
 from llava_hvp.config import Request
 from llava_hvp.console import say
 from llava_hvp.errors import OptionError
@@ -23,14 +24,21 @@ from llava_hvp.evaluation.run import evaluate
 
 INTERRUPTED = 130
 
+EXAMPLES = (
+    "llava-hvp eval pope --model-path shapes/llava-shapes --device cpu --prune-method "
+    "hivtp --r-max 0.5",
+)
+
 
 def add(commands: Any) -> None:
     """Add the subcommand."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "eval",
-        help="run a benchmark over LLaVA's own eval scripts and scorers",
-        description="Arguments that are not listed go to LLaVA's own eval script.",
-        allow_abbrev=False,
+        "run a benchmark over LLaVA's own eval scripts and scorers",
+        "Data lies where LLaVA's Evaluation.md puts it. Killed, the same command goes "
+        "on. Arguments that are not listed go to LLaVA's own eval script.",
+        EXAMPLES,
     )
     parser.add_argument("benchmark", help=f"one of {', '.join(BENCHMARKS)}")
     add_arguments(parser)

@@ -9,6 +9,7 @@ import itertools
 import textwrap
 from typing import Any
 
+from llava_hvp.cli.parser import add_command
 from llava_hvp.methods import NONE, list_methods, method_class
 from llava_hvp.methods.base import Method
 from llava_hvp.methods.language import LanguageMethod
@@ -19,10 +20,18 @@ PLACES = {
     "--inside-r-max R or\n    --inside-num-tokens N, and --inside-opt for --prune-opt:",
 }
 
+EXAMPLES = ("llava-hvp methods",)
+
 
 def add(commands: Any) -> None:
     """Add the subcommand."""
-    parser = commands.add_parser("methods", help="list the methods and their options")
+    parser = add_command(
+        commands,
+        "methods",
+        "list the methods and their options",
+        "Of each option its default, in brackets.",
+        EXAMPLES,
+    )
     parser.set_defaults(main=main)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from llava_hvp.checkpoints.naming import model_name, named_path
 from llava_hvp.cli.evaluate import add_arguments, completed, gpus_of
+from llava_hvp.cli.parser import add_command
 from llava_hvp.cli.table import add_as_released
 from llava_hvp.config import Request
 from llava_hvp.console import say
@@ -20,15 +21,19 @@ from llava_hvp.evaluation.plan import Step, check, check_checkpoint, environment
 from llava_hvp.evaluation.published import TABLES, Table, get_table
 from llava_hvp.evaluation.rendering import comparison
 
+EXAMPLES = ("llava-hvp reproduce hivtp-1 --model-path liuhaotian/llava-v1.5-7b --dry-run",)
+
 
 def add(commands: Any) -> None:
     """Add the subcommand."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "reproduce",
-        help="run a whole table of a paper",
-        description="Each benchmark runs through the harness that its published figure came from. "
-        "Arguments that are not listed go to LLaVA's own eval scripts.",
-        allow_abbrev=False,
+        "run a whole table of a paper",
+        "Each benchmark runs through the harness that its published figure came from: "
+        "look at --dry-run first. Arguments that are not listed "
+        "go to LLaVA's own eval scripts.",
+        EXAMPLES,
     )
     parser.add_argument("table", help=f"one of {', '.join(TABLES)}")
     add_arguments(parser)

@@ -24,6 +24,7 @@ from typing import Any
 from llava_hvp import config
 from llava_hvp.cli.interpreter import hook_in, python_of
 from llava_hvp.cli.nodes import sent_along, starts_one_of_several
+from llava_hvp.cli.parser import add_command
 from llava_hvp.config import Request
 from llava_hvp.console import say
 from llava_hvp.errors import OptionError, RecordError
@@ -34,15 +35,24 @@ from llava_hvp.runtime import PruningConfig
 FORWARDED = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
 NOT_FOUND, NOT_EXECUTABLE, FAILED = 127, 126, 1
 
+EXAMPLES = (
+    "llava-hvp run --prune-method hivtp --r-max 0.5 --device cpu -- python -m "
+    "llava.eval.run_llava --model-path shapes/llava-shapes --image-file "
+    "shapes/llava-shapes/pictures/1.png --query 'How many shapes?' --temperature 0",
+)
+
 
 def add(commands: Any) -> None:
     """Add the subcommand."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "run",
-        help="run any command with pruning on, shell scripts included",
+        "run any command with pruning on, shell scripts included",
+        "Every LLaVA process that the command starts is pruned, and ends with an "
+        "error if it cannot be; each says at its end what it kept.",
+        EXAMPLES,
         usage="llava-hvp run --prune-method NAME [--r-max R | --num-tokens N] "
         "[--prune-opt KEY=VALUE]... [--prune-inside NAME ...] -- COMMAND...",
-        allow_abbrev=False,
     )
     config.add_flags(parser, device=True, train=True)
     parser.set_defaults(main=main)

@@ -14,6 +14,7 @@ from llava_hvp import config
 from llava_hvp.checkpoints.before_loading import check_before_loading
 from llava_hvp.checkpoints.variants import NONE, Variant, name_of, variants
 from llava_hvp.cli.arguments import at_least, bits_of, budgets, device_of, exclude, listed
+from llava_hvp.cli.parser import add_command
 from llava_hvp.console import say
 from llava_hvp.errors import OptionError
 from llava_hvp.files import write_whole
@@ -31,11 +32,27 @@ BUDGETS = "0.9,0.75,0.67,0.5,0.4,0.33,0.25,0.16,0.11,0.05"  # of a page
 QUESTION = "What is in the picture?"  # where none is asked; methods that read it insist on one
 CELL = 520  # pixels, the width of a picture in a grid of several
 
+EXAMPLES = (
+    "llava-hvp show --model-path shapes/llava-shapes --image-file "
+    "shapes/llava-shapes/pictures/1.png --prune-method hivtp --r-max 0.25 --prompt "
+    "'Is there a red circle?' -o kept.png",
+    "llava-hvp show --model-path shapes/llava-shapes --image-file "
+    "shapes/llava-shapes/pictures/1.png --methods hivtp,hiprune --r-max 0.5,0.25 "
+    "--html page.html",
+    "llava-hvp show --model-path shapes/llava-shapes --image-file "
+    "shapes/llava-shapes/pictures/1.png --layers 4,6,9 -o layers.png",
+)
+
 
 def add(commands: Any) -> None:
     """Add the subcommand."""
-    parser = commands.add_parser(
-        "show", help="draw which patches stay, and attention by layer", allow_abbrev=False
+    parser = add_command(
+        commands,
+        "show",
+        "draw which patches stay, and attention by layer",
+        "A PNG by -o: the picture, what is kept of it in its own colours, and with "
+        "--prompt both answers. A page by --html, with a slider for the budget.",
+        EXAMPLES,
     )
     what = parser.add_argument_group("what is shown")
     what.add_argument("--model-path", required=True, help="a LLaVA checkpoint")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_hvp.cli.extras import need
+from llava_hvp.cli.parser import add_command
 from llava_hvp.console import say
 from llava_hvp.errors import OptionError
 from llava_hvp.evaluation.compare import compare
@@ -16,11 +17,20 @@ from llava_hvp.evaluation.plot import plot
 from llava_hvp.evaluation.published import TABLES, Table, get_table
 from llava_hvp.evaluation.rendering import FORMATS, comparison, listing
 
+EXAMPLES = (
+    "llava-hvp table results",
+    "llava-hvp table results --against hivtp-1 --format markdown",
+)
+
 
 def add(commands: Any) -> None:
     """Add the subcommand."""
-    parser = commands.add_parser(
-        "table", help="results of a folder, beside the papers' figures", allow_abbrev=False
+    parser = add_command(
+        commands,
+        "table",
+        "results of a folder, beside the papers' figures",
+        "What is there of `eval` and `reproduce`, with differences to what a paper published.",
+        EXAMPLES,
     )
     parser.add_argument("results", type=Path, nargs="?", help="folder of results files")
     parser.add_argument("--against", metavar="NAME", help=f"one of {', '.join(TABLES)}")
