@@ -1,6 +1,8 @@
 """Putting a method on a model and taking it off: errors, undo, the stock loader."""
 
 import copy
+import json
+import shutil
 
 import pytest
 import torch
@@ -364,6 +366,19 @@ def test_installed_options_that_the_tower_cannot_meet_stop_the_load(checkpoints)
     try:
         with pytest.raises(LayerError, match="past layer 23"):
             load(checkpoints("llava-1.5-llama"))
+    finally:
+        builder.uninstall()
+
+
+def test_installed_a_checkpoint_of_transformers_own_form_is_refused(checkpoints, tmp_path):
+    folder = tmp_path / "llava-of-transformers"
+    shutil.copytree(checkpoints("llava-1.5-llama"), folder)
+    config = {"model_type": "llava", "text_config": {}, "vision_config": {}}
+    (folder / "config.json").write_text(json.dumps(config))
+    builder.install(HIVTP(r_max=0.5))
+    try:
+        with pytest.raises(UnsupportedModelError, match="convert FOLDER"):
+            load(folder)
     finally:
         builder.uninstall()
 

@@ -102,6 +102,7 @@ def _binding(
 ) -> Callable[..., None]:
     @functools.wraps(stock)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        _check_form(kwargs.get("config", args[0] if args else None))
         stock(self, *args, **kwargs)
         if "llava_hvp" not in vars(self):
             pruning = bind(self, chosen, tokenizer, clip_text)
@@ -109,3 +110,16 @@ def _binding(
                 on_model(pruning)
 
     return init
+
+
+def _check_form(config: Any) -> None:
+    """Raise UnsupportedModelError for a checkpoint of transformers' own LLaVA classes.
+
+    LLaVA's loader would fail somewhere inside on it, or fill a whole model with random weights.
+    """
+    if hasattr(config, "text_config") and hasattr(config, "vision_config"):
+        raise UnsupportedModelError(
+            "this checkpoint is in the form of transformers' own classes, which LLaVA's loader "
+            "cannot read: write LLaVA's form of it by `llava-hvp convert FOLDER NEW_FOLDER`, or "
+            "load it by AutoModelForImageTextToText under `llava-hvp run`"
+        )
