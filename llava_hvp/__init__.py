@@ -33,7 +33,8 @@ from llava_hvp.methods.sparsevlm import SparseVLM
 from llava_hvp.methods.uniform import Uniform
 from llava_hvp.methods.visionzip import VisionZip
 from llava_hvp.methods.vispruner import VisPruner
-from llava_hvp.runtime import Runtime
+from llava_hvp.runtime import PruningConfig, Runtime
+from llava_hvp.tuned import load_method
 from llava_hvp.version import __version__
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ __all__ = [
     "get_method",
     "install",
     "list_methods",
+    "load_method",
     "prune",
     "uninstall",
     "unprune",
@@ -83,7 +85,7 @@ __all__ = [
 
 def prune(
     model: Any,
-    method: Method | str,
+    method: Method | PruningConfig | str,
     inside: LanguageMethod | str | None = None,
     *,
     runtime: Runtime | None = None,
@@ -104,9 +106,10 @@ def prune(
         LlavaForConditionalGeneration, LlavaNextForConditionalGeneration,
         LlavaOnevisionForConditionalGeneration or Qwen2_5_VLForConditionalGeneration, or a wrapper
         around one of them (PEFT, DDP)
-    method : Method | str
+    method : Method | PruningConfig | str
         a Method, as `HIVTP(r_max=0.5)`, or its name: `prune(model, "hivtp", r_max=0.5)`; "none"
-        prunes nothing, for a model whose blocks and calls choose, by `Pruning.using`
+        prunes nothing, for a model whose blocks and calls choose, by `Pruning.using`. Or what
+        `load_method("tuned.json")` gives, which stands for `inside` and `runtime` too
     inside : LanguageMethod | str | None
         a second method, inside the language model, of what the first one sends:
         `prune(model, HIVTP(r_max=0.5), FastV(r_max=0.5))`; by name
@@ -131,9 +134,8 @@ def prune(
         is as before.
     """
     chosen = config_of(method, inside, runtime, options)
-    return host_of(model).attach(
-        model, **chosen.arguments, tokenizer=tokenizer, clip_text=clip_text
-    )
+    given = chosen.arguments | ({} if clip_text is None else {"clip_text": clip_text})
+    return host_of(model).attach(model, **given, tokenizer=tokenizer)
 
 
 def unprune(model: Any) -> None:
@@ -142,7 +144,7 @@ def unprune(model: Any) -> None:
 
 
 def install(
-    method: Method | str,
+    method: Method | PruningConfig | str,
     inside: LanguageMethod | str | None = None,
     *,
     runtime: Runtime | None = None,
@@ -173,7 +175,8 @@ def install(
     from llava_hvp.hosts.llava import builder
 
     chosen = config_of(method, inside, runtime, options)
-    builder.install(**chosen.arguments, tokenizer=tokenizer, clip_text=clip_text, on_model=on_model)
+    given = chosen.arguments | ({} if clip_text is None else {"clip_text": clip_text})
+    builder.install(**given, tokenizer=tokenizer, on_model=on_model)
 
 
 def uninstall() -> None:

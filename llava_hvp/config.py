@@ -20,10 +20,13 @@ from llava_hvp.runtime import (
     PruningConfig,
     method_classes,
 )
+from llava_hvp.tuned import load_method
 
 VARIABLE = "LLAVA_HVP"
 DEVICE_VARIABLE = "LLAVA_HVP_DEVICE"
 DISABLE_VARIABLE = "LLAVA_HVP_DISABLE"
+# Flags, as attributes, that say more of a --prune-method.
+_REFINE = (*BUDGET, "prune_opt", "prune_inside", *(INSIDE + n for n in (*BUDGET, "opt")))
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,13 @@ def add_flags(parser: argparse.ArgumentParser, *, device: bool, train: bool = Fa
         "--inside-opt", action="append", metavar="KEY=VALUE", help="an option of it, repeatable"
     )
     group.add_argument(
+        "--prune-from",
+        metavar="FILE",
+        help="instead of all these: what `llava-hvp tune` found, on the vision tower that it was "
+        "found on",
+    )
+    group.add_argument("--prune-tower", metavar="HASH", help=argparse.SUPPRESS)
+    group.add_argument(
         "--prune-train",
         action="store_true",
         help="prune in training too (llava.train only)" if train else argparse.SUPPRESS,
@@ -158,6 +168,10 @@ def requested(found: argparse.Namespace) -> Request:
     """What the flags of `add_flags` ask for, once parsed; raises OptionError."""
     device = getattr(found, "device", None)
     reports, part = (getattr(found, f"prune_{n}", None) for n in ("reports", "part"))
+    if found.prune_from is not None:
+        tuned = load_method(found.prune_from)
+        _refuse_beside(found, tuned)
+        return Request(tuned, found.prune_train, device, reports, part)
     if found.prune_method is None:
         _refuse_lonely(found)
         return Request(device=device, reports=reports, part=part)
@@ -174,13 +188,24 @@ def requested(found: argparse.Namespace) -> Request:
         )
     spec = JOINED.join(filter(None, (found.prune_method, found.prune_inside)))
     given = _given(found, spec)
-    return Request(PruningConfig.of(spec, **given), found.prune_train, device, reports, part)
+    chosen = dataclasses.replace(PruningConfig.of(spec, **given), tower=found.prune_tower)
+    return Request(chosen, found.prune_train, device, reports, part)
+
+
+def _refuse_beside(found: argparse.Namespace, tuned: PruningConfig) -> None:
+    """Raise OptionError for flags that would change what was tuned."""
+    names = ["prune_method", "prune_tower", *_REFINE]
+    beside = [name for name in names if getattr(found, name) is not None]
+    if beside:
+        raise OptionError(
+            f"--prune-from {found.prune_from} and {_flag(beside[0])} exclude each other: to change "
+            f"what was tuned, write it out: {' '.join(to_flags(Request(tuned)))}"
+        )
 
 
 def _refuse_lonely(found: argparse.Namespace) -> None:
     """Raise OptionError for flags that say nothing without a method."""
-    names = [*BUDGET, "prune_opt", "prune_inside", *(INSIDE + n for n in (*BUDGET, "opt"))]
-    lonely = [name for name in names if getattr(found, name) is not None]
+    lonely = [name for name in (*_REFINE, "prune_tower") if getattr(found, name) is not None]
     lonely += ["prune_train"] * found.prune_train
     if lonely and found.prune_inside is not None:
         raise OptionError(
@@ -279,6 +304,7 @@ def to_flags(request: Request) -> list[str]:
             else:
                 kind = "--prune-opt" if own == name else "--inside-opt"
                 flags += [kind, f"{own}={value}"]
+        flags += [] if request.pruning.tower is None else ["--prune-tower", request.pruning.tower]
     elif request.unpruned:
         flags += ["--prune-method", NONE]
     flags += ["--prune-train"] * request.train

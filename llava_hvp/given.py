@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from llava_hvp.errors import OptionError, shown
@@ -76,6 +77,13 @@ def config_for(
                 '{"method": "hivtp", "r_max": 0.25}'
             )
         method, options = given.pop(METHOD), given
+    elif isinstance(method, PruningConfig) and inside is None and not options:
+        if method.runtime not in (Runtime(), runtime):
+            raise OptionError(
+                f"{method} was tuned with a running of its own, and a model has one for every "
+                "method on it: load the model's with prune(model, load_method(...))"
+            )
+        return replace(method, runtime=runtime)
     elif isinstance(method, (tuple, list)) and len(method) == 2 and inside is None:
         method, inside = method
     if CLIP_TEXT in (options or {}):

@@ -100,6 +100,9 @@ class PruningConfig:
     clip_text : str | None
         name or folder of the CLIP whose text encoder reads the prompt; None for the one that the
         checkpoint names, or the shape of its tower is known of
+    tower : str | None
+        the vision tower that the options were tuned for, as `encoder.digest` has it: another one
+        is refused; None for any
 
     Raises OptionError for an option of the run that nothing would come of.
     """
@@ -108,8 +111,13 @@ class PruningConfig:
     runtime: Runtime = Runtime()
     inside: LanguageMethod | None = None
     clip_text: str | None = None
+    tower: str | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.tower, (str, type(None))) or (self.tower or ":").count(":") != 1:
+            raise OptionError(
+                f"{self.name}: the vision tower {shown(self.tower)} is no hash of one: leave it out"
+            )
         if self.clip_text is not None and not (self.clip_text and self.reads_by_clip):
             raise OptionError(
                 f"{self.name}: {CLIP_TEXT}={shown(self.clip_text)}: it names the CLIP by which a "
@@ -127,13 +135,21 @@ class PruningConfig:
     ) -> PruningConfig:
         """What a user gives to `prune`; no runtime is the default one.
 
+        What `load_method` gave is taken as it is.
+
         Raises
         ------
         UnsupportedModelError
             no Method, or one at another place than it was given for
         OptionError
-            no Runtime, or two methods inside the language model
+            no Runtime, or two methods inside the language model; a tuned method with either
         """
+        if isinstance(method, cls):
+            if runtime is not None or inside is not None:
+                raise OptionError(
+                    f"{method.name} was loaded with its running: give neither runtime nor inside"
+                )
+            return method
         if not isinstance(runtime, (Runtime, type(None))):
             raise OptionError(
                 f"runtime={shown(runtime)} is no Runtime: give one, as Runtime(newline='all')"
@@ -214,8 +230,7 @@ class PruningConfig:
     @property
     def arguments(self) -> dict[str, Any]:
         """What to put on a model, by the names that `prune` and `install` have for it."""
-        inside = {} if self.inside is None else {"inside": self.inside}
-        return {"method": self.method, "runtime": self.runtime, **inside, **self._clip}
+        return {"method": self, **self._clip}
 
     @property
     def _clip(self) -> dict[str, str]:

@@ -29,6 +29,7 @@ EVALUATING = {
 TRAINING = {"llava.train.train", "llava.train.train_mem", "llava.train.train_xformers"}
 FLAGS = (
     "--prune-method",
+    "--prune-from",
     "--r-max",
     "--num-tokens",
     "--prune-opt",

@@ -29,6 +29,7 @@ WITH_SETTINGS = (
     "shapes",
     "show",
     "table",
+    "tune",
 )
 WITHOUT = ("doctor", "methods")
 

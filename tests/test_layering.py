@@ -45,14 +45,14 @@ FLOORS = (
     {"errors", "version", "console", "files", "tables", "lazy"},
     {"methods", "shapes", "testing"},
     {"runtime"},
-    {"options", "given"},
+    {"options", "given", "tuned"},
     {"encoder", "decoder", "show", "config"},
     {"pruning"},
     {"hosts"},
     {"checkpoints"},
     {"evaluation"},
     {"hook", "lmms", "bench", "app"},
-    {"accuracy"},
+    {"accuracy", "tune"},
     {"__init__"},
     {"cli"},
     {"__main__"},
@@ -60,10 +60,10 @@ FLOORS = (
 # Modules of other projects that a room may not import; `hosts` and `checkpoints` may all.
 FOREIGN = {
     "errors version console files": {"torch", "transformers", "llava"},
-    "methods runtime options given config show decoder pruning": {"transformers", "llava"},
+    "methods runtime options given tuned config show decoder pruning": {"transformers", "llava"},
     "encoder testing hook lmms cli __init__": {"llava"},
     "shapes": {"torch", "transformers", "llava"},
-    "evaluation bench accuracy app": {"transformers", "llava", "lmms_eval"},
+    "evaluation bench accuracy tune app": {"transformers", "llava", "lmms_eval"},
 }
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,7 @@ from llava_hvp.checkpoints.dtypes import dtype_of
 from llava_hvp.checkpoints.variants import Floor, Variant
 from llava_hvp.console import say
 from llava_hvp.errors import ScoreError
-from llava_hvp.methods.base import Needs
+from llava_hvp.pruning.shared import SharedRuns
 from llava_hvp.runtime import PruningConfig
 
 if TYPE_CHECKING:
@@ -112,11 +111,11 @@ def look(
 
 @dataclass(frozen=True)
 class _Inputs:
-    """A sheet as the inputs of one model, and what its tower gave each kind of reader."""
+    """A sheet as the inputs of one model, and what its tower gave."""
 
     opened: Checkpoint
     work: Workload
-    seen: dict[Needs, Any] = field(default_factory=dict)
+    runs: SharedRuns = field(default_factory=SharedRuns)
 
     @classmethod
     def of(cls, opened: Checkpoint, sheet: Sheet, variant: Variant | None = None) -> _Inputs:
@@ -132,26 +131,10 @@ class _Inputs:
     def keep(self, pruning: PruningConfig) -> Tensor:
         """(T, N) bool, on the CPU: what is kept where the tower's attention is its own."""
         stock = replace(pruning, runtime=replace(pruning.runtime, tower_attention="stock"))
-        with self.opened.pruned_by(stock) as pruned, self._encoded_once(pruned.host_model.encoder):
+        # A method reads the same at all its budgets: half precision is slow on many a CPU.
+        with self.opened.pruned_by(stock) as pruned, self.runs.on(pruned.host_model.encoder):
             self.prepare()
             return torch.cat([report.selection.keep for report in pruned.last])
-
-    @contextlib.contextmanager
-    def _encoded_once(self, encoder: Any) -> Iterator[None]:
-        """A method reads the same at all its budgets: half precision is slow on many a CPU."""
-        stock = encoder.run_to_layer
-
-        def run_to_layer(images: Tensor) -> Any:
-            needs = encoder.plan().needs
-            if needs not in self.seen:
-                self.seen[needs] = stock(images)
-            return self.seen[needs]
-
-        encoder.run_to_layer = run_to_layer
-        try:
-            yield
-        finally:
-            del encoder.run_to_layer
 
     def seconds(self, pruning: PruningConfig) -> float:
         """Of the image encode as it is run otherwise, nothing remembered."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -11,19 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from llava_hvp.console import say
-from llava_hvp.evaluation.files import (
-    ANSWERS,
-    SETTINGS,
-    complete_lines,
-    locked,
-    other_settings,
-    read_json,
-)
-from llava_hvp.files import write_json, write_whole
-
-# Files of a checkpoint that its answers depend on.
-MATTER = (".json", ".safetensors", ".bin", ".model")
+from llava_hvp.evaluation.resuming import resumed
 
 
 @dataclass(frozen=True)
@@ -144,39 +131,7 @@ def keeping(folder: Path, settings: dict[str, Any], *, restart: bool = False) ->
     EvaluationError
         another run is at work there, or it holds answers of other settings
     """
-    with locked(folder):
-        path = folder / ANSWERS
-        if restart:
-            path.unlink(missing_ok=True)
-        lines, rest = complete_lines(path)
-        if lines:
-            _refuse_others(folder, settings)
-        if rest:
-            say(f"{path}: the last answers were half written and will be asked for again")
-        write_json(folder / SETTINGS, settings)
-        write_whole(path, "".join(f"{line}\n" for line in lines).encode())
-        with path.open("a", encoding="utf-8") as file:
-            answers = Answers(folder, file)
-            answers.read(lines)
-            yield answers
-
-
-def _refuse_others(folder: Path, settings: dict[str, Any]) -> None:
-    path = folder / SETTINGS
-    before = read_json(path) if path.exists() else {}
-    for name in {**before, **settings}:
-        then, now = before.get(name), settings.get(name)
-        if then != now:
-            raise other_settings(folder, name, then, now)
-
-
-def digest(*folders: Path) -> str:
-    """The SHA-256 of all that answers depend on in a checkpoint's folders."""
-    total = hashlib.sha256()
-    for path in sorted(path for folder in folders for path in folder.iterdir()):
-        if path.suffix in MATTER:
-            total.update(f"{path.name} {path.stat().st_size}\n".encode())
-            with path.open("rb") as file:
-                while piece := file.read(2**24):
-                    total.update(piece)
-    return total.hexdigest()[:16]
+    with resumed(folder, settings, restart=restart) as (lines, file):
+        answers = Answers(folder, file)
+        answers.read(lines)
+        yield answers

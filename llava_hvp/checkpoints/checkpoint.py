@@ -80,6 +80,17 @@ class Checkpoint(ABC):
 
     @property
     @abstractmethod
+    def decoder(self) -> nn.Module:
+        """The language model without its head."""
+
+    @property
+    def head(self) -> nn.Module:
+        """What makes logits of the decoder's states."""
+        head: nn.Module = self.model.lm_head
+        return head
+
+    @property
+    @abstractmethod
     def select_layer(self) -> int:
         """The layer that goes on, as an index into the hidden states."""
 

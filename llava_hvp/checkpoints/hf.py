@@ -58,6 +58,12 @@ class HFCheckpoint(Checkpoint):
         return self.vit
 
     @property
+    def decoder(self) -> nn.Module:
+        """The language model without its head."""
+        decoder: nn.Module = self.model.model.language_model
+        return decoder
+
+    @property
     def select_layer(self) -> int:
         """The layer that goes on, as an index into the hidden states."""
         return int(self.model.config.vision_feature_layer)

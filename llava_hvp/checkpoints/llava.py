@@ -45,6 +45,12 @@ class LlavaCheckpoint(Checkpoint):
         return tower
 
     @property
+    def decoder(self) -> nn.Module:
+        """The language model without its head."""
+        decoder: nn.Module = self.model.get_model()
+        return decoder
+
+    @property
     def select_layer(self) -> int:
         """The layer that goes on, as an index into the hidden states."""
         return int(self.model.get_vision_tower().select_layer)

@@ -203,6 +203,25 @@ def _leave_to_clip(own: dict[str, dict[str, Any]]) -> None:
         raise OptionError(f"--prune-opt {CLIP_TEXT}: none of {', '.join(own)} reads a prompt by it")
 
 
+def with_tuned(chosen: Sequence[Variant], tuned: PruningConfig | None) -> list[Variant]:
+    """What `variants` gave, and behind it what `llava-hvp tune` found, if that is asked for.
+
+    Raises OptionError where the others cut pictures in another way.
+    """
+    if tuned is None:
+        return list(chosen)
+    none, *others = chosen
+    if not others:
+        runtime = {name: tuned.given[name] for name in RUNTIME_OPTIONS if name in tuned.given}
+        none = Variant(unpruned(runtime))
+    if none.runtime.tiling != tuned.runtime.tiling:
+        raise OptionError(
+            f"--prune-from: {tuned} was tuned with tiling={tuned.runtime.tiling}: give the others "
+            f"--prune-opt tiling={tuned.runtime.tiling} too"
+        )
+    return [none, *others, Variant(tuned)]
+
+
 def shared(spec: str, budget: dict[str, float | int], options: Mapping[str, Any]) -> dict[str, Any]:
     """Budget and options for one method, or for both that are joined: together they meet it.
 

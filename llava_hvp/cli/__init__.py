@@ -25,6 +25,7 @@ from llava_hvp.cli import (
     shapes,
     show,
     table,
+    tune,
 )
 from llava_hvp.console import say
 from llava_hvp.errors import LlavaHvpError
@@ -46,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         convert,
         accuracy,
         bench,
+        tune,
         methods,
         doctor,
     ):

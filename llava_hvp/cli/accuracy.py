@@ -11,17 +11,20 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_hvp.accuracy.store import Answers, digest, keeping
+from llava_hvp.accuracy.store import Answers, keeping
 from llava_hvp.checkpoints.before_loading import check_before_loading, check_language
 from llava_hvp.checkpoints.naming import model_name
-from llava_hvp.checkpoints.variants import Variant, variants
+from llava_hvp.checkpoints.variants import Variant, variants, with_tuned
 from llava_hvp.cli.arguments import (
     add_budgets,
+    add_tuned,
     at_least,
     budgets,
     check_folder,
     device_of,
     progress,
+    tuned_of,
+    weights_of,
     write_results,
 )
 from llava_hvp.cli.evaluate import INTERRUPTED
@@ -29,15 +32,14 @@ from llava_hvp.cli.extras import can_plot, need
 from llava_hvp.cli.parser import add_command
 from llava_hvp.console import say
 from llava_hvp.errors import LlavaHvpError, OptionError
-from llava_hvp.evaluation.files import read_json
 from llava_hvp.files import write_whole
 from llava_hvp.lazy import torch
-from llava_hvp.methods import list_methods
+from llava_hvp.methods import NONE, list_methods
 from llava_hvp.shapes import checkpoint, list_checkpoints
 from llava_hvp.shapes.exams import EXAMS, exam, exam_for
 from llava_hvp.shapes.questions import Question
 from llava_hvp.shapes.scenes import Scene
-from llava_hvp.shapes.weights import SHIPPED, TOWER
+from llava_hvp.shapes.weights import SHIPPED
 from llava_hvp.tables import MARKDOWN, TERMINAL
 
 if TYPE_CHECKING:
@@ -91,6 +93,7 @@ def add(commands: Any) -> None:
         help="plain: of one tile; detail: larger, with things that vanish when shrunk to one; by "
         "default what the model is for",
     )
+    add_tuned(parser)
     add_budgets(parser, BUDGETS)
     parser.add_argument("--prune-opt", action="append", metavar="KEY=VALUE")
     parser.add_argument(
@@ -184,8 +187,9 @@ def _variants(args: argparse.Namespace) -> tuple[Variant, ...]:
     options = args.prune_opt or ()
     methods = args.methods or (QUICK_METHODS if args.quick else None)
     folder = args.model_path or SHIPPED / args.model
-    if methods is not None:
-        chosen = variants(methods.split(","), given, options)
+    tuned = tuned_of(args)
+    if methods is not None or tuned is not None:
+        chosen = with_tuned(variants((methods or NONE).split(","), given, options), tuned)
         check_before_loading(str(folder.resolve()), [variant.pruning for variant in chosen])
         return tuple(chosen)
     found, refused = [], []
@@ -277,13 +281,9 @@ def main(args: argparse.Namespace) -> int:
 
 def _depends(settings: AccuracySettings, facts: dict[str, str]) -> dict[str, Any]:
     """Everything that answers and their times depend on."""
-    if settings.model_path is None:
-        weights = digest(SHIPPED / settings.model, SHIPPED / TOWER)
-    else:
-        weights = digest(settings.model_path, *_tower_of(settings.model_path))
     return {
         **{key: value for key, value in facts.items() if key != "command"},
-        "weights": weights,
+        "weights": weights_of(settings.model, settings.model_path),
         "variants": [str(variant) for variant in settings.variants],
         **{
             f"{variant.name}: {name}": value
@@ -292,13 +292,6 @@ def _depends(settings: AccuracySettings, facts: dict[str, str]) -> dict[str, Any
             for name, value in variant.pruning.source.items()
         },
     }
-
-
-def _tower_of(checkpoint: Path) -> list[Path]:
-    """The folder of the vision tower that a checkpoint names, where it is one."""
-    config = read_json(checkpoint / "config.json")
-    tower = Path(str(config.get("mm_vision_tower")))
-    return [tower] if tower.is_dir() else []
 
 
 def _measure(

@@ -13,8 +13,13 @@ from typing import Any, BinaryIO, TypeVar
 from llava_hvp.cli.extras import need
 from llava_hvp.console import say
 from llava_hvp.errors import OptionError
+from llava_hvp.evaluation.digests import MODEL, Digests, digests_of
+from llava_hvp.evaluation.digests import TOWER as VISION_TOWER
 from llava_hvp.files import write_whole
 from llava_hvp.lazy import torch
+from llava_hvp.runtime import PruningConfig
+from llava_hvp.shapes.weights import SHIPPED, TOWER
+from llava_hvp.tuned import load_method
 
 Value = TypeVar("Value")
 
@@ -47,6 +52,18 @@ def add_budgets(parser: Any, default: str) -> None:
     """Add --r-max and --num-tokens as lists; `default` is said in the help."""
     parser.add_argument("--r-max", metavar="R,R", help=f"budgets, {default} by default")
     parser.add_argument("--num-tokens", metavar="N,N", help="instead: patches of an image in total")
+
+
+def add_tuned(parser: Any) -> None:
+    """Add --prune-from to a command that compares several."""
+    parser.add_argument(
+        "--prune-from", metavar="FILE", help="what `llava-hvp tune` found, beside the methods named"
+    )
+
+
+def tuned_of(args: argparse.Namespace) -> PruningConfig | None:
+    """What --prune-from names; raises OptionError."""
+    return None if args.prune_from is None else load_method(args.prune_from)
 
 
 def budgets(args: argparse.Namespace, default: str | None) -> list[dict[str, float | int]]:
@@ -94,6 +111,20 @@ def check_folder(path: Path | None) -> None:
     """Raise OptionError where results cannot go into a folder of this name."""
     if path is not None and path.exists() and not path.is_dir():
         raise OptionError(f"--out {path}: that is a file, give a folder")
+
+
+def weights_of(shipped: str, path: str | Path | None, base: str | None = None) -> Digests:
+    """What tells the weights of two checkpoints apart.
+
+    Parameters
+    ----------
+    shipped : str
+        name of a shipped checkpoint, where `path` is None
+    """
+    if path is not None:
+        return digests_of(str(path), base)
+    tower = digests_of(str(SHIPPED / TOWER), None)[MODEL]
+    return {**digests_of(str(SHIPPED / shipped), None), VISION_TOWER: tower}
 
 
 class Bar:

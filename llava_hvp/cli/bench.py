@@ -15,10 +15,11 @@ from llava_hvp.checkpoints.before_loading import check_before_loading, check_ins
 from llava_hvp.checkpoints.dtypes import DTYPES, dtype_of
 from llava_hvp.checkpoints.geometry import get_geometry, list_geometries
 from llava_hvp.checkpoints.naming import named_path
-from llava_hvp.checkpoints.variants import Variant, variants
+from llava_hvp.checkpoints.variants import Variant, variants, with_tuned
 from llava_hvp.cli import fit
 from llava_hvp.cli.arguments import (
     add_budgets,
+    add_tuned,
     at_least,
     bits_of,
     budgets,
@@ -27,6 +28,7 @@ from llava_hvp.cli.arguments import (
     exclude,
     listed,
     progress,
+    tuned_of,
     whole,
     write_results,
 )
@@ -35,7 +37,7 @@ from llava_hvp.cli.parser import add_command
 from llava_hvp.errors import OptionError
 from llava_hvp.hosts.hf.versions import check_release
 from llava_hvp.lazy import torch
-from llava_hvp.methods import list_methods
+from llava_hvp.methods import NONE, list_methods
 from llava_hvp.options import unpruned
 from llava_hvp.tables import MARKDOWN, TERMINAL
 
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     from llava_hvp.bench.results import BenchRow
 
 BUDGETS = "0.75,0.5,0.4,0.25"  # of r_max
+METHODS = "none,hivtp,hiprune,random"
 
 EXAMPLES = (
     "llava-hvp bench --geometry llava-1.5-tiny --methods hivtp,random --r-max 0.5 "
@@ -99,9 +102,9 @@ def add(commands: Any) -> None:
     how = parser.add_argument_group("how it is pruned")
     how.add_argument(
         "--methods",
-        default="none,hivtp,hiprune,random",
-        help=f"of none, {', '.join(list_methods())}; none is always measured",
+        help=f"of none, {', '.join(list_methods())}; none is always measured; {METHODS} by default",
     )
+    add_tuned(how)
     add_budgets(how, BUDGETS)
     how.add_argument(
         "--prune-opt",
@@ -295,7 +298,10 @@ def _check_tower(settings: BenchSettings) -> None:
 
 def _variants(args: argparse.Namespace) -> tuple[Variant, ...]:
     """What is compared; the first is LLaVA's own code alone, whose packing is the checkpoint's."""
-    chosen = variants(args.methods.split(","), budgets(args, BUDGETS), args.prune_opt or ())
+    tuned = tuned_of(args)
+    names = args.methods or (METHODS if tuned is None else NONE)
+    given = variants(names.split(","), budgets(args, BUDGETS), args.prune_opt or ())
+    chosen = with_tuned(given, tuned)
     alone = unpruned({"tiling": chosen[0].runtime.tiling})
     return (Variant(alone), *chosen[1:])
 

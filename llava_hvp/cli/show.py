@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any
 from llava_hvp import config
 from llava_hvp.checkpoints.before_loading import check_before_loading
 from llava_hvp.checkpoints.variants import NONE, Variant, name_of, variants
-from llava_hvp.cli.arguments import at_least, bits_of, budgets, device_of, exclude, listed
+from llava_hvp.cli.arguments import (
+    at_least,
+    bits_of,
+    budgets,
+    device_of,
+    exclude,
+    listed,
+    tuned_of,
+)
 from llava_hvp.cli.parser import add_command
 from llava_hvp.console import say
 from llava_hvp.errors import OptionError
@@ -61,6 +69,7 @@ def add(commands: Any) -> None:
     names = ", ".join((NONE, *list_methods()))
     what.add_argument("--prune-method", metavar="NAME", help=f"one of {names}")
     what.add_argument("--methods", metavar="NAME,NAME", help="instead: several, for a grid")
+    what.add_argument("--prune-from", metavar="FILE", help="instead: what `llava-hvp tune` found")
     what.add_argument("--r-max", metavar="R,R", help="budgets; 0.5 by default, ten on a page")
     what.add_argument("--num-tokens", metavar="N,N", help="instead: patches of one image in total")
     what.add_argument(
@@ -157,14 +166,17 @@ def parse(args: argparse.Namespace) -> ShowSettings:
         raise OptionError("nothing to write: give -o FILE.png, --html FILE.html, or both")
     _check_writable(args.out, ".png")
     _check_writable(args.html, ".html", ".htm")
-    exclude(args, "prune_method", "methods")
+    for one in ("prune_from", "prune_method"):
+        exclude(args, one, "methods")
+    for more in ("prune_method", "r_max", "num_tokens", "prune_opt", "prune_inside"):
+        exclude(args, "prune_from", more)
     exclude(args, "r_max", "num_tokens")
     bits = bits_of(args)
     at_least(args, "new_tokens", 1)
-    if args.out and bool(args.prune_method or args.methods) == bool(args.layers):
+    if args.out and _names_methods(args) == bool(args.layers):
         raise OptionError(
-            "-o draws one thing: give --prune-method or --methods for what is kept, or --layers "
-            "for heat maps (--html shows both)"
+            "-o draws one thing: give --prune-method, --methods or --prune-from for what is kept, "
+            "or --layers for heat maps (--html shows both)"
         )
     layers = None if args.layers in (None, "all") else listed(args.layers, int, "--layers")
     settings = ShowSettings(
@@ -187,6 +199,10 @@ def parse(args: argparse.Namespace) -> ShowSettings:
     return settings
 
 
+def _names_methods(args: argparse.Namespace) -> bool:
+    return bool(args.prune_method or args.methods or args.prune_from)
+
+
 def _check_writable(path: Path | None, *suffixes: str) -> None:
     if path is None:
         return
@@ -200,6 +216,8 @@ def _check_writable(path: Path | None, *suffixes: str) -> None:
 
 def _columns(args: argparse.Namespace) -> tuple[tuple[Variant, ...], ...]:
     """For each method its budgets."""
+    if args.prune_from:
+        return ((Variant(tuned_of(args)),),)
     names = [args.prune_method] if args.prune_method else (args.methods or "").split(",")
     if not any(names):
         names = ["hivtp", "hiprune", *(["hiprune++"] if args.prompt else [])]
@@ -219,7 +237,8 @@ def _columns(args: argparse.Namespace) -> tuple[tuple[Variant, ...], ...]:
 
 def _pairs(args: argparse.Namespace) -> tuple[Variant, ...]:
     """The --prune-method at each of its budgets, with the --prune-inside behind it."""
-    found, unset = [], {"r_max": None, "num_tokens": None, "prune_train": False}
+    found: list[Variant] = []
+    unset = {"r_max": None, "num_tokens": None, "prune_train": False, "prune_tower": None}
     for budget in budgets(args, None):
         given = argparse.Namespace(**{**vars(args), **unset} | budget)
         found.append(Variant(config.requested(given).pruning))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from llava_hvp import config
@@ -11,13 +12,14 @@ from llava_hvp.errors import OptionError
 from llava_hvp.methods import NONE, list_methods
 from llava_hvp.options import read_option, unpruned
 from llava_hvp.runtime import BUDGET, CLIP_TEXT, INSIDE, JOINED, PruningConfig
+from llava_hvp.tuned import load_method
 
 # Arguments of the model that are no options of a method.
 OTHERS = (
     *("pretrained", "model_base", "conv_template", "device", "device_map", "dtype"),
     *("batch_size", "max_batch_size", "load_4bit", "load_8bit"),
 )
-SECOND = "prune_inside"
+SECOND, FROM, TOWER = "prune_inside", "prune_from", "prune_tower"
 
 
 def pruning_of(name: str | None, options: Mapping[str, Any]) -> PruningConfig | None:
@@ -27,6 +29,11 @@ def pruning_of(name: str | None, options: Mapping[str, Any]) -> PruningConfig | 
 
     Raises OptionError.
     """
+    if FROM in options:
+        beside = [key for key in options if key != FROM] + ["prune_method"] * (name is not None)
+        if beside:
+            raise OptionError(f"{FROM} and {beside[0]} exclude each other: give one of them")
+        return load_method(options[FROM])
     if name is None:
         if options:
             raise OptionError(
@@ -41,7 +48,7 @@ def pruning_of(name: str | None, options: Mapping[str, Any]) -> PruningConfig | 
     spec = JOINED.join(filter(None, (name, second)))
     given = {}
     for key, value in options.items():
-        if key == SECOND:
+        if key in (SECOND, TOWER):
             continue
         is_tuple = isinstance(value, str) and key != CLIP_TEXT
         text = value.replace("+", ",") if is_tuple else str(value)
@@ -49,7 +56,7 @@ def pruning_of(name: str | None, options: Mapping[str, Any]) -> PruningConfig | 
         given[key] = value if is_budget else read_option(spec, f"{key}={text}")[1]
     if name == NONE:
         return unpruned(given)
-    return PruningConfig.of(spec, **given)
+    return replace(PruningConfig.of(spec, **given), tower=options.get(TOWER))
 
 
 def model_args(pretrained: str, pruning: PruningConfig | None) -> str:

@@ -12,6 +12,7 @@ from llava_hvp.methods.checks import integer, number
 from llava_hvp.methods.context import Needs, VisionContext, raise_unless_finite
 from llava_hvp.methods.masks import Grid
 from llava_hvp.methods.selection import Mix, Selection
+from llava_hvp.methods.worth import WorthTrying
 
 __all__ = [
     "Method",
@@ -54,6 +55,7 @@ class Method:
     roles: ClassVar[tuple[str, ...]]
     where: ClassVar[str]  # where it prunes; its kind says it
     listed: ClassVar[bool] = True  # whether it can be had by its name
+    worth_trying: ClassVar[WorthTrying] = {}  # of its options, for `llava-hvp tune`
 
     r_max: float | None = None
     num_tokens: int | None = None

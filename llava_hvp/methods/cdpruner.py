@@ -9,6 +9,7 @@ from llava_hvp.lazy import torch
 from llava_hvp.methods.base import Needs, Selection, VisionContext, VisionMethod
 from llava_hvp.methods.checks import choice
 from llava_hvp.methods.greedy import cosines, determinantal, mask_of
+from llava_hvp.methods.worth import Values, WorthTrying
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,6 +38,7 @@ class CDPruner(VisionMethod):
     name: ClassVar[str] = "cdpruner"
     summary: ClassVar[str] = "diverse patches, weighted by what the prompt asks for"
     roles: ClassVar[tuple[str, ...]] = ("diverse",)
+    worth_trying: ClassVar[WorthTrying] = {"sign": Values(("negated", "direct"))}
 
     sign: str = "negated"
 

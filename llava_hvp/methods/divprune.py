@@ -8,6 +8,7 @@ from typing import ClassVar
 from llava_hvp.methods.base import Needs, Selection, VisionContext, VisionMethod
 from llava_hvp.methods.checks import choice
 from llava_hvp.methods.greedy import cosines, farthest_first, mask_of
+from llava_hvp.methods.worth import Values, WorthTrying
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,7 @@ class DivPrune(VisionMethod):
     name: ClassVar[str] = "divprune"
     summary: ClassVar[str] = "patches that are as unlike each other as can be had"
     roles: ClassVar[tuple[str, ...]] = ("diverse",)
+    worth_trying: ClassVar[WorthTrying] = {"scope": Values(("tile", "image"))}
 
     scope: str = "tile"
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 from llava_hvp.errors import OptionError
 from llava_hvp.methods.checks import decoder_layers, integer, number, scaled_decoder_layers
 from llava_hvp.methods.language import LanguageMethod, Stage
+from llava_hvp.methods.worth import OneLayer, WorthTrying
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,7 @@ class FastV(LanguageMethod):
 
     name: ClassVar[str] = "fastv"
     summary: ClassVar[str] = "in the language model, after layer 2, by the last token's attention"
+    worth_trying: ClassVar[WorthTrying] = {"layer": OneLayer()}
 
     layer: int | None = None
     ratio: float | None = None

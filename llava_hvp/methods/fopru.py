@@ -9,6 +9,7 @@ from llava_hvp.errors import OptionError
 from llava_hvp.methods.base import Needs, Selection, VisionContext, VisionMethod
 from llava_hvp.methods.checks import choice, selected_layer
 from llava_hvp.methods.masks import Grid, top_k
+from llava_hvp.methods.worth import Values, WorthTrying
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,6 +42,10 @@ class FoPru(VisionMethod):
     summary: ClassVar[str] = "what patches attend to; as HIVTP describes it, no official code"
     roles: ClassVar[tuple[str, ...]] = ("focal",)
     needs_cls: ClassVar[bool] = True
+    worth_trying: ClassVar[WorthTrying] = {
+        "strategy": Values(("rank", "row")),
+        "attention": Values(("softmax", "logits")),
+    }
 
     strategy: str = "rank"
     attention: str = "softmax"

@@ -8,6 +8,7 @@ from typing import ClassVar
 from llava_hvp.methods.base import Needs, Selection, VisionContext, VisionMethod
 from llava_hvp.methods.checks import checked_layers, choice, integer, number, scaled_layers
 from llava_hvp.methods.masks import Grid, flat_neighbours, neighbours, top_k
+from llava_hvp.methods.worth import OneLayer, Values, WorthTrying
 
 BUFFERS: dict[str, tuple[Grid, ...]] = {
     "cross": ((-1, 0), (1, 0), (0, -1), (0, 1)),
@@ -44,6 +45,11 @@ class HiPrune(VisionMethod):
     name: ClassVar[str] = "hiprune"
     summary: ClassVar[str] = "anchors of layer 9, their neighbours, registers of the last layer"
     roles: ClassVar[tuple[str, ...]] = ("anchor", "buffer", "register")
+    worth_trying: ClassVar[WorthTrying] = {
+        "object_layer": OneLayer(),
+        "alpha": Values((0.0, 0.1, 0.3, 0.6, 1.0), together=(0.1, 1.0)),
+        "buffer": Values(tuple(BUFFERS)),
+    }
 
     alpha: float = 0.1
     object_layer: int | None = None

@@ -12,6 +12,7 @@ from llava_hvp.methods.base import Needs, Selection, VisionContext
 from llava_hvp.methods.checks import choice, number
 from llava_hvp.methods.hiprune import HiPrune
 from llava_hvp.methods.masks import top_k
+from llava_hvp.methods.worth import Values, WorthTrying
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,11 @@ class HiPrunePlus(HiPrune):
     name: ClassVar[str] = "hiprune++"
     summary: ClassVar[str] = "HiPrune, and the patches most related to the prompt"
     roles: ClassVar[tuple[str, ...]] = ("anchor", "buffer", "register", "text")
+    worth_trying: ClassVar[WorthTrying] = {
+        **HiPrune.worth_trying,
+        "beta": Values((0.0, 0.1, 0.3, 0.6)),
+        "sign": Values(("direct", "negated")),
+    }
 
     beta: float = 0.1
     text: str = "clip"

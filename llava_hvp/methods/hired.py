@@ -10,6 +10,7 @@ from llava_hvp.lazy import torch
 from llava_hvp.methods.base import Needs, Selection, VisionContext, VisionMethod
 from llava_hvp.methods.checks import choice, number, selected_layer
 from llava_hvp.methods.masks import Grid, top_k
+from llava_hvp.methods.worth import Values, WorthTrying
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,6 +44,7 @@ class HiRED(VisionMethod):
     summary: ClassVar[str] = "an image's budget allotted to its tiles, by CLS attention"
     roles: ClassVar[tuple[str, ...]] = ("attended",)
     needs_cls: ClassVar[bool] = True
+    worth_trying: ClassVar[WorthTrying] = {"alpha": Values((0.25, 0.5, 0.75))}
 
     alpha: float = 0.5
     variant: str = "code"

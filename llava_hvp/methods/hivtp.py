@@ -11,6 +11,7 @@ from llava_hvp.lazy import torch
 from llava_hvp.methods.base import Needs, Selection, VisionContext, VisionMethod
 from llava_hvp.methods.checks import checked_layers, integer, number, scaled_layers
 from llava_hvp.methods.masks import Grid, top_k_per_block
+from llava_hvp.methods.worth import LayerSet, Values, WorthTrying
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,11 @@ class HIVTP(VisionMethod):
     name: ClassVar[str] = "hivtp"
     summary: ClassVar[str] = "regional top-k and the best of every window, by layers 7-10"
     roles: ClassVar[tuple[str, ...]] = ("global", "local")
+    worth_trying: ClassVar[WorthTrying] = {
+        "layers": LayerSet(),
+        "regions": Values((1, 2, 3, 4)),
+        "window": Values(("auto", 2, 3, 4, 6)),
+    }
 
     layers: tuple[int, ...] | None = None
     regions: int = 2

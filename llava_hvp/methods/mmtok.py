@@ -11,6 +11,7 @@ from llava_hvp.lazy import torch
 from llava_hvp.methods.base import Needs, Selection, VisionContext, VisionMethod
 from llava_hvp.methods.checks import number
 from llava_hvp.methods.greedy import cosines, covering, mask_of, unit
+from llava_hvp.methods.worth import Values, WorthTrying
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,6 +53,10 @@ class MMTok(VisionMethod):
     name: ClassVar[str] = "mmtok"
     summary: ClassVar[str] = "patches that cover the prompt's words and the other patches"
     roles: ClassVar[tuple[str, ...]] = ("covering",)
+    worth_trying: ClassVar[WorthTrying] = {
+        "alpha": Values((0.25, 0.5, 1.0, 2.0)),
+        "t_vision": Values((0.05, 0.1, 0.2, 0.5)),
+    }
 
     alpha: float = 0.5
     t_text: float = 0.02

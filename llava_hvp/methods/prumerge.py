@@ -10,6 +10,7 @@ from llava_hvp.lazy import functional, torch
 from llava_hvp.methods.base import Mix, Needs, Selection, VisionContext, VisionMethod
 from llava_hvp.methods.checks import integer, next_layer, switch
 from llava_hvp.methods.masks import indices, ranks, top_k
+from llava_hvp.methods.worth import Values, WorthTrying
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,6 +46,7 @@ class PruMerge(VisionMethod):
     roles: ClassVar[tuple[str, ...]] = ("important",)
     loose: ClassVar[tuple[str, ...]] = ("important",)
     needs_cls: ClassVar[bool] = True
+    worth_trying: ClassVar[WorthTrying] = {"neighbours": Values((0, 8, 16, 32, 64))}
 
     adaptive: bool = False
     neighbours: int = 32

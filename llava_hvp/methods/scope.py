@@ -8,6 +8,7 @@ from typing import ClassVar
 from llava_hvp.methods.base import Needs, Selection, VisionContext, VisionMethod
 from llava_hvp.methods.checks import number, selected_layer
 from llava_hvp.methods.greedy import cosines, covering, mask_of
+from llava_hvp.methods.worth import Values, WorthTrying
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,7 @@ class SCOPE(VisionMethod):
     summary: ClassVar[str] = "patches that CLS attends to and that cover the others"
     roles: ClassVar[tuple[str, ...]] = ("covering",)
     needs_cls: ClassVar[bool] = True
+    worth_trying: ClassVar[WorthTrying] = {"alpha": Values((0.0, 0.5, 1.0, 2.0))}
 
     alpha: float = 1.0
 

@@ -15,6 +15,7 @@ from llava_hvp.methods.checks import (
 )
 from llava_hvp.methods.language import LanguageContext, LanguageMethod, Stage
 from llava_hvp.methods.masks import top_k
+from llava_hvp.methods.worth import Values, WorthTrying
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,6 +64,7 @@ class SparseVLM(LanguageMethod):
     summary: ClassVar[str] = (
         "in the language model, at three depths, by the text that rates; merges"
     )
+    worth_trying: ClassVar[WorthTrying] = {"version": Values(("1.5", "2.0"))}
 
     version: str = "1.5"
     layers: tuple[int, ...] | None = None

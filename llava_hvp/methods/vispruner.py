@@ -9,6 +9,7 @@ from llava_hvp.lazy import torch
 from llava_hvp.methods.base import Needs, Selection, VisionContext, VisionMethod
 from llava_hvp.methods.checks import number, selected_layer
 from llava_hvp.methods.greedy import cosines, mask_of
+from llava_hvp.methods.worth import Values, WorthTrying
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,6 +42,7 @@ class VisPruner(VisionMethod):
     summary: ClassVar[str] = "what CLS attends to, and a diverse rest without its doubles"
     roles: ClassVar[tuple[str, ...]] = ("important", "diverse")
     needs_cls: ClassVar[bool] = True
+    worth_trying: ClassVar[WorthTrying] = {"important_ratio": Values((0.0, 0.25, 0.5, 0.75, 1.0))}
 
     important_ratio: float = 0.5
 

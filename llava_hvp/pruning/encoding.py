@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_hvp.encoder.capture import AttentionScores, QKHooks, recording
+from llava_hvp.encoder.digest import check_same_tower
 from llava_hvp.encoder.partitioned import is_partitioned
 from llava_hvp.encoder.vit import (
     Geometry,
@@ -31,7 +32,7 @@ from llava_hvp.methods.masks import Grid
 from llava_hvp.pruning.shrunk import Shrunk
 from llava_hvp.pruning.shrunk import select as select_shrunk
 from llava_hvp.pruning.switch import Switch
-from llava_hvp.runtime import Runtime
+from llava_hvp.runtime import PruningConfig, Runtime
 
 OfFeatures = Callable[[Tensor], Tensor]  # of features (T, N, D)
 PLANS = 16  # methods whose plans are held; of others they are worked out anew
@@ -195,6 +196,7 @@ class PrunedEncoder:
 
     def _make_plan(self, layers: Sequence[Any], method: VisionMethod) -> CapturePlan:
         geometry = read_geometry(self.vit)
+        self.check_tower(self.prune_switch.now)
         feature_layer = geometry.normalised(self.hidden_state_index)
         needs = method.needs(geometry.depth, feature_layer)
         if self._hooks is not None and not self._hooks.on(layers):
@@ -212,6 +214,11 @@ class PrunedEncoder:
     def check(self, method: VisionMethod) -> None:
         """Raise a LlavaHvpError unless a method can run on this loaded encoder."""
         check_method(method, read_geometry(self.vit), self.hidden_state_index)
+
+    def check_tower(self, config: PruningConfig) -> None:
+        """Raise UnsupportedModelError where options were tuned for another tower than this."""
+        if config.tower is not None:
+            check_same_tower(self.vit, config.tower)
 
     def take_dtype(self, dtype: torch.dtype) -> None:
         """Run in this dtype from now on; the weights as they were wait on the CPU."""
@@ -246,13 +253,25 @@ class PrunedEncoder:
         """Whether layers whose attention is eager get torch's fused one."""
         return self.prune_runtime.tower_attention == "sdpa" and not self.prune_method.keeps_all
 
-    def run_to_layer(self, images: Tensor) -> tuple[Tensor, AttentionScores]:
-        """(T, 1 + N, D) output of the layer that goes on, and the scores that the method reads."""
+    def run_to_layer(
+        self, images: Tensor, needs: Needs | None = None
+    ) -> tuple[Tensor, AttentionScores]:
+        """(T, 1 + N, D) output of the layer that goes on, and the scores that the method reads.
+
+        Parameters
+        ----------
+        needs : Needs | None
+            what to record in place of that
+        """
         plan = self.plan()
+        if needs is None:
+            needs = plan.needs
+        elif self._hooks is not None:
+            self._hooks.cover(layers_of(self.vit), needs)
         geometry = plan.geometry
-        with recording(plan.needs, geometry.heads, geometry.patches) as scores:
+        with recording(needs, geometry.heads, geometry.patches) as scores:
             hidden = hidden_states(self.vit, images, plan.feature_layer, fused=self.fuses_attention)
-            project_next(self.vit, hidden, plan.feature_layer, plan.needs)
+            project_next(self.vit, hidden, plan.feature_layer, needs)
         return hidden, scores
 
     @property

@@ -150,6 +150,7 @@ class Pruning(ReadsPrompts):
                 "tower_dtype out"
             )
         encoder.check(config.method)
+        encoder.check_tower(config)
         if config.inside is not None:
             self.plan_of(config.inside)
 

@@ -162,7 +162,7 @@ class HFModel:
 
 def attach(
     model: Any,
-    method: Method,
+    method: Method | PruningConfig,
     inside: LanguageMethod | None = None,
     *,
     runtime: Runtime | None = None,

@@ -25,7 +25,7 @@ _CHANGING = threading.Lock()  # of two threads one comes first
 
 
 def install(
-    method: Method,
+    method: Method | PruningConfig,
     inside: LanguageMethod | None = None,
     *,
     runtime: Runtime | None = None,

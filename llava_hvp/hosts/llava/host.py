@@ -126,7 +126,7 @@ class LlavaModel:
 
 def attach(
     model: Any,
-    method: Method,
+    method: Method | PruningConfig,
     inside: LanguageMethod | None = None,
     *,
     runtime: Runtime | None = None,

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llava_hvp.encoder.digest import check_same_tower
 from llava_hvp.errors import UnsupportedModelError
 from llava_hvp.hosts.hf.qwen.capture import QKVHooks, recording
 from llava_hvp.methods.base import Needs, VisionContext, VisionMethod
@@ -62,6 +63,7 @@ class QwenTower:
         self.prune_switch = Switch(pruning)
         self._hooks = QKVHooks()
         self.check(pruning.method)
+        self.check_tower(pruning)
         self.plan()
 
     @property
@@ -92,6 +94,11 @@ class QwenTower:
                 self._hooks.remove()
             self._hooks.cover(blocks, sorted(set(full.values())))
         return QwenPlan(len(blocks), needs, full)
+
+    def check_tower(self, config: PruningConfig) -> None:
+        """Raise UnsupportedModelError where options were tuned for another tower than this."""
+        if config.tower is not None:
+            check_same_tower(self.vit, config.tower)
 
     def check(self, method: VisionMethod) -> None:
         """Raise UnsupportedModelError for what a method reads, and is not here."""
