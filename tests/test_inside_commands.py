@@ -322,6 +322,9 @@ VISION_ALONE = {
     "checkpoints/variants": "what is read of the tower",
     "checkpoints/before_loading": "the tower's layers; the language model's are checked beside",
     "bench/measure": "the floor of a method at the tower",
+    "bench/memory": "what the tower sends; what is left inside is worked out below",
+    "given": "handed on with the method inside",
+    "pruning/pruning": "the tower's; `inside` stands beside",
     "accuracy/choice": "the choice at the tower",
 }
 PUTS_ON = ("attach", "install", "prune")

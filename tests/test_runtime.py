@@ -97,7 +97,7 @@ def test_a_variant_and_its_floor_are_run_alike():
     def look(bench, variant):
         return measure.Measurements(variant, 1, 1, 1, 1), floor if variant.pruning else None
 
-    def take(bench, turn, *, counted):
+    def take(turn, *, counted):
         seen.append((turn.is_floor, turn.variant.pruning and turn.variant.pruning.runtime))
 
     with pytest.MonkeyPatch.context() as patch:
