@@ -220,6 +220,7 @@ def _columns(args: argparse.Namespace) -> tuple[tuple[Variant, ...], ...]:
 def _pairs(args: argparse.Namespace) -> tuple[Variant, ...]:
     """The --prune-method at each of its budgets, with the --prune-inside behind it."""
     found, unset = [], {"r_max": None, "num_tokens": None, "prune_train": False}
+    unset |= {"train_r_max": None}
     for budget in budgets(args, None):
         given = argparse.Namespace(**{**vars(args), **unset} | budget)
         found.append(Variant(config.requested(given).pruning))
