@@ -37,7 +37,7 @@ test-lmms: $(VENVS)/lmms/ready
 
 # Two ranks on the CPU. DeepSpeed is in no other environment: with it transformers takes other paths.
 test-deepspeed: $(VENVS)/deepspeed/ready
-	$(VENVS)/deepspeed/bin/python -m pytest -q tests/test_deepspeed.py tests/test_deepspeed_generation.py
+	$(VENVS)/deepspeed/bin/python -m pytest -q tests/test_deepspeed*.py
 
 lint: $(VENVS)/$(NEW)/ready
 	$(VENVS)/$(NEW)/bin/ruff check .

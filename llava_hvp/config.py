@@ -42,6 +42,9 @@ class Request:
         False where nothing was asked, and where `none` has a tiling or packing of its own
     train : bool
         prune in training too
+    train_r_max : tuple[float, ...]
+        budgets that training goes through in turns, of which `pruning` has the smallest; empty
+        where it has the one
     device : str | None
         "cpu" to run commands that insist on CUDA on the CPU; None leaves them as they are
     reports : str | None
@@ -57,6 +60,7 @@ class Request:
     reports: str | None = None
     part: str | None = None
     unpruned: bool = False
+    train_r_max: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.train and self.pruning is not None and self.pruning.inside is not None:
@@ -145,6 +149,15 @@ def add_flags(parser: argparse.ArgumentParser, *, device: bool, train: bool = Fa
         action="store_true",
         help="prune in training too (llava.train only)" if train else argparse.SUPPRESS,
     )
+    group.add_argument(
+        "--train-r-max",
+        type=_numbers,
+        metavar="R,R,…",
+        help="with --prune-train instead of --r-max: a step of the training has one of these, all "
+        "of them in turns; 1 is unpruned"
+        if train
+        else argparse.SUPPRESS,
+    )
     if device:
         group.add_argument(
             "--device", choices=("cuda", "cpu"), help="cpu: run without CUDA, slowly"
@@ -177,7 +190,11 @@ def requested(found: argparse.Namespace) -> Request:
         return Request(device=device, reports=reports, part=part)
     if found.prune_inside is not None:
         check_pair(found.prune_method, found.prune_inside)
+    if found.train_r_max is not None and not found.prune_train:
+        raise OptionError("--train-r-max without --prune-train: it is for training, give both")
     if found.prune_method == NONE:
+        if found.train_r_max is not None:
+            raise OptionError("--train-r-max beside --prune-method none: name a method")
         none = unpruned(_given(found, NONE))
         return Request(none, found.prune_train, device, reports, part, unpruned=none is None)
     if found.prune_inside is None and len(method_classes(found.prune_method)) > 1:
@@ -187,14 +204,19 @@ def requested(found: argparse.Namespace) -> Request:
             f"--prune-inside {second}, each with a budget of its own"
         )
     spec = JOINED.join(filter(None, (found.prune_method, found.prune_inside)))
-    given = _given(found, spec)
-    chosen = dataclasses.replace(PruningConfig.of(spec, **given), tower=found.prune_tower)
-    return Request(chosen, found.prune_train, device, reports, part)
+    given, turns = _given(found, spec), found.train_r_max or ()
+    for name in (name for name in BUDGET if turns and name in given):
+        raise OptionError(f"--train-r-max beside {_flag(name)}: give one of them")
+    budgets = [{"r_max": r_max} for r_max in sorted(turns, reverse=True)] or [{}]
+    # Each is checked, and the smallest stays.
+    pruning = [PruningConfig.of(spec, **given, **budget) for budget in budgets][-1]
+    pruning = dataclasses.replace(pruning, tower=found.prune_tower)
+    return Request(pruning, found.prune_train, device, reports, part, train_r_max=turns)
 
 
 def _refuse_beside(found: argparse.Namespace, tuned: PruningConfig) -> None:
     """Raise OptionError for flags that would change what was tuned."""
-    names = ["prune_method", "prune_tower", *_REFINE]
+    names = ["prune_method", "prune_tower", "train_r_max", *_REFINE]
     beside = [name for name in names if getattr(found, name) is not None]
     if beside:
         raise OptionError(
@@ -205,7 +227,8 @@ def _refuse_beside(found: argparse.Namespace, tuned: PruningConfig) -> None:
 
 def _refuse_lonely(found: argparse.Namespace) -> None:
     """Raise OptionError for flags that say nothing without a method."""
-    lonely = [name for name in (*_REFINE, "prune_tower") if getattr(found, name) is not None]
+    names = (*_REFINE, "prune_tower", "train_r_max")
+    lonely = [name for name in names if getattr(found, name) is not None]
     lonely += ["prune_train"] * found.prune_train
     if lonely and found.prune_inside is not None:
         raise OptionError(
@@ -299,7 +322,10 @@ def to_flags(request: Request) -> list[str]:
             flags += ["--prune-inside", name]
         for name, value in request.pruning.given.items():
             own = name.removeprefix(INSIDE) if second else name
-            if own in BUDGET:
+            if request.train_r_max and name == "r_max":
+                turns = ",".join(map(str, request.train_r_max))
+                flags += ["--train-r-max", turns]
+            elif own in BUDGET:
                 flags += [_flag(name), str(value)]
             else:
                 kind = "--prune-opt" if own == name else "--inside-opt"
@@ -321,6 +347,10 @@ def _number(text: str) -> float:
         raise argparse.ArgumentTypeError(
             f"{shown(text)} is no number: give one in (0, 1]"
         ) from None
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(map(_number, text.split(",")))
 
 
 def _integer(text: str) -> int:

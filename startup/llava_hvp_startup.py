@@ -38,6 +38,7 @@ FLAGS = (
     "--inside-num-tokens",
     "--inside-opt",
     "--prune-train",
+    "--train-r-max",
 )
 VARIABLES = ("LLAVA_HVP", "LLAVA_HVP_DEVICE")
 # Where transformers has the classes of its own that are pruned.

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import llava_hvp_startup as startup
+import torch
+from conftest import Bundle
 
 # A rank that waits for one that is gone would wait for half an hour.
 LIMIT = 180  # seconds
@@ -121,3 +123,15 @@ def train(arguments: list[str], request: str) -> None:
     startup._finder = None
     startup.wake()
     runpy.run_module(name, run_name="__main__", alter_sys=True)
+
+
+def opened(path: Path, *, trains: bool = False) -> Bundle:
+    """As a script opens a LLaVA that is to be partitioned: not by LLaVA's own loader."""
+    from llava.model import LlavaLlamaForCausalLM
+    from transformers import AutoTokenizer
+
+    model = LlavaLlamaForCausalLM.from_pretrained(path, torch_dtype=torch.float32)
+    tower = model.get_vision_tower()
+    tower.load_model()
+    tokenizer = AutoTokenizer.from_pretrained(path, use_fast=False)
+    return Bundle(path, tokenizer, model.train(trains), tower.image_processor)

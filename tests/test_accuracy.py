@@ -476,6 +476,8 @@ def test_there_is_no_plot_of_nothing_pruned(tmp_path):
         ("--batch 0", "--batch 0"),
         ("--methods hivpt", "'hivpt'"),
         ("--model-path nowhere", "nowhere: no such folder"),
+        ("--model-path . --model-base nowhere", "--model-base nowhere: no such folder"),
+        ("--model-base .", "--model-base . without --model-path"),
         ("--r-max 2", "2"),
     ],
 )

@@ -69,6 +69,9 @@ def test_options_of_the_run_are_told_from_those_of_the_method(line, method, runt
     assert parsed(f"--prune-method {line}")[0].pruning == PruningConfig(method, runtime)
 
 
+TURNS = "--prune-method hivtp --train-r-max"
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -87,6 +90,12 @@ def test_options_of_the_run_are_told_from_those_of_the_method(line, method, runt
         ("--r-max 0.5", "--r-max without --prune-method"),
         ("--prune-opt alpha=1", "--prune-opt without --prune-method"),
         ("--prune-train", "--prune-train without --prune-method"),
+        ("--train-r-max 1,0.25 --prune-train", "--train-r-max without --prune-method"),
+        (f"{TURNS} 1,0.25", "--train-r-max without --prune-train"),
+        (f"{TURNS} 1,,0.25 --prune-train", "'' is no number"),
+        (f"{TURNS} 0.25,1.5 --prune-train", r"r_max=1.5.*\(0, 1\]"),
+        (f"{TURNS} 1 --prune-train --num-tokens 3", "beside --num-tokens: give one"),
+        (f"{TURNS} 1 --prune-train --prune-opt r_max=1", "beside --r-max: give one"),
         ("--r-max 0.5", "give one of .*, none$"),
         ("--prune-method none --r-max 2", r"none: r_max=2.0.*\(0, 1\]"),
         ("--prune-method none --r-max 0.5 --num-tokens 3", "exclude each other"),
@@ -191,6 +200,13 @@ def test_of_a_list_the_methods_that_read_by_clip_take_it():
     assert [v.pruning and v.pruning.clip_text for v in found] == [None, None, "x", None]
     with pytest.raises(OptionError, match="clip_text: none of hivtp, hiprune"):
         variants(["hivtp", "hiprune"], [{}], options[:1])
+
+
+def test_budgets_by_turns_come_as_one_list():
+    request = parsed(f"{TURNS} 1,0.11,0.25 --prune-train --prune-opt window=2")[0]
+    assert request.train_r_max == (1, 0.11, 0.25)
+    assert request.pruning.method == HIVTP(r_max=0.11, window=2)
+    assert from_environment({"LLAVA_HVP": shlex.join(to_flags(request))}) == request
 
 
 @pytest.mark.parametrize(

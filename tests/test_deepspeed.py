@@ -27,8 +27,12 @@ ZERO = {
     "gradient_accumulation_steps": "auto",
     "fp16": {"enabled": "auto"},
     "bf16": {"enabled": "auto"},
+    "zero_force_ds_cpu_optimizer": False,
 }
 GATHER = "stage3_gather_16bit_weights_on_model_save"
+# With torch's Adam in place of DeepSpeed's own, which it would compile for two minutes.
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+OFFLOAD_ALL = OFFLOAD | {"offload_param": {"device": "cpu"}}
 LORA = ["--lora_enable", "True", "--lora_r", "8", "--lora_alpha", "16", "--mm_projector_lr", "4e-4"]
 HALF = ["--bf16=True", "--gradient_checkpointing=True"]
 PROJECTOR = ["--tune_mm_mlp_adapter", "True"]
@@ -54,7 +58,7 @@ class Trained:
         self.record = json.loads((output / "hvp.json").read_text())
 
 
-def arguments(folder, output, *, stage=None, next_=False, world=2, steps=3):
+def arguments(folder, output, *, stage=None, offload=None, next_=False, world=2, steps=3):
     """Of LLaVA's training script, for four samples a step."""
     checkpoint = folder / ("llava-shapes-next" if next_ else "llava-shapes")
     given = {
@@ -85,7 +89,8 @@ def arguments(folder, output, *, stage=None, next_=False, world=2, steps=3):
         given["mm_patch_merge_type"] = "spatial_unpad"
     if stage is not None:
         config = output.with_name(f"zero{stage}.json")
-        config.write_text(json.dumps(ZERO | {"zero_optimization": {"stage": stage, GATHER: True}}))
+        zero = {"stage": stage, GATHER: True} | (offload or {})
+        config.write_text(json.dumps(ZERO | {"zero_optimization": zero}))
         given["deepspeed"] = config
     return [str(part) for key, value in given.items() for part in (f"--{key}", value)]
 
@@ -121,24 +126,30 @@ def alone(shapes, tmp_path_factory):
 UNPRUNED = "--prune-method none"
 # What it keeps does not hang on rounding, which in bfloat16 ZeRO-3 does in another way.
 UNIFORM = "--prune-method uniform --r-max 0.25 --prune-train"
+TURNS = "--prune-method uniform --train-r-max 1.0,0.25,0.11 --prune-train"
 TEXT = "--prune-method hiprune++ --r-max 0.25 --prune-train"
 RUNS = {
-    "zero-2": (2, PRUNED, [], False),
-    "zero-3": (3, PRUNED, [], False),
-    "zero-3 unpruned": (3, UNPRUNED, [], False),
-    "finetune_lora.sh": (3, UNIFORM, [*LORA, *HALF], False),
-    "pretrain.sh": (2, UNIFORM, [*PROJECTOR, *HALF], False),
-    "clip's text encoder": (3, TEXT, [], False),
-    "next": (3, PRUNED, [], True),
+    "zero-0": (0, PRUNED, [], {}),
+    "zero-1": (1, PRUNED, [], {}),
+    "zero-2": (2, PRUNED, [], {}),
+    "zero-2 offload": (2, PRUNED, [], {"offload": OFFLOAD}),
+    "zero-3": (3, PRUNED, [], {}),
+    "zero-3 offload": (3, PRUNED, [], {"offload": OFFLOAD_ALL}),
+    "zero-3 unpruned": (3, UNPRUNED, [], {}),
+    "zero-3 by turns": (3, TURNS, [], {}),
+    "finetune_lora.sh": (3, UNIFORM, [*LORA, *HALF], {}),
+    "pretrain.sh": (2, UNIFORM, [*PROJECTOR, *HALF], {}),
+    "clip's text encoder": (3, TEXT, [], {}),
+    "next": (3, PRUNED, [], {"next_": True}),
 }
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_two_ranks_lose_as_one_process(name, shapes, alone, tmp_path):
-    stage, request, flags, next_ = RUNS[name]
-    settings = {"request": request, "next_": next_}
+    stage, request, flags, more = RUNS[name]
+    settings = {"request": request, "next_": more.get("next_", False)}
     output = tmp_path / "llava-out"
-    two = Trained(run(shapes, output, *flags, stage=stage, **settings), output)
+    two = Trained(run(shapes, output, *flags, stage=stage, **settings | more), output)
     # In half precision DeepSpeed keeps the weights in float32 besides, and the trainer would not.
     one = alone(*flags, stage=0 if "--bf16=True" in flags else None, **settings)
     assert two.losses == pytest.approx(one.losses, abs=1e-2 if "--bf16=True" in flags else 5e-3)
@@ -152,6 +163,8 @@ def test_two_ranks_lose_as_one_process(name, shapes, alone, tmp_path):
     used, used_alone = (c.pop("by_method", {}) for c in (counts, alone_counts))
     assert counts == pytest.approx(alone_counts)
     assert used.keys() == used_alone.keys()
+    if request is TURNS:  # a step each, 144 patches, 36 and 16
+        assert counts["kept_tokens"] == 4 * (144 + 36 + 16)
     assert two.said.count("6 images, kept" if request != UNPRUNED else "unpruned: 6") == 2
 
 
@@ -198,14 +211,17 @@ def test_a_plain_language_model_gets_a_projector(shapes, tmp_path):
 def test_a_training_that_was_stopped_goes_on(shapes, tmp_path):
     output = tmp_path / "llava-out"
     saving = ("--save_strategy=steps", "--save_steps=2", "--lr_scheduler_type=constant")
+    settings = {"stage": 3, "request": TURNS}
     whole = Trained(
-        run(shapes, tmp_path / "llava-whole", *saving, stage=3), tmp_path / "llava-whole"
+        run(shapes, tmp_path / "llava-whole", *saving, **settings), tmp_path / "llava-whole"
     )
-    Trained(run(shapes, output, *saving, stage=3, steps=2), output)
-    again = Trained(run(shapes, output, *saving, stage=3), output)
+    begun = Trained(run(shapes, output, *saving, **settings, steps=2), output)
+    again = Trained(run(shapes, output, *saving, **settings), output)
     assert again.losses == pytest.approx(whole.losses, abs=5e-3)
     assert again.record["steps"] == {"first": 3, "last": 3}
     assert again.record["counts"]["images"] == 4
+    kept = [each.record["counts"]["kept_tokens"] for each in (begun, again, whole)]
+    assert kept[0] + kept[1] == kept[2]  # it has the turn that was left
 
 
 # What stands for pdsh on two "nodes", both this machine: a shell with nothing of ours on each.

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import Bundle, load
-from ranks import run_ranks
+from conftest import load
+from ranks import opened, run_ranks
 
 from llava_hvp import HIVTP, HiPrunePlus, get_method, prune
 from llava_hvp.errors import UnsupportedModelError
@@ -35,18 +35,6 @@ def answers(bundle, photos, which, method, **settings):
                 )
             found.append((ids.tolist(), pruned.last[0].selection.keep.tolist()))
     return found
-
-
-def opened(path):
-    """As a script opens a LLaVA that is to be partitioned: not by LLaVA's own loader."""
-    from llava.model import LlavaLlamaForCausalLM
-    from transformers import AutoTokenizer
-
-    model = LlavaLlamaForCausalLM.from_pretrained(path, torch_dtype=torch.float32)
-    tower = model.get_vision_tower()
-    tower.load_model()
-    tokenizer = AutoTokenizer.from_pretrained(path, use_fast=False)
-    return Bundle(path, tokenizer, model.eval(), tower.image_processor)
 
 
 def partitioned(path):

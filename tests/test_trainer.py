@@ -5,14 +5,17 @@ import importlib
 import json
 import math
 import sys
+from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 
 from llava_hvp import HIVTP
+from llava_hvp.errors import OptionError
 from llava_hvp.hosts.llava import builder
 from llava_hvp.hosts.llava.compat.arguments import named_now, on_cpu
+from llava_hvp.hosts.llava.compat.deepspeed import check_saving
 from llava_hvp.hosts.llava.compat.training import bridge_training
 from llava_hvp.hosts.llava.compat.versions import llava_models, transformers_version
 from llava_hvp.pruning.monkeypatch import MonkeyPatcher
@@ -203,6 +206,30 @@ def test_without_a_method_the_step_is_stocks(train):
     assert_trained(trainer)
     assert "llava_hvp" not in vars(trainer.model)
     assert_rows(trainer, seen, visual=64)
+
+
+@pytest.mark.parametrize(
+    ("given", "flag"),
+    [
+        ("--bits 16 --tune_mm_mlp_adapter True", "--tune_mm_mlp_adapter"),
+        ("--tune_mm_mlp_adapter", "--tune_mm_mlp_adapter"),
+        ("--lora_enable=true --tune_mm_mlp_adapter False", "--lora_enable"),
+        ("--lora_enable False --tune_mm_mlp_adapter=no --lora_r 8", None),
+    ],
+)
+def test_what_could_not_be_saved_without_deepspeed_is_not_trained(given, flag, monkeypatch):
+    if flag is not None:
+        with pytest.raises(OptionError, match=f"{flag}: .*deepspeed"):
+            check_saving(given.split())
+    # A checkout with patches/0008 imports it where a weight is partitioned only.
+    monkeypatch.setattr(Path, "read_text", lambda path: SAVING)
+    check_saving(given.split())
+
+
+SAVING = """def maybe_zero_3(param, ignore_status=False, name=None):
+    if hasattr(param, "ds_id"):
+        from deepspeed import zero
+"""
 
 
 def test_arguments_of_llavas_scripts_are_called_as_this_release_calls_them(

@@ -78,6 +78,9 @@ def add(commands: Any) -> None:
     parser.add_argument("--model", choices=list_checkpoints(), default="llava-shapes")
     parser.add_argument("--model-path", type=Path, help="instead: one that you have trained")
     parser.add_argument(
+        "--model-base", type=Path, help="and what of, where that holds a projector or adapters only"
+    )
+    parser.add_argument(
         "--quick",
         action="store_true",
         help=f"a first look: {QUICK_QUESTIONS} questions, {QUICK_METHODS} at {QUICK_BUDGETS}, "
@@ -123,6 +126,8 @@ class AccuracySettings:
         a shipped checkpoint's name, or what `model_path` is called
     model_path : Path | None
         folder of one that was trained; None for the shipped one
+    model_base : Path | None
+        folder of what it was trained from, where it holds what was trained only
     variants : tuple[Variant, ...]
         what is compared; the first is unpruned
     pictures : str
@@ -143,6 +148,7 @@ class AccuracySettings:
 
     model: str
     model_path: Path | None
+    model_base: Path | None
     variants: tuple[Variant, ...]
     pictures: str
     questions: int
@@ -159,8 +165,11 @@ def parse(args: argparse.Namespace) -> AccuracySettings:
     if args.questions is not None:
         at_least(args, "questions", 1)
     at_least(args, "batch", 1)
-    if args.model_path is not None and not args.model_path.is_dir():
-        raise OptionError(f"--model-path {args.model_path}: no such folder")
+    for flag, folder in {"path": args.model_path, "base": args.model_base}.items():
+        if folder is not None and not folder.is_dir():
+            raise OptionError(f"--model-{flag} {folder}: no such folder")
+    if args.model_base is not None and args.model_path is None:
+        raise OptionError(f"--model-base {args.model_base} without --model-path: give both")
     check_folder(args.out)
     need("host", "PIL", "sentencepiece", "accelerate")
     plots = args.out is not None and can_plot()
@@ -169,6 +178,7 @@ def parse(args: argparse.Namespace) -> AccuracySettings:
     return AccuracySettings(
         model=model,
         model_path=args.model_path,
+        model_base=args.model_base,
         device=device_of(args.device),
         variants=_variants(args),
         pictures=args.pictures or exam_for(model),
@@ -283,7 +293,7 @@ def _depends(settings: AccuracySettings, facts: dict[str, str]) -> dict[str, Any
     """Everything that answers and their times depend on."""
     return {
         **{key: value for key, value in facts.items() if key != "command"},
-        "weights": weights_of(settings.model, settings.model_path),
+        "weights": weights_of(settings.model, settings.model_path, settings.model_base),
         "variants": [str(variant) for variant in settings.variants],
         **{
             f"{variant.name}: {name}": value
@@ -306,9 +316,12 @@ def _measure(
     chosen = settings.variants
     with tempfile.TemporaryDirectory(prefix="llava-hvp-") as folder:
         path = (settings.model_path or checkpoint(folder, settings.model)).resolve()
+        base = None if settings.model_base is None else str(settings.model_base.resolve())
 
         def opened_in(dtype: torch.dtype) -> Checkpoint:
-            return open_checkpoint(str(path), settings.device, dtype=dtype, conv_mode=TEMPLATE)
+            return open_checkpoint(
+                str(path), settings.device, base=base, dtype=dtype, conv_mode=TEMPLATE
+            )
 
         opened = opened_in(torch.float32)
         with progress(len(asked) * len(chosen), settings.model, "answer") as bar:

@@ -113,7 +113,7 @@ def check_folder(path: Path | None) -> None:
         raise OptionError(f"--out {path}: that is a file, give a folder")
 
 
-def weights_of(shipped: str, path: str | Path | None, base: str | None = None) -> Digests:
+def weights_of(shipped: str, path: str | Path | None, base: str | Path | None = None) -> Digests:
     """What tells the weights of two checkpoints apart.
 
     Parameters
@@ -122,7 +122,7 @@ def weights_of(shipped: str, path: str | Path | None, base: str | None = None) -
         name of a shipped checkpoint, where `path` is None
     """
     if path is not None:
-        return digests_of(str(path), base)
+        return digests_of(str(path), None if base is None else str(base))
     tower = digests_of(str(SHIPPED / TOWER), None)[MODEL]
     return {**digests_of(str(SHIPPED / shipped), None), VISION_TOWER: tower}
 

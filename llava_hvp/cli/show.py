@@ -239,6 +239,7 @@ def _pairs(args: argparse.Namespace) -> tuple[Variant, ...]:
     """The --prune-method at each of its budgets, with the --prune-inside behind it."""
     found: list[Variant] = []
     unset = {"r_max": None, "num_tokens": None, "prune_train": False, "prune_tower": None}
+    unset["train_r_max"] = None
     for budget in budgets(args, None):
         given = argparse.Namespace(**{**vars(args), **unset} | budget)
         found.append(Variant(config.requested(given).pruning))

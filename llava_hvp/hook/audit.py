@@ -106,6 +106,8 @@ class PruningAudit:
         self.versions = versions
         self.totals = self._no_images()
         self.unpruned = 0
+        self._models: weakref.WeakSet[Pruning] = weakref.WeakSet()
+        self._has_turn = not request.train_r_max
         self.answers = AnswersFile(self._named_answers)
         self.results = HarnessResults()
         self._pid = os.getpid()
@@ -133,7 +135,8 @@ class PruningAudit:
             if pruning is not None and pruning.prunes
             else f"pruning off ({pruning or NONE}): every visual token is kept, whatever the budget"
         )
-        say(f"{what} ({versions})")
+        turns = ", ".join(map(str, self.request.train_r_max))
+        say(f"{what}{f', in training by turns {turns}' if turns else ''} ({versions})")
         self._await_the_end()
         self._report("forked" if self._forked else "started")
         self.answers.claim()
@@ -142,6 +145,7 @@ class PruningAudit:
     def watch(self, pruning: Pruning) -> None:
         """Count what this model prunes from now on."""
         self.begin()
+        self._models.add(pruning)
         owner = weakref.ref(pruning)
 
         def on_record(reports: list[ImageReport]) -> None:
@@ -161,6 +165,12 @@ class PruningAudit:
 
         pruning.on_record, pruning.on_refused = on_record, on_refused
 
+    def take_budget(self, r_max: float) -> None:
+        """It is this one's turn, of those that training goes through."""
+        for pruning in self._models:
+            pruning.take_budget(r_max)
+        self._has_turn = True
+
     def count(self, model: Any, images: int, tokens: int) -> None:
         """Count images that unpruned LLaVA encoded, as `none` asks for."""
         self._see_fork()
@@ -178,7 +188,15 @@ class PruningAudit:
 
     def _refuse_training(self, model: Any) -> None:
         """Whoever trains without LLaVA's own `train` comes here with a pruned model."""
-        if model.training and torch.is_grad_enabled() and not self.request.train:
+        if not (model.training and torch.is_grad_enabled()):
+            return
+        if not self._has_turn:
+            self._crash = "training without turns"
+            raise OptionError(
+                f"--train-r-max {','.join(map(str, self.request.train_r_max))}: the turns go by "
+                "the steps of transformers' Trainer, and this training has none: give --r-max"
+            )
+        if not self.request.train:
             self._crash = "training without --prune-train"
             raise OptionError(
                 "a pruned model is being trained, and training stays unpruned unless --prune-train "
@@ -318,12 +336,18 @@ class PruningAudit:
             "method": NONE if pruning is None else pruning.spec,
             "options": None if pruning is None else pruning.options,
             "tiling": (Runtime() if pruning is None else pruning.runtime).tiling,
-            "given": config.to_flags(Request(pruning, unpruned=pruning is None)),
+            "given": config.to_flags(self._asked()),
             "command": [self.command, *sys.argv[1:]],
             "versions": {**self.versions, "python": platform.python_version()},
             **self._facts,
             "counts": self.totals.as_dict(),
         }
+
+    def _asked(self) -> Request:
+        """What of the request says how images are pruned."""
+        pruning = self.pruning
+        turns = self.request.train_r_max
+        return Request(pruning, unpruned=pruning is None, train_r_max=turns)
 
     def _report(self, state: str, reason: str | None = None) -> None:
         leave_report(self.request, self.command, state, self.totals, reason)

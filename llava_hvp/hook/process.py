@@ -125,7 +125,11 @@ class PrunedProcess:
                     "--prune-train is given too"
                 )
             self.request = dataclasses.replace(
-                self.request, pruning=flags.pruning, train=flags.train, unpruned=flags.unpruned
+                self.request,
+                pruning=flags.pruning,
+                train=flags.train,
+                unpruned=flags.unpruned,
+                train_r_max=flags.train_r_max,
             )
         if self.command == "llava.serve.sglang_worker" and self.prunes:
             raise UnsupportedModelError(

@@ -20,6 +20,7 @@ from torch import distributed
 from llava_hvp.console import say
 from llava_hvp.errors import RecordError, UnsupportedModelError
 from llava_hvp.files import write_json
+from llava_hvp.hook import budgets
 from llava_hvp.pruning.monkeypatch import MonkeyPatcher
 from llava_hvp.pruning.record import TRAINED, added, summary
 
@@ -142,6 +143,8 @@ def _watched(stock: Callable[..., None], account: PruningAudit) -> Callable[...,
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         stock(self, *args, **kwargs)
         self.add_callback(Watch())
+        if account.request.train_r_max:
+            self.add_callback(budgets.callback(account))
 
     return init
 

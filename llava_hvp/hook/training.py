@@ -92,8 +92,10 @@ class Training:
 def _take_command(device: str | None) -> None:
     """Make of the script's arguments what this transformers takes, and this device."""
     from llava_hvp.hosts.llava.compat.arguments import named_now, on_cpu
+    from llava_hvp.hosts.llava.compat.deepspeed import check_saving
     from llava_hvp.hosts.llava.compat.device import bridge_deepspeed_to_cpu
 
+    check_saving(sys.argv[1:])
     sys.argv[1:] = named_now(sys.argv[1:])
     if device == "cpu":
         sys.argv[1:] = on_cpu(sys.argv[1:])

@@ -131,6 +131,26 @@ class Pruning(ReadsPrompts):
             self.load_text()
             yield self
 
+    def take_budget(self, r_max: float) -> None:
+        """Go on by the same method with another budget, outside of blocks and in all threads.
+
+        Parameters
+        ----------
+        r_max : float
+            as of a method
+
+        Raises
+        ------
+        LlavaHvpError
+            one out of range, or that this model cannot be pruned by; nothing has changed
+        """
+        self._check_on()
+        switch = self.host_model.encoder.prune_switch
+        method = dataclasses.replace(switch.own.method, r_max=r_max, num_tokens=None)
+        config = dataclasses.replace(switch.own, method=method)
+        self._check(config)
+        switch.own = config
+
     def _check_on(self) -> None:
         """Raise PrunedStateError where this pruning is over."""
         if self.model.__dict__.get("llava_hvp") is not self:

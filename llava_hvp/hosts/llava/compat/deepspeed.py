@@ -6,12 +6,48 @@ import functools
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from llava_hvp.encoder.partitioned import is_partitioned
+from llava_hvp.errors import OptionError
 from llava_hvp.hosts.llava.compat.versions import transformers_version
 from llava_hvp.pruning.monkeypatch import MonkeyPatcher
+
+# What is saved alone, by a function that imports DeepSpeed first.
+_SAVED_ALONE = ("--tune_mm_mlp_adapter", "--lora_enable")
+_BY_DEEPSPEED = re.compile(r"^def maybe_zero_3\(.*\):\n +from deepspeed", re.M)
+
+
+def check_saving(arguments: Sequence[str]) -> None:
+    """Raise OptionError for a training that LLaVA could not save at its end, before it begins.
+
+    Its script imports DeepSpeed to save a projector or adapters alone, in one process too, unless
+    patches/0008 is applied.
+    """
+    alone = [flag for flag in _SAVED_ALONE if _is_on(arguments, flag)]
+    if not alone or importlib.util.find_spec("deepspeed") is not None:
+        return
+    llava = importlib.util.find_spec("llava")
+    script = Path(llava.origin or "").parent / "train" / "train.py" if llava else None
+    if script is not None and script.is_file() and _BY_DEEPSPEED.search(script.read_text()):
+        raise OptionError(
+            f"{alone[0]}: LLaVA imports DeepSpeed to save what was trained, in one process too, "
+            "and it is missing: pip install 'llava-hvp[deepspeed]'"
+        )
+
+
+def _is_on(arguments: Sequence[str], flag: str) -> bool:
+    """Whether a switch of LLaVA's training script is given, and not as False."""
+    words = [*arguments, "--"]
+    for at, word in enumerate(arguments):
+        name, equals, value = word.partition("=")
+        if name == flag:
+            value = value if equals else words[at + 1]
+            return value.lower() not in ("false", "f", "no", "n", "0")
+    return False
 
 
 def bridge_deepspeed(patches: MonkeyPatcher) -> None:
