@@ -68,6 +68,12 @@ class Answered:
 
     def _said(self, new_tokens: int) -> tuple[Tensor, Tensor]:
         """(B, n) tokens of the answers, n the longest, and (B,) how many count of each."""
+        steps: list[int] = []
+
+        def count(_: Tensor, scores: Tensor) -> Tensor:
+            steps.append(1)
+            return scores
+
         with self.opened.pruned_by(self.unpruned), torch.inference_mode():
             said = self.opened.generate(
                 self.sheet.ids,
@@ -77,8 +83,10 @@ class Answered:
                 num_beams=1,
                 max_new_tokens=new_tokens,
                 use_cache=True,
+                logits_processor=[count],
             )
-        return _until_end(said, _ends(self.opened))
+        # Older transformers puts a token that nobody generated before those of an embedded prompt.
+        return _until_end(said[:, said.shape[1] - len(steps) :], _ends(self.opened))
 
     def moved_by(self, candidates: Sequence[PruningConfig]) -> Iterator[Moved]:
         """Of every candidate in its turn; the tower runs once for all of them that read it."""
