@@ -30,6 +30,7 @@ TRAINING = {"llava.train.train", "llava.train.train_mem", "llava.train.train_xfo
 FLAGS = (
     "--prune-method",
     "--prune-from",
+    "--prune-tower",
     "--r-max",
     "--num-tokens",
     "--prune-opt",

@@ -92,6 +92,7 @@ TURNS = "--prune-method hivtp --train-r-max"
         ("--prune-train", "--prune-train without --prune-method"),
         ("--train-r-max 1,0.25 --prune-train", "--train-r-max without --prune-method"),
         (f"{TURNS} 1,0.25", "--train-r-max without --prune-train"),
+        ("--prune-method none --train-r-max 1,0.25 --prune-train", "name a method"),
         (f"{TURNS} 1,,0.25 --prune-train", "'' is no number"),
         (f"{TURNS} 0.25,1.5 --prune-train", r"r_max=1.5.*\(0, 1\]"),
         (f"{TURNS} 1 --prune-train --num-tokens 3", "beside --num-tokens: give one"),
