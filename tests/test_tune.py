@@ -167,6 +167,9 @@ def test_pictures_alone_are_asked_general_questions(tmp_path, photos):
     assert len({each.text for each in found}) == 2 * EACH
     assert {each.text for each in found} <= set(GENERAL)
     assert found[0].open().size == (40, 30)
+    photos[0].save(tmp_path / "tuned-table.png")  # an earlier run's
+    assert in_folder(tmp_path, None, plots="tuned") == found
+    (tmp_path / "tuned-table.png").unlink()
     questions = tmp_path / "q.jsonl"
     line = {"question_id": 1, "image": "a.png", "text": "<image>\nWhat?", "category": "x"}
     questions.write_text(json.dumps(line) + "\n")

@@ -56,6 +56,17 @@ def test_another_tower_is_refused_and_the_model_stays_as_it_was(foreign, loaded,
         assert "llava_hvp" not in vars(model)
 
 
+def test_a_block_takes_it_on_its_own_tower_only(tuned, foreign, loaded):
+    with prune(loaded("llava-1.5-llama").model, "none") as pruned:
+        with pruned.using(load_method(tuned)):
+            assert pruned.config == load_method(tuned)
+        with pytest.raises(UnsupportedModelError, match="another vision tower"):
+            pruned.using(load_method(foreign)).__enter__()
+        other = PruningConfig.of("hivtp", newline="all")
+        with pytest.raises(OptionError, match="a running of its own"):
+            pruned.using(other).__enter__()
+
+
 def test_a_tower_is_the_same_in_every_dtype_and_form(loaded, hf, own, checkpoints):
     digest = tower_digest(loaded("llava-1.5-llama").model.get_vision_tower().vision_tower)
     assert digest == tower_digest(hf("llava-1.5-llama").model.model.vision_tower)

@@ -166,7 +166,7 @@ def parse(args: argparse.Namespace) -> TuneSettings:
 
 def _asked(args: argparse.Namespace) -> list[Asked]:
     if args.images is not None:
-        return in_folder(args.images, args.questions, args.count, args.seed)
+        return in_folder(args.images, args.questions, args.count, args.seed, args.out.stem)
     if args.questions is not None:
         raise OptionError("--questions without --images: give the folder of its pictures")
     if args.model is None:

@@ -30,6 +30,7 @@ GENERAL = (
     "What is the smallest thing that you can name in this picture?",
     "Describe this picture in one sentence.",
 )
+PLOTS = ("table", "curve")
 EACH = 2  # general questions about a picture
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 IMAGE = "<image>"
@@ -90,7 +91,11 @@ def drawn(exam_name: str, count: int) -> list[Asked]:
 
 
 def in_folder(
-    images: Path, questions: Path | None, most: int | None = None, seed: int = 0
+    images: Path,
+    questions: Path | None,
+    most: int | None = None,
+    seed: int = 0,
+    plots: str = "",
 ) -> list[Asked]:
     """Questions about pictures of a folder.
 
@@ -100,6 +105,8 @@ def in_folder(
         LLaVA's JSON lines, each with `image` and `text`; None asks `GENERAL` ones in turn
     most : int | None
         questions at most, drawn with the seed
+    plots : str
+        what the names of plots of an earlier run begin with, which are no pictures of the user's
 
     Raises
     ------
@@ -111,7 +118,7 @@ def in_folder(
     if not images.is_dir():
         raise OptionError(f"--images {images}: no such folder")
     if questions is None:
-        found = list(_general(images, seed))
+        found = list(_general(images, seed, plots))
     elif not questions.is_file():
         raise OptionError(f"--questions {questions}: no such file")
     else:
@@ -125,8 +132,9 @@ def in_folder(
     return found
 
 
-def _general(images: Path, seed: int) -> Iterator[Asked]:
-    files = sorted(p for p in images.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+def _general(images: Path, seed: int, plots: str) -> Iterator[Asked]:
+    files = [p for p in sorted(images.rglob("*")) if p.suffix.lower() in SUFFIXES and p.is_file()]
+    files = [p for p in files if not (plots and p.name in (f"{plots}-{n}.png" for n in PLOTS))]
     # So that a draw of some asks of every kind.
     turn = random.Random(seed).randrange(len(GENERAL))
     for number, file in enumerate(files):
