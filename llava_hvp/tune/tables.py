@@ -134,9 +134,9 @@ def plot(title: str, found: Sequence[Found], file: BinaryIO) -> None:
     from matplotlib.figure import Figure
 
     tallest = max(len(each.rows) for each in found)
-    size = (5.5 * len(found) + 2, 1.2 + 0.26 * tallest)
+    size = (5.5 * len(found) + 2, 2 + 0.26 * tallest)
     figure = Figure(figsize=size, layout="constrained")
-    figure.suptitle("\n".join(textwrap.wrap(title, int(18 * size[0]))), fontsize="medium")
+    figure.suptitle("\n".join(textwrap.wrap(title, int(10 * size[0]))), fontsize="medium")
     for axis, each in zip(figure.subplots(1, len(found), squeeze=False)[0], found, strict=True):
         rows, default = list(each.rows)[::-1], str(each.verdict.default)
         for place, row in enumerate(rows):
@@ -154,9 +154,10 @@ def plot(title: str, found: Sequence[Found], file: BinaryIO) -> None:
         axis.set_yticks(range(len(rows)), names, fontsize="small")
         axis.set_title(each.space)
         axis.set_xscale("symlog", linthresh=0.01)
+        axis.set_xlim(left=0)
         axis.grid(alpha=0.3)
     figure.supxlabel(
-        "divergence from the unpruned answers, nats an answer (x: on the pictures that judge)",
+        "nats an answer away from the unpruned ones; x: on the pictures that judge",
         fontsize="medium",
     )
     figure.savefig(file, format="png", dpi=100)
