@@ -2,7 +2,7 @@
 
 A subcommand is one file: `add` its flags, `parse` them into frozen settings, with every check that
 needs nothing loaded, `run` those, and `main`, which is the two in turn. No argparse Namespace goes
-past `parse`.
+past `parse`. Where that grew long, the settings and `parse` lie beside it, as in `bench_settings`.
 """
 
 from __future__ import annotations
