@@ -372,7 +372,13 @@ def test_whatever_puts_methods_on_a_model_hands_on_both():
     assert found >= 5
 
 
-@pytest.mark.parametrize("name", ["bench", "bench_settings", "show", "accuracy", "run", "evaluate"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("bench", "bench_settings", "show", "show_settings", "show_drawing"),
+        *("accuracy", "run", "evaluate"),
+    ],
+)
 def test_every_command_that_prunes_hands_on_the_whole_configuration(name):
     text = Path(cli.__file__).with_name(f"{name}.py").read_text()
     assert not re.search(r"pruning\.method\b", text)
