@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,49 +20,16 @@ from llava_hvp.encoder.vit import (
     project_next,
     read_geometry,
 )
-from llava_hvp.errors import TextEncoderError, UnsupportedModelError
-from llava_hvp.methods.base import (
-    Needs,
-    Selection,
-    VisionContext,
-    VisionMethod,
-    raise_unless_finite,
-)
-from llava_hvp.methods.masks import Grid
-from llava_hvp.pruning.shrunk import Shrunk
+from llava_hvp.errors import UnsupportedModelError
+from llava_hvp.methods.base import Needs, Selection, VisionMethod, raise_unless_finite
 from llava_hvp.pruning.shrunk import select as select_shrunk
+from llava_hvp.pruning.stock_weights import StockWeights
 from llava_hvp.pruning.switch import Switch
+from llava_hvp.pruning.vision_inputs import CapturePlan, HostInputs, context_of
 from llava_hvp.runtime import PruningConfig, Runtime
 
-OfFeatures = Callable[[Tensor], Tensor]  # of features (T, N, D)
 PLANS = 16  # methods whose plans are held; of others they are worked out anew
 _CHANGING = threading.Lock()
-
-
-@dataclass(frozen=True)
-class HostInputs:
-    """What a method may read that a vision tower does not know; a host gives what is needed.
-
-    Parameters
-    ----------
-    relevance : OfFeatures | None
-        of features to the prompt of their image, (T, N)
-    projected : OfFeatures | None
-        features as the language model takes them, (T, N, P)
-    words, mosaics : tuple[Tensor, ...] | None | tuple[Grid | None, ...] | None
-        as in VisionContext
-    padding : Tensor | None
-        as in VisionContext, on the CPU
-    shrunk : tuple[Shrunk | None, ...]
-        of each image whose mosaic the host shrinks, how; empty where it shrinks none
-    """
-
-    relevance: OfFeatures | None = None
-    projected: OfFeatures | None = None
-    words: tuple[Tensor, ...] | None = None
-    mosaics: tuple[Grid | None, ...] | None = None
-    padding: Tensor | None = None
-    shrunk: tuple[Shrunk | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -90,52 +57,6 @@ class EncodedTiles:
     extra: Tensor | None = None
     reused: bool = False
     mosaics: tuple[Selection | None, ...] = ()
-
-
-@dataclass(frozen=True)
-class CapturePlan:
-    """What a method reads of a loaded encoder, worked out once for each.
-
-    Parameters
-    ----------
-    feature_layer : int
-        the layer whose output goes on, numbered from 1
-    """
-
-    method: VisionMethod
-    geometry: Geometry
-    feature_layer: int
-    needs: Needs
-
-
-class StockWeights:
-    """A vision transformer's weights in the dtype that they were loaded in, on the CPU.
-
-    While they wait, `state_dict` gives them, so that `save_pretrained` writes what it would of a
-    stock tower. A weight that was changed meanwhile counts as it is, in its old dtype.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._weights = {name: p.data.to("cpu") for name, p in model.named_parameters()}
-        self._hook = model._register_state_dict_hook(self._into)
-
-    def put_back(self, model: nn.Module) -> None:
-        """Give the model its weights back as they were."""
-        self._hook.remove()
-        for name, parameter in model.named_parameters():
-            parameter.data = self._stock(name, parameter.data).to(parameter.device)
-
-    def _stock(self, name: str, now: Tensor) -> Tensor:
-        weight = self._weights[name]
-        unchanged = torch.equal(weight.to(now.dtype), now.cpu())
-        return weight if unchanged else now.to(weight.dtype)
-
-    def _into(self, model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-        for name in self._weights:
-            now = state.get(prefix + name)
-            # A Parameter is asked for by keep_vars, as the one in use.
-            if now is not None and not isinstance(now, nn.Parameter):
-                state[prefix + name] = self._stock(name, now)
 
 
 class PrunedEncoder:
@@ -308,7 +229,7 @@ class PrunedEncoder:
             hidden, scores = self.run_to_layer(images.to(device=self.device, dtype=self.dtype))
             features = hidden[:, hidden.shape[1] - plan.geometry.patches :].to(images.dtype)
             with torch.no_grad():  # what is chosen has no gradient
-                context = self._context(plan, features.detach(), scores, tiles, inputs)
+                context = context_of(plan, features.detach(), scores, tiles, inputs)
                 mosaics: tuple[Selection | None, ...] = ()
                 if inputs.shrunk:
                     selection, mosaics = select_shrunk(method, context, inputs.shrunk)
@@ -325,45 +246,6 @@ class PrunedEncoder:
         looked = finite[:0]  # at all scores, by the other transfer
         chosen = tuple(each and on_cpu(each, [], looked) for each in mosaics)
         return EncodedTiles(features, on_cpu(selection, names, finite), extra, mosaics=chosen)
-
-    def _context(
-        self,
-        plan: CapturePlan,
-        features: Tensor,
-        scores: AttentionScores,
-        tiles: tuple[int, ...],
-        inputs: HostInputs,
-    ) -> VisionContext:
-        """What the method reads, and no more."""
-        needs, device = plan.needs, features.device
-        name = self.prune_method.name
-        if (needs.relevance and inputs.relevance is None) or (needs.words and inputs.words is None):
-            raise TextEncoderError(
-                f"{name} reads the prompt, and none came with the images: call the model "
-                "with input_ids, or use a method that does not read it"
-            )
-
-        def moved(by_layer: dict[int, Tensor]) -> dict[int, Tensor]:
-            # A tower spread over several devices leaves its scores on each.
-            return {layer: tensor.to(device) for layer, tensor in by_layer.items()}
-
-        return VisionContext(
-            grid=plan.geometry.grid,
-            received_attention=moved(scores.received_attention),
-            depth=plan.geometry.depth,
-            feature_layer=plan.feature_layer,
-            cls_attention=moved(scores.cls_attention),
-            features=features if needs.features else None,
-            relevance=inputs.relevance(features) if needs.relevance and inputs.relevance else None,
-            tiles=tiles,
-            keys=moved(scores.keys),
-            queries=moved(scores.queries),
-            heads=plan.geometry.heads,
-            projected=inputs.projected(features) if needs.projected and inputs.projected else None,
-            words=tuple(w.to(device) for w in inputs.words or ()) if needs.words else None,
-            padding=inputs.padding.to(device) if inputs.padding is not None else None,
-            mosaics=inputs.mosaics,
-        )
 
 
 def check_method(method: VisionMethod, geometry: Geometry, hidden_state_index: int) -> None:

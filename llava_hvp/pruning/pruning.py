@@ -22,13 +22,14 @@ from llava_hvp.errors import LlavaHvpError, OptionError, PrunedStateError
 from llava_hvp.given import config_for
 from llava_hvp.methods.base import VisionMethod
 from llava_hvp.methods.language import LanguageMethod
-from llava_hvp.pruning.encoding import EncodedTiles, HostInputs
+from llava_hvp.pruning.encoding import EncodedTiles
 from llava_hvp.pruning.host import HostModel
 from llava_hvp.pruning.layout import Size
 from llava_hvp.pruning.reading import ReadsPrompts
 from llava_hvp.pruning.report import ImageReport
 from llava_hvp.pruning.reuse import RecentlyEncoded, weights_version
 from llava_hvp.pruning.shrunk import Shrunk
+from llava_hvp.pruning.vision_inputs import HostInputs
 from llava_hvp.runtime import PruningConfig, Runtime
 
 # Held while a model is looked at and changed, so that of two threads one comes first.

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from llava_hvp.encoder.text import ClipText, cosine_relevance
 from llava_hvp.methods.mmtok import content_words
-from llava_hvp.pruning.encoding import OfFeatures
 from llava_hvp.pruning.host import HostModel
+from llava_hvp.pruning.vision_inputs import OfFeatures
 
 _LOADING = threading.Lock()  # a text encoder, which takes long
 

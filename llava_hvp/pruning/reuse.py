@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from llava_hvp.encoder.capture import only_reads
 from llava_hvp.encoder.partitioned import is_partitioned
-from llava_hvp.pruning.encoding import EncodedTiles, HostInputs, PrunedEncoder
+from llava_hvp.pruning.encoding import EncodedTiles, PrunedEncoder
+from llava_hvp.pruning.vision_inputs import HostInputs
 
 ENTRIES = 8  # a worker serves several chats in turn
 BYTES = 64 * 2**20
