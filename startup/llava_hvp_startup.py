@@ -216,7 +216,7 @@ class _Loader:
 
 
 def _session() -> Any:
-    from llava_hvp.hook import process as session
+    from llava_hvp.hook import session
 
     return session
 
@@ -233,7 +233,7 @@ def _or_exit(step: Callable[[], Any]) -> Any:
 
         code = 1
         with contextlib.suppress(Exception):  # no streams: the exit code tells it all the same
-            session = sys.modules.get("llava_hvp.hook.process")
+            session = sys.modules.get("llava_hvp.hook.session")
             if session is None:
                 reason = f"{type(error).__name__}: {error}"
                 sys.stderr.write(f"llava-hvp: error: cannot prune: {reason}\n")

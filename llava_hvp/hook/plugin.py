@@ -14,7 +14,7 @@ import llava_hvp_startup as startup
 
 from llava_hvp import config
 from llava_hvp.config import Request
-from llava_hvp.hook import process as session
+from llava_hvp.hook import session
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
