@@ -298,7 +298,7 @@ def test_layers_are_those_of_the_tower(show, viewer, capsys):
     ("arguments", "told"),
     [
         ((), "nothing to write: give -o FILE.png, --html FILE.html, or both"),
-        (("-o", "k.png"), "give --prune-method or --methods for what is kept, or --layers"),
+        (("-o", "k.png"), "give --prune-method, --methods or --prune-from for what is kept"),
         (("--prune-method", "hivtp", "--layers", "all", "-o", "k.png"), "-o draws one thing"),
         (("--prune-method", "hivtpp", "-o", "k.png"), "unknown method 'hivtpp': give some of"),
         (("--prune-method", "floor", "-o", "k.png"), "unknown method 'floor'"),  # the bench's own

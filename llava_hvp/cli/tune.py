@@ -42,6 +42,10 @@ if TYPE_CHECKING:
 BUDGETS = "0.25"  # of r_max
 ENDING = ".json"
 METHODS = "hivtp,hiprune"
+EXAMPLES = (
+    "llava-hvp tune --model-path shapes/llava-shapes --images shapes/llava-shapes/pictures "
+    "--questions shapes/llava-shapes/questions.jsonl --methods hivtp --count 16",
+)
 EXPLAINED = (
     "Divergence of the pruned model's answers from the unpruned one's own, in nats an answer, with "
     "95 % intervals over pictures: {choosing} questions chose, {judging} on other pictures judged."
@@ -56,10 +60,7 @@ def add(commands: Any) -> None:
         "find options, or the smallest budget, on your own pictures and without labels",
         "The unpruned model is the label: what moves its answers least is best. Half of the "
         "pictures choose, the other half judge. How long it takes is said beforehand.",
-        examples=(
-            "llava-hvp tune --model-path shapes/llava-shapes --images shapes/llava-shapes/pictures "
-            "--questions shapes/llava-shapes/questions.jsonl --methods hivtp --count 16",
-        ),
+        EXAMPLES,
     )
     what = parser.add_argument_group("which model")
     what.add_argument("--model-path", help="a LLaVA checkpoint")
