@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from safetensors.torch import load_file, save_file
 
 from llava_hvp.accuracy.exam import TEMPLATE, Marks, examine
 from llava_hvp.accuracy.scores import VariantScore, scores_of, wilson_interval
@@ -224,6 +225,28 @@ def test_the_command_writes_table_and_plot(tmp_path, capsys):
     assert "On 12 of the pictures, each with its question: `choice`" in table
     assert "## r_max=0.25" in (tmp_path / "out" / "llava-shapes-ranking.md").read_text()
     assert "existence" in printed
+
+
+def test_a_projector_alone_is_opened_by_what_it_was_tuned_from(tmp_path):
+    """The projector is that of --model-path, all else that of --model-base."""
+    base, tuned = checkpoint(tmp_path), tmp_path / "llava-tuned"
+    tuned.mkdir()
+    shutil.copy(base / "config.json", tuned)
+    weights = load_file(base / "model.safetensors")
+    projector = {k: weight.clone() for k, weight in weights.items() if "mm_projector" in k}
+    torch.save(projector, tuned / "mm_projector.bin")
+    for name in projector:
+        weights[name] = torch.zeros_like(weights[name])
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    flags = ["--questions", "12", "--methods", "none", "--out", str(tmp_path)]
+    of = ["--model-path", str(tuned), "--model-base", str(base)]
+    assert main(["accuracy", *flags]) == main(["accuracy", *flags, *of]) == 0
+    shipped, own = (
+        json.loads((tmp_path / f"{name}.json").read_text())["rows"][0]
+        for name in ("llava-shapes", "llava-tuned")
+    )
+    assert own["each"] == shipped["each"]
+    assert own["overall"] > 75  # a projector of zeros sees nothing
 
 
 # --- an interrupted measurement ---

@@ -30,6 +30,14 @@ ZERO = {
     "zero_force_ds_cpu_optimizer": False,
 }
 GATHER = "stage3_gather_16bit_weights_on_model_save"
+# As in LLaVA's zero3_offload.json, by torch's Adam too.
+OPTIMIZER = {
+    "optimizer": {
+        "type": "AdamW",
+        "params": {"lr": "auto", "weight_decay": "auto", "torch_adam": True},
+    },
+    "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}},
+}
 # With torch's Adam in place of DeepSpeed's own, which it would compile for two minutes.
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 OFFLOAD_ALL = OFFLOAD | {"offload_param": {"device": "cpu"}}
@@ -206,6 +214,15 @@ def test_a_plain_language_model_gets_a_projector(shapes, tmp_path):
     assert projector.dtype == torch.bfloat16
     assert projector.isfinite().all()
     assert projector.any()
+
+
+def test_an_optimizer_may_be_deepspeeds_own(shapes, alone, tmp_path, monkeypatch):
+    monkeypatch.setattr(f"{__name__}.ZERO", ZERO | OPTIMIZER)
+    output = tmp_path / "llava-out"
+    two = Trained(run(shapes, output, stage=3, offload=OFFLOAD_ALL), output)
+    assert two.losses[0] == pytest.approx(alone(request=PRUNED, next_=False).losses[0], abs=5e-3)
+    assert two.record["counts"]["images"] == 12
+    assert (output / "model.safetensors").exists()
 
 
 def test_a_training_that_was_stopped_goes_on(shapes, tmp_path):

@@ -90,7 +90,8 @@ def _leaving_out_empty_groups(stock: Callable[..., None]) -> Callable[..., None]
         def create_optimizer(*args: Any) -> Any:
             optimizer = create(*args)
             if self.is_deepspeed_enabled:
-                groups = optimizer.param_groups
+                # What stands for an optimizer of DeepSpeed's own configuration has no groups.
+                groups = getattr(optimizer, "param_groups", [])
                 groups[:] = [group for group in groups if group["params"]]
             return optimizer
 
