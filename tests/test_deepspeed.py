@@ -167,7 +167,7 @@ def test_two_ranks_lose_as_one_process(name, shapes, alone, tmp_path):
     for record in (one.record, two.record):
         assert record["given"] == request.replace(" --prune-train", "").split()
         assert record["counts"]["images"] == 12
-    counts, alone_counts = two.record["counts"], one.record["counts"]
+    counts, alone_counts = dict(two.record["counts"]), dict(one.record["counts"])
     used, used_alone = (c.pop("by_method", {}) for c in (counts, alone_counts))
     assert counts == pytest.approx(alone_counts)
     assert used.keys() == used_alone.keys()
