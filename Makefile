@@ -24,9 +24,11 @@ demo: $(VENVS)/$(MIDDLE)/ready
 test: test-$(OLD) test-$(MIDDLE) test-$(NEW) test-lmms test-deepspeed
 
 # On the older releases, what touches a host; what is pure, or about files and pages, on the newest.
-NEWEST_ONLY := answers config context demo_app docs eval_checkpoint eval_scores examples extras fit flops given golden golden_merging \
-	golden_vision greedy hf_sequence inside_config inside_methods layering masks merging methods naming nodes \
-	pth protocol ranking record show show_merging show_page tables tiling_commands tour transfers tuned vision_methods wheel
+NEWEST_ONLY := accuracy answers choice config context demo_app docs eval_checkpoint eval_scores \
+	eval_scripts examples extras fit flops given golden golden_merging golden_vision greedy hf_sequence \
+	inside_commands inside_config inside_methods layering masks merging methods naming nodes own_method \
+	protocol pth ranking record shapes_training show show_merging show_page tables tiling_commands tour \
+	transfers tuned vision_methods wheel
 test-%: $(VENVS)/%/ready
 	$(VENVS)/$*/bin/python -m pytest -q --numprocesses auto --dist loadfile \
 		$(if $(filter-out $(NEW),$*),$(NEWEST_ONLY:%=--ignore=tests/test_%.py))
