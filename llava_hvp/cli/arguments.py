@@ -40,6 +40,17 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def add_loading(parser: Any) -> None:
+    """Add how a checkpoint is loaded: what of, in which template, quantised, where."""
+    parser.add_argument("--model-base", help="as LLaVA's commands take it")
+    parser.add_argument(
+        "--conv-mode", help="LLaVA's conversation template; by default what fits the name"
+    )
+    parser.add_argument("--load-4bit", action="store_true")
+    parser.add_argument("--load-8bit", action="store_true")
+    parser.add_argument("--device", help="cuda where there is one, else cpu")
+
+
 def bits_of(args: argparse.Namespace) -> int | None:
     """Bits of --load-4bit and --load-8bit; raises OptionError for both, or without bitsandbytes."""
     exclude(args, "load_4bit", "load_8bit")

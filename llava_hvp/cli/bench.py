@@ -14,7 +14,13 @@ from llava_hvp.bench.workload import make_workload, pattern
 from llava_hvp.checkpoints.dtypes import DTYPES
 from llava_hvp.checkpoints.geometry import list_geometries
 from llava_hvp.cli import fit
-from llava_hvp.cli.arguments import add_budgets, add_tuned, progress, write_results
+from llava_hvp.cli.arguments import (
+    add_budgets,
+    add_loading,
+    add_tuned,
+    progress,
+    write_results,
+)
 from llava_hvp.cli.bench_settings import BUDGETS, METHODS, BenchSettings, compared, parse
 from llava_hvp.cli.parser import add_command
 from llava_hvp.errors import OptionError
@@ -61,13 +67,7 @@ def add(commands: Any) -> None:
         "with the same weights; llava by default",
     )
     what.add_argument("--model-path", help="instead: a LLaVA checkpoint")
-    what.add_argument("--model-base", help="as LLaVA's commands take it")
-    what.add_argument(
-        "--conv-mode", help="LLaVA's conversation template; by default what fits the name"
-    )
-    what.add_argument("--load-4bit", action="store_true")
-    what.add_argument("--load-8bit", action="store_true")
-    what.add_argument("--device", help="cuda where there is one, else cpu")
+    add_loading(what)
     what.add_argument(
         "--dtype", choices=DTYPES, help="float16 on a GPU and when quantised, float32 on a CPU"
     )

@@ -11,7 +11,7 @@ from typing import Any
 from llava_hvp.checkpoints.before_loading import check_before_loading
 from llava_hvp.checkpoints.naming import model_name, named_path
 from llava_hvp.checkpoints.variants import Variant, name_of, variants
-from llava_hvp.cli.arguments import at_least, bits_of, device_of, listed
+from llava_hvp.cli.arguments import add_loading, at_least, bits_of, device_of, listed
 from llava_hvp.cli.extras import need
 from llava_hvp.cli.parser import add_command
 from llava_hvp.console import say
@@ -42,13 +42,7 @@ def add(commands: Any) -> None:
         "--model-path",
         help=f"a LLaVA checkpoint; {list_checkpoints()[0]}, which is shipped, by default",
     )
-    what.add_argument("--model-base", help="as LLaVA's commands take it")
-    what.add_argument(
-        "--conv-mode", help="LLaVA's conversation template; by default what fits the name"
-    )
-    what.add_argument("--device", help="cuda where there is one, else cpu")
-    what.add_argument("--load-4bit", action="store_true")
-    what.add_argument("--load-8bit", action="store_true")
+    add_loading(what)
     what.add_argument("--new-tokens", type=int, default=64, help="of an answer, 64 by default")
     first = parser.add_argument_group("what is ticked at first")
     first.add_argument(

@@ -13,6 +13,7 @@ from llava_hvp.checkpoints.naming import model_name, named_path
 from llava_hvp.checkpoints.variants import name_of, variants
 from llava_hvp.cli.arguments import (
     add_budgets,
+    add_loading,
     at_least,
     bits_of,
     budgets,
@@ -65,13 +66,7 @@ def add(commands: Any) -> None:
     what = parser.add_argument_group("which model")
     what.add_argument("--model-path", help="a LLaVA checkpoint")
     what.add_argument("--model", choices=list_checkpoints(), help="instead: one that is shipped")
-    what.add_argument("--model-base", help="as LLaVA's commands take it")
-    what.add_argument(
-        "--conv-mode", help="LLaVA's conversation template; by default what fits the name"
-    )
-    what.add_argument("--load-4bit", action="store_true")
-    what.add_argument("--load-8bit", action="store_true")
-    what.add_argument("--device", help="cuda where there is one, else cpu")
+    add_loading(what)
     asked = parser.add_argument_group("what it is asked")
     asked.add_argument("--images", type=Path, metavar="FOLDER", help="your pictures")
     asked.add_argument(
