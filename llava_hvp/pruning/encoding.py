@@ -8,10 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llava_hvp.encoder.capture import AttentionScores, QKHooks, recording
-from llava_hvp.encoder.digest import check_same_tower
 from llava_hvp.encoder.partitioned import is_partitioned
 from llava_hvp.encoder.vit import (
     Geometry,
@@ -24,9 +23,8 @@ from llava_hvp.errors import UnsupportedModelError
 from llava_hvp.methods.base import Needs, Selection, VisionMethod, raise_unless_finite
 from llava_hvp.pruning.shrunk import select as select_shrunk
 from llava_hvp.pruning.stock_weights import StockWeights
-from llava_hvp.pruning.switch import Switch
+from llava_hvp.pruning.switch import Switched
 from llava_hvp.pruning.vision_inputs import CapturePlan, HostInputs, context_of
-from llava_hvp.runtime import PruningConfig, Runtime
 
 PLANS = 16  # methods whose plans are held; of others they are worked out anew
 _CHANGING = threading.Lock()
@@ -59,14 +57,13 @@ class EncodedTiles:
     mosaics: tuple[Selection | None, ...] = ()
 
 
-class PrunedEncoder:
+class PrunedEncoder(Switched):
     """What a host's vision tower becomes: it encodes tiles and says which patches stay.
 
     A mixin for a host's own tower, which has `vit`, `device`, `dtype` and the number of the layer
     that goes on, as an index into the hidden states.
     """
 
-    prune_switch: Switch
     _plans: tuple[CapturePlan, ...] = ()  # the newest last
     _hooks: QKHooks | None = None  # for all of them
     _stock_weights: StockWeights | None = None  # of a tower whose dtype was changed
@@ -74,21 +71,6 @@ class PrunedEncoder:
     # Of the host's tower.
     device: torch.device
     dtype: torch.dtype
-
-    @property
-    def prune_method(self) -> VisionMethod:
-        """The method in force here, in this thread."""
-        return self.prune_switch.now.method
-
-    @property
-    def prune_runtime(self) -> Runtime:
-        """How it is run."""
-        return self.prune_switch.now.runtime
-
-    @property
-    def vit(self) -> nn.Module:
-        """The vision transformer, as it is now: loading may replace it."""
-        raise NotImplementedError
 
     @property
     def hidden_state_index(self) -> int:
@@ -135,11 +117,6 @@ class PrunedEncoder:
     def check(self, method: VisionMethod) -> None:
         """Raise a LlavaHvpError unless a method can run on this loaded encoder."""
         check_method(method, read_geometry(self.vit), self.hidden_state_index)
-
-    def check_tower(self, config: PruningConfig) -> None:
-        """Raise UnsupportedModelError where options were tuned for another tower than this."""
-        if config.tower is not None:
-            check_same_tower(self.vit, config.tower)
 
     def take_dtype(self, dtype: torch.dtype) -> None:
         """Run in this dtype from now on; the weights as they were wait on the CPU."""

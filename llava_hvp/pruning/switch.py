@@ -6,10 +6,12 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from llava_hvp.encoder.digest import check_same_tower
 from llava_hvp.errors import PrunedStateError
-from llava_hvp.runtime import PruningConfig
+from llava_hvp.methods.base import VisionMethod
+from llava_hvp.runtime import PruningConfig, Runtime
 
 
 class Switch:
@@ -44,6 +46,32 @@ class Switch:
                     f"{self.now}: give each call its own, as model.generate(..., prune=method)"
                 )
             _BLOCKS.set(tuple(each for each in blocks if each is not block))
+
+
+class Switched:
+    """A vision tower whose pruning a switch decides."""
+
+    prune_switch: Switch
+
+    @property
+    def prune_method(self) -> VisionMethod:
+        """The method in force here, in this thread."""
+        return self.prune_switch.now.method
+
+    @property
+    def prune_runtime(self) -> Runtime:
+        """How it is run."""
+        return self.prune_switch.now.runtime
+
+    @property
+    def vit(self) -> Any:
+        """The vision transformer, as it is now: loading may replace it."""
+        raise NotImplementedError
+
+    def check_tower(self, config: PruningConfig) -> None:
+        """Raise UnsupportedModelError where options were tuned for another tower than this."""
+        if config.tower is not None:
+            check_same_tower(self.vit, config.tower)
 
 
 class _Block(NamedTuple):

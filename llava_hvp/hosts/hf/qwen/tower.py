@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava_hvp.encoder.digest import check_same_tower
 from llava_hvp.errors import UnsupportedModelError
 from llava_hvp.hosts.hf.qwen.capture import QKVHooks, recording
 from llava_hvp.methods.base import Needs, VisionContext, VisionMethod
 from llava_hvp.methods.masks import Grid
-from llava_hvp.pruning.switch import Switch
-from llava_hvp.runtime import PruningConfig, Runtime
+from llava_hvp.pruning.switch import Switch, Switched
+from llava_hvp.runtime import PruningConfig
 
 _CHANGING = threading.Lock()
 
@@ -41,7 +40,7 @@ class QwenPlan:
     full: dict[int, int]
 
 
-class QwenTower:
+class QwenTower(Switched):
     """What runs the tower of one model instead of its own `get_image_features`.
 
     In most layers a patch attends to its window only, which gives every window the same mass: such
@@ -67,16 +66,6 @@ class QwenTower:
         self.plan()
 
     @property
-    def prune_method(self) -> VisionMethod:
-        """The method in force here, in this thread."""
-        return self.prune_switch.now.method
-
-    @property
-    def prune_runtime(self) -> Runtime:
-        """How it is run."""
-        return self.prune_switch.now.runtime
-
-    @property
     def vit(self) -> Any:
         """The vision transformer, as it is now."""
         return self.inner.visual
@@ -94,11 +83,6 @@ class QwenTower:
                 self._hooks.remove()
             self._hooks.cover(blocks, sorted(set(full.values())))
         return QwenPlan(len(blocks), needs, full)
-
-    def check_tower(self, config: PruningConfig) -> None:
-        """Raise UnsupportedModelError where options were tuned for another tower than this."""
-        if config.tower is not None:
-            check_same_tower(self.vit, config.tower)
 
     def check(self, method: VisionMethod) -> None:
         """Raise UnsupportedModelError for what a method reads, and is not here."""
