@@ -7,7 +7,6 @@ ids that goes in or out is in long columns.
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -40,37 +39,21 @@ from llava_hvp.hosts.hf.refusals import (
 from llava_hvp.hosts.hf.short_prompt import Before, ShortPrompt, conversation_before, short_prompt
 from llava_hvp.hosts.hf.versions import release
 from llava_hvp.hosts.hf.watchers import long_again, shown_long
+from llava_hvp.pruning.generate import Generate
 from llava_hvp.pruning.pruning import Pruning
 
 EMBEDS_ONLY_NEW = (5, 0)  # from here on `generate` cuts embeddings to what a cache does not hold
 
 
-class Generate:
-    """Stands in for a model's `generate`; its signature is stock's."""
-
-    def __init__(self, pruning: Pruning, stock: Callable[..., Any] | None) -> None:
-        self.pruning, self.earlier = pruning, stock
-
-    @property
-    def stock(self) -> Callable[..., Any]:
-        """What the model had: mostly its class's method."""
-        model = self.pruning.host_model.model
-        found: Callable[..., Any] = self.earlier or type(model).generate.__get__(model)
-        return found
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self.stock)
+class ShortGenerate(Generate):
+    """Runs stock's on the shortened prompt."""
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self.pruning.told():
-            if "prune" not in kwargs:
-                return self._generate(args, kwargs)
-            with self.pruning.using(kwargs.pop("prune")):
-                return self._generate(args, kwargs)
+            return super().__call__(*args, **kwargs)
 
-    def _generate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         names = [n for n in self.__signature__.parameters if n != "kwargs"]
         given = dict(zip(names, args, strict=False)) | kwargs
         pixels, cache = given.get("pixel_values"), given.get("past_key_values")

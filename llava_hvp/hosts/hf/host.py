@@ -23,7 +23,7 @@ from llava_hvp.hosts.hf.cache import new_cache
 from llava_hvp.hosts.hf.families import family_of
 from llava_hvp.hosts.hf.features import GetImageFeatures
 from llava_hvp.hosts.hf.forward import ForwardHook
-from llava_hvp.hosts.hf.generate import Generate
+from llava_hvp.hosts.hf.generate import ShortGenerate
 from llava_hvp.hosts.hf.prompt import KNOWN, Marks, marks_of, read_prompt
 from llava_hvp.hosts.hf.qwen.positions import RopeIndex
 from llava_hvp.hosts.hf.versions import check_release
@@ -198,7 +198,7 @@ def attach(
         model.model.get_image_features = GetImageFeatures(pruning)
         if host.family.keeps_positions:
             model.model.get_rope_index = RopeIndex(pruning)
-        model.generate = Generate(pruning, model.__dict__.get("generate"))
+        model.generate = ShortGenerate(pruning, model.__dict__.get("generate"))
     return pruning.with_text()
 
 

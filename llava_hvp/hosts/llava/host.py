@@ -18,7 +18,6 @@ from llava_hvp.encoder.partitioned import gathered
 from llava_hvp.encoder.text import ClipText, load_tokenizer
 from llava_hvp.errors import UnsupportedModelError
 from llava_hvp.hosts.llava import compat, grid, overrides, tiling
-from llava_hvp.hosts.llava.generate import Generate
 from llava_hvp.hosts.llava.prompt import read_prompt, rows_of_images
 from llava_hvp.hosts.llava.tiling import TilingConfig
 from llava_hvp.hosts.llava.tower import PrunedCLIPVisionTower, tower_facts
@@ -26,6 +25,7 @@ from llava_hvp.hosts.llava.view import LlavaView
 from llava_hvp.methods.base import Method
 from llava_hvp.methods.language import LanguageMethod
 from llava_hvp.methods.masks import Grid
+from llava_hvp.pruning.generate import Generate
 from llava_hvp.pruning.layout import Layout, Size
 from llava_hvp.pruning.pruning import CHANGING, Pruning
 from llava_hvp.runtime import PruningConfig, Runtime

@@ -1,4 +1,4 @@
-"""`generate` of one model: stock's, which takes `prune=` for a call."""
+"""`generate` of one model: the host's own, which takes `prune=` for a call."""
 
 from __future__ import annotations
 
@@ -36,6 +36,10 @@ class Generate:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if "prune" not in kwargs:
-            return self.stock(*args, **kwargs)
+            return self.run(args, kwargs)
         with self.pruning.using(kwargs.pop("prune")):
-            return self.stock(*args, **kwargs)
+            return self.run(args, kwargs)
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """By the method in force."""
+        return self.stock(*args, **kwargs)
