@@ -141,10 +141,7 @@ def _answer(opened: Checkpoint, sheet: Sheet, images: Any, variant: Variant) -> 
         seconds = time.perf_counter() - started
         if pruning is not None:
             kept = sum(report.average_tokens for report in pruning.last)
-            kept_of_patches = sum(
-                report.kept_of_patches * report.average_tokens / report.kept_tokens
-                for report in pruning.last
-            )
+            kept_of_patches = sum(report.average_of_patches for report in pruning.last)
     said = opened.tokenizer.batch_decode(output, skip_special_tokens=True)
     return Answered([text.strip() for text in said], kept, kept_of_patches, seconds)
 

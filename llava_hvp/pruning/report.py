@@ -84,6 +84,11 @@ class ImageReport:
         return sum(self.layer_tokens) / len(self.layer_tokens)
 
     @property
+    def average_of_patches(self) -> float:
+        """As `kept_of_patches`, averaged over all layers of the language model."""
+        return self.kept_of_patches * self.average_tokens / self.kept_tokens
+
+    @property
     def kept_patches(self) -> int:
         """Patches sent, each a visual token; neither image_newline nor what stands at no patch."""
         return int(self.sent.sum())

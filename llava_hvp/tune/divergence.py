@@ -139,10 +139,7 @@ class Answered:
             kl.clamp(min=0).tolist(),
             same.tolist(),
             sum(report.average_tokens for report in reports),
-            sum(
-                report.kept_of_patches * report.average_tokens / report.kept_tokens
-                for report in reports
-            ),
+            sum(report.average_of_patches for report in reports),
         )
 
 
